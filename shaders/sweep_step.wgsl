@@ -1,0 +1,152 @@
+// One time step of any cell in one dispatch: the product with W_hh for a tile of rows x units, all gates, then the cell.
+// Composed with cell_contract.wgsl and one cell file. The host launches forward for each step in the direction's order,
+// backward for each step in the opposite order.
+//
+// A lane owns one unit and ROWS rows of the batch: weights are read once for ROWS rows, neighbouring lanes read
+// neighbouring weights, and no lane needs another's results, so there are no barriers.
+
+struct Sweep {
+    rows: u32,   // B
+    hidden: u32, // H
+    depth: u32,  // slots that `states` has for each state: T + 1, or 2 when nothing is kept for backward
+    t: u32,      // this step
+    before: u32, // slot of the state before it
+    after: u32,  // slot of the state after it
+    later: u32,  // backward: the step handled before this one
+    recurrent: u32, // backward: 1 where there is such a step
+    ragged: u32, // 1: steps past lengths[row] hold the state and output zeros
+    keep: u32,   // forward: 1: store what backward needs
+    y_stride: u32,
+    y_offset: u32,
+    key0: u32,
+    key1: u32,
+}
+
+@group(0) @binding(0) var<uniform> params: Sweep;
+@group(0) @binding(1) var<storage, read_write> slots: array<f32>;   // [T, B, SLOTS, H]: input part in, saved out, gradients out
+@group(0) @binding(2) var<storage, read_write> states: array<f32>;  // [STATES, depth, B, H]
+@group(0) @binding(3) var<storage, read> weights: array<f32>;       // forward: W_hh transposed [H, GATES * H]; backward: W_hh [GATES * H, H]
+@group(0) @binding(4) var<storage, read> unit_params: array<f32>;   // [PARAMS, H]
+@group(0) @binding(5) var<storage, read> lengths: array<u32>;       // [B]
+@group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
+@group(0) @binding(7) var<storage, read_write> dstates: array<f32>; // [STATES, B, H]: gradient of the state, from later steps to earlier ones
+
+const UNITS = 64u; // of a workgroup
+const ROWS = 4u;   // of an invocation
+
+fn slot_at(t: u32, row: u32, slot: u32, unit: u32) -> u32 {
+    return ((t * params.rows + row) * SLOTS + slot) * params.hidden + unit;
+}
+
+fn load_state(slot: u32, row: u32, unit: u32) -> State {
+    var state: State;
+    for (var s = 0u; s < STATES; s++) {
+        state[s] = states[((s * params.depth + slot) * params.rows + row) * params.hidden + unit];
+    }
+    return state;
+}
+
+fn load_unit(unit: u32) -> Unit {
+    var p: Unit;
+    for (var i = 0u; i < PARAMS; i++) { p[i] = unit_params[i * params.hidden + unit]; }
+    return p;
+}
+
+fn is_valid(row: u32) -> bool {
+    if params.ragged == 0u { return true; }
+    return params.t < lengths[row];
+}
+
+@compute @workgroup_size(UNITS)
+fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let unit = group.x * UNITS + lane;
+    let row = group.y * ROWS;
+    let H = params.hidden;
+    if unit >= H { return; }
+
+    // r[gate] holds ROWS rows. Rows past the end repeat the last one; their results are not stored.
+    var r: array<vec4<f32>, GATES>;
+    for (var g = 0u; g < GATES; g++) { r[g] = vec4<f32>(); }
+    let h0 = params.before * params.rows;
+    let last = params.rows - 1u;
+    let at0 = (h0 + min(row, last)) * H;
+    let at1 = (h0 + min(row + 1u, last)) * H;
+    let at2 = (h0 + min(row + 2u, last)) * H;
+    let at3 = (h0 + min(row + 3u, last)) * H;
+    var w = unit;
+    for (var k = 0u; k < H; k++) {
+        let h = vec4(states[at0 + k], states[at1 + k], states[at2 + k], states[at3 + k]);
+        for (var g = 0u; g < GATES; g++) { r[g] += h * weights[w + g * H]; }
+        w += GATES * H;
+    }
+
+    let p = load_unit(unit);
+    for (var i = 0u; i < ROWS && row + i < params.rows; i++) {
+        var product: Pre;
+        for (var g = 0u; g < GATES; g++) { product[g] = r[g][i]; }
+        step_forward(row + i, unit, product, p);
+    }
+}
+
+fn step_forward(row: u32, unit: u32, r: Pre, p: Unit) {
+    var x: Pre;
+    for (var g = 0u; g < GATES; g++) { x[g] = slots[slot_at(params.t, row, g, unit)]; }
+    let previous = load_state(params.before, row, unit);
+    let valid = is_valid(row);
+    let out = cell_forward(Site(params.key0, params.key1, params.t, row, unit), x, r, previous, p);
+    for (var s = 0u; s < STATES; s++) {
+        states[((s * params.depth + params.after) * params.rows + row) * params.hidden + unit] = select(previous[s], out.state[s], valid);
+    }
+    if params.keep == 1u {
+        for (var s = 0u; s < SLOTS; s++) { slots[slot_at(params.t, row, s, unit)] = out.saved[s]; }
+    }
+    y[(params.t * params.rows + row) * params.y_stride + params.y_offset + unit] = select(0.0, out.state[0], valid);
+}
+
+@compute @workgroup_size(UNITS)
+fn backward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let unit = group.x * UNITS + lane;
+    let row = group.y * ROWS;
+    let H = params.hidden;
+    if unit >= H { return; }
+
+    // The gradient that comes back through W_hh from the step handled before.
+    var dh = vec4<f32>();
+    if params.recurrent == 1u {
+        let last = params.rows - 1u;
+        for (var g = 0u; g < GATES; g++) {
+            let slot = recurrent_slot(g);
+            let at0 = slot_at(params.later, min(row, last), slot, 0u);
+            let at1 = slot_at(params.later, min(row + 1u, last), slot, 0u);
+            let at2 = slot_at(params.later, min(row + 2u, last), slot, 0u);
+            let at3 = slot_at(params.later, min(row + 3u, last), slot, 0u);
+            var w = g * H * H + unit;
+            for (var k = 0u; k < H; k++) {
+                dh += vec4(slots[at0 + k], slots[at1 + k], slots[at2 + k], slots[at3 + k]) * weights[w];
+                w += H;
+            }
+        }
+    }
+
+    let p = load_unit(unit);
+    for (var i = 0u; i < ROWS && row + i < params.rows; i++) { step_backward(row + i, unit, dh[i], p); }
+}
+
+fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) {
+    var d: State;
+    for (var s = 0u; s < STATES; s++) { d[s] = dstates[(s * params.rows + row) * params.hidden + unit]; }
+    d[0] += dh;
+    var dslots: Slots;
+    for (var s = 0u; s < SLOTS; s++) { dslots[s] = 0.0; }
+    if is_valid(row) {
+        d[0] += y[(params.t * params.rows + row) * params.y_stride + params.y_offset + unit];
+        var saved: Slots;
+        for (var s = 0u; s < SLOTS; s++) { saved[s] = slots[slot_at(params.t, row, s, unit)]; }
+        let previous = load_state(params.before, row, unit);
+        let out = cell_backward(Site(params.key0, params.key1, params.t, row, unit), saved, previous, p, d);
+        dslots = out.dslots;
+        d = out.dprevious;
+    }
+    for (var s = 0u; s < SLOTS; s++) { slots[slot_at(params.t, row, s, unit)] = dslots[s]; }
+    for (var s = 0u; s < STATES; s++) { dstates[(s * params.rows + row) * params.hidden + unit] = d[s]; }
+}

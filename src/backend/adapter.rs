@@ -1,0 +1,104 @@
+//! Finding, ranking and opening wgpu adapters.
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// An adapter and what it says of itself.
+pub(crate) struct Adapter {
+    pub adapter: wgpu::Adapter,
+    pub info: wgpu::AdapterInfo,
+}
+
+/// What every kernel of this crate lives within; an adapter that offers less is refused by name.
+const NEEDED: [(&str, fn(&wgpu::Limits) -> u64, u64); 6] = [
+    ("max_storage_buffers_per_shader_stage", |l| l.max_storage_buffers_per_shader_stage as u64, 8),
+    ("max_compute_invocations_per_workgroup", |l| l.max_compute_invocations_per_workgroup as u64, 256),
+    ("max_compute_workgroup_storage_size", |l| l.max_compute_workgroup_storage_size as u64, 16_352),
+    ("max_compute_workgroups_per_dimension", |l| l.max_compute_workgroups_per_dimension as u64, 65_535),
+    ("max_storage_buffer_binding_size", |l| l.max_storage_buffer_binding_size, 128 << 20),
+    ("max_uniform_buffer_binding_size", |l| l.max_uniform_buffer_binding_size, 256),
+];
+
+fn instance() -> wgpu::Instance {
+    // Indirect-call validation caps buffers at 4 GiB, and nothing here dispatches indirectly.
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.flags = wgpu::InstanceFlags::empty().with_env();
+    descriptor.backends = wgpu::Backends::all().with_env();
+    wgpu::Instance::new(descriptor)
+}
+
+/// Every adapter of the machine that can compute, best first.
+pub(crate) fn all() -> Vec<Adapter> {
+    let mut adapters: Vec<Adapter> = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()))
+        .into_iter()
+        .filter(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS))
+        .map(|adapter| Adapter { info: adapter.get_info(), adapter })
+        .collect();
+    adapters.sort_by_key(|a| rank(&a.info));
+    adapters
+}
+
+/// Smaller is better: hardware before software, discrete before integrated, native interfaces before GL.
+fn rank(info: &wgpu::AdapterInfo) -> (u8, u8) {
+    let kind = match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    };
+    (kind, u8::from(info.backend == wgpu::Backend::Gl))
+}
+
+/// Whether the adapter is a GPU that may be chosen without being named.
+pub(crate) fn is_hardware(info: &wgpu::AdapterInfo) -> bool {
+    match info.device_type {
+        wgpu::DeviceType::DiscreteGpu | wgpu::DeviceType::IntegratedGpu | wgpu::DeviceType::VirtualGpu => true,
+        // Browsers tell nothing of the hardware; they hand out a software adapter only when told to.
+        wgpu::DeviceType::Other => info.backend == wgpu::Backend::BrowserWebGpu,
+        wgpu::DeviceType::Cpu => false,
+    }
+}
+
+/// `vulkan`, `metal`, `dx12`, `gl`, `webgpu`.
+pub(crate) fn backend_name(backend: wgpu::Backend) -> &'static str {
+    match backend {
+        wgpu::Backend::Vulkan => "vulkan",
+        wgpu::Backend::Metal => "metal",
+        wgpu::Backend::Dx12 => "dx12",
+        wgpu::Backend::Gl => "gl",
+        wgpu::Backend::BrowserWebGpu => "webgpu",
+        wgpu::Backend::Noop => "noop",
+    }
+}
+
+/// Whether `wanted`, a part of a name or `backend:part`, names this adapter; letter case does not count.
+pub(crate) fn matches(wanted: &str, info: &wgpu::AdapterInfo) -> bool {
+    let (wanted, name) = (wanted.to_lowercase(), info.name.to_lowercase());
+    match wanted.split_once(':') {
+        Some((backend, part)) if backend == backend_name(info.backend) => name.contains(part),
+        _ => name.contains(&wanted),
+    }
+}
+
+/// Opens the adapter with the limits that the kernels need and the largest buffers that it offers.
+pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
+    let offered = adapter.adapter.limits();
+    let refuse = |kind, what: String| {
+        let name = &adapter.info.name;
+        Error::new(kind, format!("device: {name}: {what}; GATEFOLD_DEVICE=cpu or Device::cpu() runs on the CPU instead"))
+    };
+    for (limit, read, needed) in NEEDED {
+        if read(&offered) < needed {
+            return Err(refuse(ErrorKind::Limit, format!("limit {limit} is {}, expected at least {needed}", read(&offered))));
+        }
+    }
+    let required_limits = wgpu::Limits {
+        max_storage_buffers_per_shader_stage: 8,
+        max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
+        max_buffer_size: offered.max_buffer_size,
+        ..wgpu::Limits::downlevel_defaults().using_resolution(offered.clone())
+    };
+    let descriptor = wgpu::DeviceDescriptor { label: Some("gatefold"), required_limits, ..Default::default() };
+    pollster::block_on(adapter.adapter.request_device(&descriptor))
+        .map_err(|error| refuse(ErrorKind::NoDevice, format!("cannot be opened ({error})")).with_source(error))
+}

@@ -1,0 +1,460 @@
+//! A wgpu device: buffer pool, pipeline cache, and the recorder that turns many launches into one submission.
+//!
+//! Nothing runs when it is recorded. Launches, copies and uploads queue up in order; [`Gpu::submit`] encodes them
+//! into one command buffer. Work in one queue runs in order, so a buffer may go back to the pool as soon as its last
+//! owner is gone, even while recorded work still uses it: whoever gets it next is recorded later.
+
+use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroU64;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::adapter::{self, Adapter};
+use super::{Access, Kernel};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes between two uniform structs: the largest alignment of dynamic offsets that WebGPU allows an adapter to ask for.
+const UNIFORM_STRIDE: usize = 256;
+/// Submissions that may be under way at once: one runs while the next is recorded.
+const IN_FLIGHT: usize = 2;
+/// A recording is submitted early past this many launches and copies, so that a loop that never reads back stays bounded.
+const MAX_COMMANDS: usize = 1 << 18;
+/// Likewise past this many bytes of uploads.
+const MAX_STAGED: usize = 256 << 20;
+
+/// Device memory; goes back to the pool when dropped.
+pub(crate) struct GpuBuffer {
+    buffer: wgpu::Buffer,
+    pool: Arc<Pool>,
+}
+
+impl Drop for GpuBuffer {
+    fn drop(&mut self) {
+        self.pool.free.lock().entry(self.buffer.size()).or_default().push(self.buffer.clone());
+    }
+}
+
+/// Free buffers by their size in bytes.
+#[derive(Default)]
+struct Pool {
+    free: Mutex<HashMap<u64, Vec<wgpu::Buffer>>>,
+}
+
+/// A range of a buffer, in bytes.
+#[derive(Clone)]
+pub(crate) struct Range {
+    buffer: wgpu::Buffer,
+    offset: u64,
+    size: u64,
+}
+
+impl Range {
+    pub fn new(buffer: &GpuBuffer, offset: u64, size: u64) -> Self {
+        Self { buffer: buffer.buffer.clone(), offset, size }
+    }
+}
+
+/// Launches that share a pipeline and buffers and differ in their uniform struct.
+struct Launches {
+    pipeline: Arc<Pipeline>,
+    bindings: Vec<Range>,
+    steps: Vec<(u32, [u32; 3])>,
+}
+
+enum Command {
+    Launch(Launches),
+    /// From the staging bytes at an offset.
+    Upload(u64, Range),
+    Copy(Range, Range),
+    Clear(Range),
+}
+
+#[derive(Default)]
+struct Recording {
+    commands: Vec<Command>,
+    count: usize,
+    uniforms: Vec<u8>,
+    staged: Vec<u8>,
+}
+
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    bind_group: wgpu::BindGroupLayout,
+    bindings: &'static [(u32, Access)],
+    uniform_size: NonZeroU64,
+}
+
+/// The first failure that wgpu reported outside of a call; everything after it fails with the same words.
+type Fault = Arc<Mutex<Option<(ErrorKind, String)>>>;
+
+struct State {
+    recording: Recording,
+    /// What `Recording::uniforms` and `staged` are written to; grown when needed.
+    uniforms: Option<wgpu::Buffer>,
+    staging: Option<wgpu::Buffer>,
+    in_flight: VecDeque<wgpu::SubmissionIndex>,
+    submissions: u64,
+}
+
+/// An open wgpu device.
+pub(crate) struct Gpu {
+    pub info: wgpu::AdapterInfo,
+    limits: wgpu::Limits,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    pool: Arc<Pool>,
+    pipelines: Mutex<HashMap<&'static str, Arc<Pipeline>>>,
+    state: Mutex<State>,
+    fault: Fault,
+}
+
+impl Gpu {
+    pub fn open(adapter: &Adapter) -> Result<Self> {
+        let (device, queue) = adapter::open(adapter)?;
+        Ok(Self::from_wgpu(adapter.info.clone(), device, queue))
+    }
+
+    pub fn from_wgpu(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let fault = Fault::default();
+        let (lost, failed) = (fault.clone(), fault.clone());
+        device.set_device_lost_callback(move |reason, message| {
+            lost.lock().get_or_insert((ErrorKind::DeviceLost, format!("the device was lost ({reason:?}): {message}")));
+        });
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            let kind = match error {
+                wgpu::Error::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+                _ => ErrorKind::DeviceLost,
+            };
+            failed.lock().get_or_insert((kind, error.to_string()));
+        }));
+        let state =
+            State { recording: Recording::default(), uniforms: None, staging: None, in_flight: VecDeque::new(), submissions: 0 };
+        Self {
+            limits: device.limits(),
+            info,
+            device,
+            queue,
+            pool: Arc::default(),
+            pipelines: Mutex::default(),
+            state: Mutex::new(state),
+            fault,
+        }
+    }
+
+    fn fail(&self, kind: ErrorKind, what: impl std::fmt::Display) -> Error {
+        Error::new(kind, format!("device: {}: {what}", self.info.name))
+    }
+
+    fn check(&self) -> Result<()> {
+        match &*self.fault.lock() {
+            Some((kind, message)) => Err(self.fail(*kind, message)),
+            None => Ok(()),
+        }
+    }
+
+    /// wgpu panics where a lost device leaves it no other way; here that is an error like any other.
+    fn guarded<T>(&self, call: impl FnOnce() -> T) -> Result<T> {
+        let outcome = catch_unwind(AssertUnwindSafe(call));
+        self.check()?;
+        outcome.map_err(|_| self.fail(ErrorKind::DeviceLost, "the device was lost"))
+    }
+
+    /// Memory for `words` 32-bit words, of unspecified content.
+    pub fn allocate(&self, words: usize) -> Result<GpuBuffer> {
+        self.check()?;
+        let bytes = (words as u64).saturating_mul(4);
+        let limit = self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size);
+        if bytes > limit {
+            let what =
+                format!("a tensor of {words} elements takes {bytes} bytes, expected at most {limit} (the adapter's limit)");
+            return Err(self.fail(ErrorKind::Limit, what));
+        }
+        let size = size_class(bytes).min(self.limits.max_buffer_size);
+        if let Some(buffer) = self.pool.free.lock().get_mut(&size).and_then(Vec::pop) {
+            return Ok(GpuBuffer { buffer, pool: self.pool.clone() });
+        }
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let buffer = self.create(size, usage).or_else(|_| {
+            // Free buffers of other sizes may be what is missing.
+            self.pool.free.lock().clear();
+            self.synchronize()?;
+            self.create(size, usage)
+        })?;
+        Ok(GpuBuffer { buffer, pool: self.pool.clone() })
+    }
+
+    fn create(&self, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let descriptor = wgpu::BufferDescriptor { label: Some("gatefold"), size, usage, mapped_at_creation: false };
+        let buffer = self.guarded(|| self.device.create_buffer(&descriptor))?;
+        match pollster::block_on(scope.pop()) {
+            Some(error) => {
+                Err(self.fail(ErrorKind::OutOfMemory, format!("no memory for a buffer of {size} bytes")).with_source(error))
+            }
+            None => Ok(buffer),
+        }
+    }
+
+    /// Records one launch of `kernel`.
+    pub fn launch<P: bytemuck::Pod>(
+        &self,
+        kernel: &'static Kernel,
+        params: &P,
+        bindings: &[Range],
+        groups: [u32; 3],
+    ) -> Result<()> {
+        self.launch_each(kernel, bindings, std::iter::once((*params, groups)))
+    }
+
+    /// Records a launch for each of `steps`, one after another, all on the same buffers.
+    pub fn launch_each<P: bytemuck::Pod>(
+        &self,
+        kernel: &'static Kernel,
+        bindings: &[Range],
+        steps: impl Iterator<Item = (P, [u32; 3])>,
+    ) -> Result<()> {
+        self.check()?;
+        debug_assert_eq!(size_of::<P>(), kernel.params.size, "{}: params", kernel.name);
+        debug_assert_eq!(bindings.len(), kernel.bindings.len(), "{}: bindings", kernel.name);
+        let pipeline = self.pipeline(kernel)?;
+        let mut state = self.state.lock();
+        let uniforms = &mut state.recording.uniforms;
+        let steps: Vec<_> = steps
+            .map(|(params, groups)| {
+                let offset = uniforms.len();
+                uniforms.extend_from_slice(bytemuck::bytes_of(&params));
+                uniforms.resize(offset + UNIFORM_STRIDE, 0);
+                (offset as u32, groups)
+            })
+            .collect();
+        let count = steps.len();
+        self.push(&mut state, Command::Launch(Launches { pipeline, bindings: bindings.to_vec(), steps }), count)
+    }
+
+    /// Records a copy of `bytes` from the host.
+    pub fn upload(&self, bytes: &[u8], to: Range) -> Result<()> {
+        self.check()?;
+        let mut state = self.state.lock();
+        let offset = state.recording.staged.len() as u64;
+        state.recording.staged.extend_from_slice(bytes);
+        self.push(&mut state, Command::Upload(offset, to), 1)
+    }
+
+    /// Records a copy between two buffers.
+    pub fn copy(&self, from: Range, to: Range) -> Result<()> {
+        self.check()?;
+        self.push(&mut self.state.lock(), Command::Copy(from, to), 1)
+    }
+
+    /// Records filling a range with zeros.
+    pub fn clear(&self, range: Range) -> Result<()> {
+        self.check()?;
+        self.push(&mut self.state.lock(), Command::Clear(range), 1)
+    }
+
+    fn push(&self, state: &mut State, command: Command, count: usize) -> Result<()> {
+        state.recording.commands.push(command);
+        state.recording.count += count;
+        if state.recording.count > MAX_COMMANDS || state.recording.staged.len() > MAX_STAGED {
+            self.submit_locked(state)?;
+        }
+        Ok(())
+    }
+
+    /// Hands all recorded work to the GPU as one submission and does not wait for it, unless two are under way already.
+    pub fn submit(&self) -> Result<()> {
+        self.submit_locked(&mut self.state.lock())
+    }
+
+    /// How many submissions were made so far.
+    pub fn submissions(&self) -> u64 {
+        self.state.lock().submissions
+    }
+
+    fn submit_locked(&self, state: &mut State) -> Result<()> {
+        self.check()?;
+        if state.recording.commands.is_empty() {
+            return Ok(());
+        }
+        let recording = std::mem::take(&mut state.recording);
+        let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+        let uniforms = self.written(&mut state.uniforms, uniform, &recording.uniforms)?;
+        let copied = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let staging = self.written(&mut state.staging, copied, &recording.staged)?;
+        let index = self.guarded(|| {
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("gatefold") });
+            self.encode(&mut encoder, &recording.commands, uniforms.as_ref(), staging.as_ref());
+            self.queue.submit([encoder.finish()])
+        })?;
+        state.submissions += 1;
+        state.in_flight.push_back(index);
+        while state.in_flight.len() > IN_FLIGHT {
+            if let Some(oldest) = state.in_flight.pop_front() {
+                self.wait(Some(oldest))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes` to the buffer in `slot`, replaced by a larger one where needed; `None` for no bytes.
+    ///
+    /// The queue orders writes with submissions, so work under way still sees what it was submitted with.
+    fn written(&self, slot: &mut Option<wgpu::Buffer>, usage: wgpu::BufferUsages, bytes: &[u8]) -> Result<Option<wgpu::Buffer>> {
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let size = (bytes.len() as u64).next_power_of_two().max(1 << 16);
+        let buffer = match slot.take() {
+            Some(buffer) if buffer.size() >= bytes.len() as u64 => buffer,
+            _ => self.create(size, usage)?,
+        };
+        self.guarded(|| self.queue.write_buffer(&buffer, 0, bytes))?;
+        *slot = Some(buffer.clone());
+        Ok(Some(buffer))
+    }
+
+    /// Runs of launches share one compute pass; copies stand between passes.
+    fn encode(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        commands: &[Command],
+        uniforms: Option<&wgpu::Buffer>,
+        staging: Option<&wgpu::Buffer>,
+    ) {
+        let mut rest = commands.iter().peekable();
+        while let Some(command) = rest.peek() {
+            if matches!(command, Command::Launch(_)) {
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                while let Some(Command::Launch(launches)) = rest.next_if(|command| matches!(command, Command::Launch(_))) {
+                    let Some(uniforms) = uniforms else { continue };
+                    let group = self.bind(launches, uniforms);
+                    pass.set_pipeline(&launches.pipeline.pipeline);
+                    for (offset, [x, y, z]) in &launches.steps {
+                        pass.set_bind_group(0, &group, &[*offset]);
+                        pass.dispatch_workgroups(*x, *y, *z);
+                    }
+                }
+                continue;
+            }
+            match rest.next() {
+                Some(Command::Upload(offset, to)) => {
+                    if let Some(staging) = staging {
+                        encoder.copy_buffer_to_buffer(staging, *offset, &to.buffer, to.offset, to.size);
+                    }
+                }
+                Some(Command::Copy(from, to)) => {
+                    encoder.copy_buffer_to_buffer(&from.buffer, from.offset, &to.buffer, to.offset, to.size);
+                }
+                Some(Command::Clear(range)) => encoder.clear_buffer(&range.buffer, range.offset, Some(range.size)),
+                Some(Command::Launch(_)) | None => {}
+            }
+        }
+    }
+
+    fn bind(&self, launches: &Launches, uniforms: &wgpu::Buffer) -> wgpu::BindGroup {
+        let uniform = wgpu::BufferBinding { buffer: uniforms, offset: 0, size: Some(launches.pipeline.uniform_size) };
+        let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) }];
+        entries.extend(launches.pipeline.bindings.iter().zip(&launches.bindings).map(|((binding, _), range)| {
+            let buffer = wgpu::BufferBinding { buffer: &range.buffer, offset: range.offset, size: NonZeroU64::new(range.size) };
+            wgpu::BindGroupEntry { binding: *binding, resource: wgpu::BindingResource::Buffer(buffer) }
+        }));
+        let layout = &launches.pipeline.bind_group;
+        self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
+    }
+
+    /// Builds the pipeline of `kernel` once.
+    fn pipeline(&self, kernel: &'static Kernel) -> Result<Arc<Pipeline>> {
+        if let Some(pipeline) = self.pipelines.lock().get(kernel.name) {
+            return Ok(pipeline.clone());
+        }
+        let uniform_size = NonZeroU64::new(kernel.params.size as u64)
+            .ok_or_else(|| self.fail(ErrorKind::DeviceLost, format!("{}: empty params", kernel.name)))?;
+        let pipeline = self.guarded(|| self.build(kernel, uniform_size))?;
+        let pipeline = Arc::new(pipeline);
+        self.pipelines.lock().insert(kernel.name, pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn build(&self, kernel: &'static Kernel, uniform_size: NonZeroU64) -> Pipeline {
+        let label = Some(kernel.name);
+        let entry = |binding, ty, has_dynamic_offset, min_binding_size| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset, min_binding_size },
+            count: None,
+        };
+        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, true, Some(uniform_size))];
+        entries.extend(kernel.bindings.iter().map(|(binding, access)| {
+            entry(*binding, wgpu::BufferBindingType::Storage { read_only: *access == Access::Read }, false, None)
+        }));
+        let bind_group = self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&bind_group)],
+            ..Default::default()
+        });
+        let source = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(kernel.source.into()) };
+        // SAFETY: the shaders are this crate's own. Each guards its indices with the sizes in its uniform struct, which
+        // the host side checked against the bound ranges; every loop is bounded by one of those sizes.
+        let module = unsafe { self.device.create_shader_module_trusted(source, wgpu::ShaderRuntimeChecks::unchecked()) };
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&layout),
+            module: &module,
+            entry_point: Some(kernel.entry),
+            // Zeroing would cost a store and a barrier; no shader reads workgroup memory that it did not write.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: None,
+        });
+        Pipeline { pipeline, bind_group, bindings: kernel.bindings, uniform_size }
+    }
+
+    fn wait(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<()> {
+        let poll = wgpu::PollType::Wait { submission_index: submission, timeout: None };
+        self.guarded(|| self.device.poll(poll))?
+            .map(|_| ())
+            .map_err(|error| self.fail(ErrorKind::DeviceLost, "waiting failed").with_source(error))
+    }
+
+    /// Submits what is recorded and waits until all of it ran.
+    pub fn synchronize(&self) -> Result<()> {
+        let mut state = self.state.lock();
+        self.submit_locked(&mut state)?;
+        state.in_flight.clear();
+        self.wait(None)
+    }
+
+    /// The content of `range`, after all recorded work.
+    pub fn read(&self, range: Range) -> Result<Vec<u8>> {
+        self.check()?;
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let mapped = self.create(range.size, usage)?;
+        let to = Range { buffer: mapped.clone(), offset: 0, size: range.size };
+        self.copy(range, to)?;
+        self.submit()?;
+        mapped.map_async(wgpu::MapMode::Read, .., |_| {});
+        self.wait(None)?;
+        let failed = |error: &dyn std::fmt::Display| self.fail(ErrorKind::DeviceLost, format!("reading back failed: {error}"));
+        let bytes = self.guarded(|| mapped.get_mapped_range(..).map(|view| view.to_vec()))?.map_err(|error| failed(&error))?;
+        mapped.unmap();
+        Ok(bytes)
+    }
+
+    /// Makes the device unusable, as a driver reset would.
+    #[cfg(feature = "verify")]
+    pub fn lose(&self) {
+        self.device.destroy();
+    }
+}
+
+/// The size of buffer that serves `bytes`: an eighth of an octave apart, so that at most 12% is wasted.
+fn size_class(bytes: u64) -> u64 {
+    let bytes = bytes.max(256);
+    let step = (bytes.next_power_of_two() / 16).max(256);
+    bytes.div_ceil(step) * step
+}

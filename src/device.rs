@@ -1,0 +1,266 @@
+//! [`Device`]: a GPU or the native CPU, one type.
+
+use std::fmt;
+use std::sync::Arc;
+#[cfg(feature = "verify")]
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::backend::adapter::{self, Adapter};
+use crate::backend::gpu::Gpu;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The environment variable that [`Device::new`] obeys.
+const VARIABLE: &str = "GATEFOLD_DEVICE";
+
+/// Where tensors live and kernels run: a wgpu adapter or the native CPU. Clones are the same device.
+///
+/// On a GPU, operations queue up and run when something is read back, when a trainer's step ends, or on
+/// [`Device::synchronize`]. On the CPU they run at once.
+#[derive(Clone)]
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    backend: Backend,
+    #[cfg(feature = "verify")]
+    poison: AtomicBool,
+}
+
+/// The two kinds of device; kernels match on it.
+pub(crate) enum Backend {
+    Native,
+    Gpu(Gpu),
+}
+
+/// What is known of one adapter (or the native CPU) without opening it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceInfo {
+    /// The name that the driver gives, or `cpu`.
+    pub name: String,
+    /// `vulkan`, `metal`, `dx12`, `gl`, `webgpu`, or `native`.
+    pub backend: String,
+    /// The driver's name and version; empty for the native CPU.
+    pub driver: String,
+    /// `discrete`, `integrated`, `virtual`, `other`, `software`, or `native`.
+    pub kind: String,
+    /// Optional features that kernels may use, by wgpu's names.
+    pub features: Vec<String>,
+    /// The limits that matter here, by wgpu's names.
+    pub limits: Vec<(String, u64)>,
+}
+
+impl fmt::Display for DeviceInfo {
+    /// `NVIDIA H200 (vulkan, discrete, NVIDIA 580.159)`, or `cpu (native, 2 threads)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.backend == "native" {
+            return write!(f, "cpu (native, {} threads)", rayon::current_num_threads());
+        }
+        write!(f, "{} ({}, {}, {})", self.name, self.backend, self.kind, self.driver)
+    }
+}
+
+impl DeviceInfo {
+    fn native() -> Self {
+        let (features, limits) = (Vec::new(), Vec::new());
+        Self { name: "cpu".into(), backend: "native".into(), driver: String::new(), kind: "native".into(), features, limits }
+    }
+
+    fn of_adapter(adapter: &Adapter) -> Self {
+        let (offered, limits) = (adapter.adapter.features(), adapter.adapter.limits());
+        let useful = [
+            ("SUBGROUP", wgpu::Features::SUBGROUP),
+            ("SHADER_F16", wgpu::Features::SHADER_F16),
+            ("TIMESTAMP_QUERY", wgpu::Features::TIMESTAMP_QUERY),
+            ("EXPERIMENTAL_COOPERATIVE_MATRIX", wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+        ];
+        let limits = [
+            ("max_buffer_size", limits.max_buffer_size),
+            ("max_storage_buffer_binding_size", limits.max_storage_buffer_binding_size),
+            ("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into()),
+            ("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into()),
+            ("max_compute_invocations_per_workgroup", limits.max_compute_invocations_per_workgroup.into()),
+            ("subgroup_min_size", adapter.info.subgroup_min_size.into()),
+            ("subgroup_max_size", adapter.info.subgroup_max_size.into()),
+        ];
+        Self {
+            features: useful.iter().filter(|(_, f)| offered.contains(*f)).map(|(name, _)| (*name).to_owned()).collect(),
+            limits: limits.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
+            ..Self::of_wgpu(&adapter.info)
+        }
+    }
+
+    fn of_wgpu(info: &wgpu::AdapterInfo) -> Self {
+        let kind = match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => "discrete",
+            wgpu::DeviceType::IntegratedGpu => "integrated",
+            wgpu::DeviceType::VirtualGpu => "virtual",
+            wgpu::DeviceType::Cpu => "software",
+            wgpu::DeviceType::Other => "other",
+        };
+        Self {
+            name: info.name.clone(),
+            backend: adapter::backend_name(info.backend).to_owned(),
+            driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+            kind: kind.to_owned(),
+            features: Vec::new(),
+            limits: Vec::new(),
+        }
+    }
+}
+
+impl Device {
+    /// The device that `GATEFOLD_DEVICE` names, else the best hardware GPU, else the native CPU.
+    ///
+    /// A software adapter (llvmpipe, SwiftShader) is used only when it is named: the native CPU is many times faster.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoDevice`] when the variable names no device, [`ErrorKind::NoDevice`] or [`ErrorKind::Limit`] when
+    /// the GPU exists but cannot be opened: no silent fall-back.
+    pub fn new() -> Result<Self> {
+        match std::env::var(VARIABLE) {
+            Ok(name) if !name.is_empty() => Self::by_name(&name),
+            _ => match adapter::all().iter().find(|adapter| adapter::is_hardware(&adapter.info)) {
+                Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter)?))),
+                None => Ok(Self::cpu()),
+            },
+        }
+    }
+
+    /// The native CPU: Rust on all cores.
+    pub fn cpu() -> Self {
+        Self::with(Backend::Native)
+    }
+
+    /// `cpu`, a part of an adapter's name (`llvmpipe`), or `backend:part` (`vulkan:llvmpipe`, `gl:`).
+    /// Letter case does not count; of several that fit, the best is taken.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoDevice`] with the list of what exists, or that the adapter cannot be opened;
+    /// [`ErrorKind::Limit`] when its limits are too small.
+    pub fn by_name(name: &str) -> Result<Self> {
+        if name.eq_ignore_ascii_case("cpu") {
+            return Ok(Self::cpu());
+        }
+        let adapters = adapter::all();
+        match adapters.iter().find(|adapter| adapter::matches(name, &adapter.info)) {
+            Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter)?))),
+            None => {
+                let exist = std::iter::once("cpu".to_owned())
+                    .chain(adapters.iter().map(|a| format!("{}:{}", adapter::backend_name(a.info.backend), a.info.name)))
+                    .collect::<Vec<_>>()
+                    .join(", ");
+                Err(Error::new(ErrorKind::NoDevice, format!("device: no device is named {name:?}, expected one of: {exist}")))
+            }
+        }
+    }
+
+    /// A device that the application opened itself, to share it with other users of wgpu.
+    ///
+    /// The adapter's limits must offer 8 storage buffers a stage and 256 invocations a workgroup.
+    pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        Self::with(Backend::Gpu(Gpu::from_wgpu(adapter.get_info(), device, queue)))
+    }
+
+    /// Everything that [`Device::by_name`] can open: the native CPU, then all adapters, best first.
+    pub fn list() -> Vec<DeviceInfo> {
+        std::iter::once(DeviceInfo::native()).chain(adapter::all().iter().map(DeviceInfo::of_adapter)).collect()
+    }
+
+    fn with(backend: Backend) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                backend,
+                #[cfg(feature = "verify")]
+                poison: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// What this device is.
+    pub fn info(&self) -> DeviceInfo {
+        match self.backend() {
+            Backend::Native => DeviceInfo::native(),
+            Backend::Gpu(gpu) => DeviceInfo::of_wgpu(&gpu.info),
+        }
+    }
+
+    /// Whether this is the native CPU.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self.backend(), Backend::Native)
+    }
+
+    /// Hands all queued work to the GPU without waiting for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::DeviceLost`] or [`ErrorKind::OutOfMemory`], also for work that was queued earlier.
+    pub fn submit(&self) -> Result<()> {
+        match self.backend() {
+            Backend::Native => Ok(()),
+            Backend::Gpu(gpu) => gpu.submit(),
+        }
+    }
+
+    /// Waits until all queued work ran.
+    ///
+    /// # Errors
+    /// As [`Device::submit`].
+    pub fn synchronize(&self) -> Result<()> {
+        match self.backend() {
+            Backend::Native => Ok(()),
+            Backend::Gpu(gpu) => gpu.synchronize(),
+        }
+    }
+
+    /// How many submissions the GPU got from this device so far; 0 on the native CPU.
+    pub fn submissions(&self) -> u64 {
+        match self.backend() {
+            Backend::Native => 0,
+            Backend::Gpu(gpu) => gpu.submissions(),
+        }
+    }
+
+    pub(crate) fn backend(&self) -> &Backend {
+        &self.inner.backend
+    }
+
+    /// Whether `other` is this device.
+    pub(crate) fn same(&self, other: &Device) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
+    /// `op: argument is on ..., expected ...` unless `other` is this device.
+    pub(crate) fn expect_same(&self, op: &str, argument: &str, other: &Device) -> Result<()> {
+        if self.same(other) {
+            return Ok(());
+        }
+        let (given, expected) = (other.info(), self.info());
+        Err(Error::new(ErrorKind::DeviceMismatch, format!("{op}: {argument} is on {given}, expected on {expected}")))
+    }
+
+    /// From now on every new tensor starts as NaN, so that a kernel that leaves a hole in its output is seen.
+    #[cfg(feature = "verify")]
+    pub(crate) fn poison(&self) {
+        self.inner.poison.store(true, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "verify")]
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.inner.poison.load(Ordering::Relaxed)
+    }
+
+    /// Destroys the device under its owner, as a driver reset would: to test what follows.
+    #[cfg(feature = "verify")]
+    pub fn lose(&self) {
+        if let Backend::Gpu(gpu) = self.backend() {
+            gpu.lose();
+        }
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.info())
+    }
+}

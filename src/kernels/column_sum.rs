@@ -1,0 +1,48 @@
+//! Column sums: the gradient of a bias.
+
+use super::gemm::Matrix;
+use super::{READ, READ_WRITE, grid};
+use crate::backend::{Kernel, params};
+use crate::device::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+params! {
+    /// The shader's uniform struct.
+    ColumnSum { rows: u32, columns: u32, offset: u32, row_stride: u32, first: u32, }
+}
+
+pub(crate) static COLUMN_SUM: Kernel = Kernel {
+    name: "column_sum",
+    source: include_str!("../../shaders/column_sum.wgsl"),
+    entry: "column_sum",
+    params: ColumnSum::LAYOUT,
+    bindings: &[(1, READ), (2, READ_WRITE)],
+    workgroup: 64,
+};
+
+/// `sums[first ..] +=` the sum of each column of `x [rows, columns]`, whose columns are contiguous.
+pub(crate) fn column_sum(x: Matrix<'_>, first: usize, sums: &Tensor) -> Result<()> {
+    debug_assert!(x.col == 1 && first + x.cols <= sums.len());
+    match sums.device().backend() {
+        Backend::Native => {
+            let (values, mut sums) = (x.tensor.native::<f32>(), sums.native_mut::<f32>());
+            let mut totals = vec![0.0f32; x.cols];
+            for row in values[x.offset..].chunks(x.row).take(x.rows) {
+                totals.iter_mut().zip(row).for_each(|(total, value)| *total += value);
+            }
+            sums[first..].iter_mut().zip(&totals).for_each(|(sum, total)| *sum += total);
+            Ok(())
+        }
+        Backend::Gpu(gpu) => {
+            let params = ColumnSum {
+                rows: x.rows as u32,
+                columns: x.cols as u32,
+                offset: x.offset as u32,
+                row_stride: x.row as u32,
+                first: first as u32,
+            };
+            gpu.launch(&COLUMN_SUM, &params, &[x.tensor.range(), sums.range()], grid(x.cols))
+        }
+    }
+}

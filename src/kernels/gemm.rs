@@ -1,0 +1,161 @@
+//! Matrix product: `C = A . B (+ bias) (+ C)` on strided windows, every transposition by strides.
+
+use super::{MAX_GROUPS, READ, READ_WRITE, transpose};
+use crate::backend::{Kernel, params};
+use crate::device::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+params! {
+    /// The shader's uniform struct.
+    Gemm {
+        m: u32, n: u32, k: u32,
+        a_offset: u32, a_row: u32, a_col: u32,
+        b_offset: u32, b_row: u32, b_col: u32,
+        c_offset: u32, c_row: u32,
+        accumulate: u32,
+        biased: u32,
+    }
+}
+
+pub(crate) static GEMM: Kernel = Kernel {
+    name: "gemm",
+    source: include_str!("../../shaders/gemm.wgsl"),
+    entry: "gemm",
+    params: Gemm::LAYOUT,
+    bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE)],
+    workgroup: 64,
+};
+
+/// Columns of a workgroup and rows of an invocation, as in the shader.
+const COLUMNS: usize = 64;
+const ROWS: usize = 8;
+
+/// A window of a tensor seen as a matrix: element `(r, c)` is word `offset + r * row + c * col` of the tensor.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    pub tensor: &'a Tensor,
+    pub offset: usize,
+    pub rows: usize,
+    pub cols: usize,
+    pub row: usize,
+    pub col: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// The whole tensor as `rows` rows without gaps.
+    pub fn new(tensor: &'a Tensor, rows: usize, cols: usize) -> Self {
+        debug_assert_eq!(tensor.len(), rows * cols);
+        Self { tensor, offset: 0, rows, cols, row: cols, col: 1 }
+    }
+
+    /// `rows` rows of `cols` columns that start at word `offset` and lie `row` words apart.
+    pub fn window(tensor: &'a Tensor, offset: usize, rows: usize, cols: usize, row: usize) -> Self {
+        debug_assert!(offset + (rows - 1) * row + cols <= tensor.len());
+        Self { tensor, offset, rows, cols, row, col: 1 }
+    }
+
+    /// The transposed matrix: the same memory with rows and columns exchanged.
+    pub fn t(self) -> Self {
+        Self { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }
+    }
+}
+
+/// `C [m, n] = A [m, k] . B [k, n] (+ bias [n]) (+ C)`. C's columns are contiguous and C shares no memory with the others.
+pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) -> Result<()> {
+    debug_assert!(a.rows == c.rows && b.cols == c.cols && a.cols == b.rows && c.col == 1);
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    match c.tensor.device().backend() {
+        Backend::Native => {
+            native(a, b, bias, c, accumulate);
+            Ok(())
+        }
+        Backend::Gpu(gpu) => {
+            // Lanes run along B's columns. Where those do not lie side by side, a transposed copy pays from a few rows on.
+            if b.col != 1 && b.row == 1 && b.offset == 0 && b.tensor.len() == k * n && m > ROWS {
+                let copy = transpose::matrix(b.tensor, n, k)?;
+                return gemm(a, Matrix::new(&copy, k, n), bias, c, accumulate);
+            }
+            let params = Gemm {
+                m: m as u32,
+                n: n as u32,
+                k: k as u32,
+                a_offset: a.offset as u32,
+                a_row: a.row as u32,
+                a_col: a.col as u32,
+                b_offset: b.offset as u32,
+                b_row: b.row as u32,
+                b_col: b.col as u32,
+                c_offset: c.offset as u32,
+                c_row: c.row as u32,
+                accumulate: accumulate.into(),
+                biased: bias.is_some().into(),
+            };
+            let tiles = m.div_ceil(ROWS);
+            let y = tiles.min(MAX_GROUPS);
+            let groups = [n.div_ceil(COLUMNS) as u32, y as u32, tiles.div_ceil(y) as u32];
+            // Without a bias, something must still be bound in its place.
+            let bias = bias.unwrap_or(a.tensor);
+            gpu.launch(&GEMM, &params, &[a.tensor.range(), b.tensor.range(), bias.range(), c.tensor.range()], groups)
+        }
+    }
+}
+
+fn native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) {
+    let (lhs, rhs) = (a.tensor.native::<f32>(), b.tensor.native::<f32>());
+    let mut out = c.tensor.native_mut::<f32>();
+    if let Some(bias) = bias {
+        // The product is then added to the bias, row by row.
+        let bias = bias.native::<f32>();
+        for row in out[c.offset..].chunks_mut(c.row).take(c.rows) {
+            for (value, bias) in row[..c.cols].iter_mut().zip(bias.iter()) {
+                *value = if accumulate { *value + bias } else { *bias };
+            }
+        }
+    }
+    multiply(
+        [a.rows, b.cols, a.cols],
+        (&lhs[a.offset..], a.row, a.col),
+        (&rhs[b.offset..], b.row, b.col),
+        (&mut out[c.offset..], c.row),
+        accumulate || bias.is_some(),
+    );
+}
+
+/// `C = A . B (+ C)` for sizes `[m, n, k]`; A and B are slices with their row and column strides, C with its row stride.
+pub(crate) fn multiply(
+    [m, n, k]: [usize; 3],
+    (a, a_row, a_col): (&[f32], usize, usize),
+    (b, b_row, b_col): (&[f32], usize, usize),
+    (c, c_row): (&mut [f32], usize),
+    accumulate: bool,
+) {
+    let last = |rows: usize, cols: usize, row: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
+    assert!(last(m, k, a_row, a_col) < a.len() && last(k, n, b_row, b_col) < b.len() && last(m, n, c_row, 1) < c.len());
+    // Below this, waking the threads costs more than they save.
+    let threads = if m * n * k < 1 << 18 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
+    // SAFETY: the assertion keeps every element inside its slice, and `c` is borrowed apart from `a` and `b`.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            c_row as isize,
+            accumulate,
+            a.as_ptr(),
+            a_col as isize,
+            a_row as isize,
+            b.as_ptr(),
+            b_col as isize,
+            b_row as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}

@@ -1,0 +1,356 @@
+//! Our own `exp`, `log`, `tanh` and `sigmoid`, and [`Lanes`], the vector type of the CPU cells.
+//!
+//! The twins in `shaders/math.wgsl` follow the same steps with the same constants. Every function is free of branches and
+//! calls, so a loop over an array becomes vector code. Products and sums stay separate (no `mul_add`): it is slow where the
+//! CPU has none, and without it the bits depend on no CPU.
+//!
+//! The method is Cody and Waite's ("Software Manual for the Elementary Functions", 1980), in the single-precision form of
+//! Moshier's Cephes library; the polynomials were fitted with Remez' exchange algorithm (Muller, "Elementary Functions", ch. 3).
+//! Error bounds are in units in the last place, found by trying every f32 against f64.
+
+use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+
+/// `ln 2` in two parts: the first has 9 bits, so that its product with an exponent is exact.
+const LN2_HIGH: f32 = 0.693_359_4;
+const LN2_LOW: f32 = -2.121_944_4e-4;
+/// Above it `exp` overflows.
+const EXP_MAX: f32 = 88.722_83;
+/// Below it `exp` is no normal number.
+const EXP_MIN: f32 = -87.336_54;
+
+/// `sum of coefficients[i] x^i`, by Horner's rule.
+#[inline(always)]
+fn polynomial<const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
+    coefficients.into_iter().rev().reduce(|sum, c| sum * x + c).unwrap_or(0.0)
+}
+
+/// `exp(x) = 2^k exp(r)` with `k = round(x / ln 2)`, for `EXP_MIN <= x <= EXP_MAX`; elsewhere any number.
+#[inline(always)]
+fn exp_in_range(x: f32) -> f32 {
+    // Near 1.5 * 2^23 floats are the integers: the sum rounds, and its low bits are k.
+    const ROUND: f32 = 12_582_912.0;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
+    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    // exp(r) = 1 + r + r^2 p(r) for |r| <= ln(2) / 2.
+    let p = polynomial(r, [0.499_999_94, 0.166_665_21, 0.041_668_393, 0.008_368_745, 0.001_381_453_6]);
+    let y = 1.0 + (r + r * r * p);
+    // Adding k to the exponent's bits reaches 2^128 y for y < 1, for which 2^128 itself would be too large.
+    f32::from_bits(y.to_bits().wrapping_add(rounded.to_bits() << 23))
+}
+
+/// `e^x`, to 1 ULP. Results that are no normal numbers (`x < -87.33654`) are 0.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    let y = exp_in_range(x);
+    let y = if x > EXP_MAX { f32::INFINITY } else { y };
+    let y = if x < EXP_MIN { 0.0 } else { y };
+    if x.is_nan() { x } else { y }
+}
+
+/// The natural logarithm, to 1 ULP, denormal numbers included: `ln(2^e m) = e ln 2 + ln m`, `sqrt(1/2) <= m < sqrt(2)`.
+#[inline(always)]
+pub(crate) fn log(x: f32) -> f32 {
+    const SQRT_HALF: i32 = 0x3f35_04f3;
+    let bits = x.to_bits() as i32;
+    // A denormal number is its bits, as an integer, times 2^-149.
+    let denormal = bits < 0x0080_0000;
+    let normal = if denormal { (bits as f32).to_bits() as i32 } else { bits };
+    let offset = normal.wrapping_sub(SQRT_HALF);
+    let e = ((offset >> 23) - if denormal { 149 } else { 0 }) as f32;
+    let f = f32::from_bits(((offset & 0x007f_ffff) + SQRT_HALF) as u32) - 1.0;
+    // ln(1 + f) = f - f^2 / 2 + f^3 p(f).
+    let p = polynomial(
+        f,
+        [
+            0.333_333_13,
+            -0.250_000_1,
+            0.200_021_19,
+            -0.166_679_96,
+            0.142_195_55,
+            -0.124_055_89,
+            0.118_881_45,
+            -0.116_756_4,
+            0.067_466_63,
+        ],
+    );
+    let z = f * f;
+    // The smallest terms first.
+    let y = ((f * z * p + e * LN2_LOW) - 0.5 * z + f) + e * LN2_HIGH;
+    let y = if bits < 0 { f32::NAN } else { y };
+    // Infinity and NaN.
+    let y = if bits >= 0x7f80_0000 { x } else { y };
+    if x == 0.0 { f32::NEG_INFINITY } else { y }
+}
+
+/// The hyperbolic tangent, to 2 ULP; odd, and never beyond 1.
+///
+/// `tanh a = a + a^3 p(a^2)` for `a < 0.625`, `1 - 2 / (e^(2a) + 1)` above: there the quotient is so small that its
+/// error hardly counts.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let a = x.abs();
+    let z = a * a;
+    let p = polynomial(z, [-0.333_332_8, 0.133_314_42, -0.053_739_71, 0.020_639_08, -0.005_704_977_5]);
+    let y = 1.0 - 2.0 / (exp_in_range(2.0 * a) + 1.0);
+    let y = if a < 0.625 { a + a * (z * p) } else { y };
+    // From here on 1 is the nearest number; far beyond, the exponential is out of its range.
+    let y = if a > 9.02 { 1.0 } else { y };
+    let y = y.copysign(x);
+    if x.is_nan() { x } else { y }
+}
+
+/// The logistic function `1 / (1 + e^-x)`, to 2.5 ULP. It is 0 for `x < -87.33654`.
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    let a = -x.abs();
+    // e^-|x| cannot overflow: 1 / (1 + e) on the right, e / (1 + e) on the left.
+    let e = if a < EXP_MIN { 0.0 } else { exp_in_range(a) };
+    let y = if x < 0.0 { e } else { 1.0 } / (1.0 + e);
+    if x.is_nan() { x } else { y }
+}
+
+/// Sixteen floats that are worked on at once: one AVX-512 register, two of AVX2, four of SSE2 or NEON.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Lanes(pub [f32; Lanes::COUNT]);
+
+impl Lanes {
+    /// How many floats there are.
+    pub(crate) const COUNT: usize = 16;
+
+    /// The same value in every lane.
+    #[inline(always)]
+    pub(crate) fn splat(value: f32) -> Self {
+        Self([value; Self::COUNT])
+    }
+
+    /// The first sixteen values of `from`; where it is shorter the rest are 0.
+    #[inline(always)]
+    pub(crate) fn load(from: &[f32]) -> Self {
+        match from.first_chunk() {
+            Some(full) => Self(*full),
+            None => {
+                let mut lanes = Self::splat(0.0);
+                lanes.0[..from.len()].copy_from_slice(from);
+                lanes
+            }
+        }
+    }
+
+    /// Writes the lanes to the start of `to`; where it is shorter only as many as it holds.
+    #[inline(always)]
+    pub(crate) fn store(self, to: &mut [f32]) {
+        match to.first_chunk_mut() {
+            Some(full) => *full = self.0,
+            None => to.copy_from_slice(&self.0[..to.len()]),
+        }
+    }
+
+    /// [`exp`] of every lane.
+    #[inline(always)]
+    pub(crate) fn exp(self) -> Self {
+        self.map(exp)
+    }
+
+    /// [`tanh`] of every lane.
+    #[inline(always)]
+    pub(crate) fn tanh(self) -> Self {
+        self.map(tanh)
+    }
+
+    /// [`sigmoid`] of every lane.
+    #[inline(always)]
+    pub(crate) fn sigmoid(self) -> Self {
+        self.map(sigmoid)
+    }
+
+    #[inline(always)]
+    fn map(mut self, f: impl Fn(f32) -> f32) -> Self {
+        for lane in &mut self.0 {
+            *lane = f(*lane);
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn zip(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        for (lane, value) in self.0.iter_mut().zip(other.0) {
+            *lane = f(*lane, value);
+        }
+        self
+    }
+}
+
+impl Add for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+}
+
+impl Sub for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+}
+
+impl Mul for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+}
+
+impl Div for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
+    }
+}
+
+impl Neg for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn neg(self) -> Self {
+        self.map(|a| -a)
+    }
+}
+
+impl AddAssign for Lanes {
+    #[inline(always)]
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The distance of `got` from `want` in units in the last place of `want`, no smaller than those of normal numbers.
+    fn ulps(got: f32, want: f64) -> f64 {
+        let unit = (want.abs().max(f64::from(f32::MIN_POSITIVE)).log2().floor() - 23.0).exp2();
+        (f64::from(got) - want).abs() / unit
+    }
+
+    /// Compares `ours` with `exact` for every `STRIDE`-th bit pattern and their infinities, NaN and overflow.
+    fn check(ours: fn(f32) -> f32, exact: fn(f64) -> f64, bound: f64) {
+        // A prime near 64: every exponent and sign, and low bits of every kind. With 1 it tries all numbers, in minutes.
+        const STRIDE: usize = 61;
+        let mut worst = (0.0, 0.0);
+        for bits in (0..=u32::MAX).step_by(STRIDE) {
+            let x = f32::from_bits(bits);
+            let (got, want) = (ours(x), exact(f64::from(x)));
+            // Round as f32 does: what is beyond the largest number is infinite, what is below the normal ones may be 0.
+            if want.is_nan() || (want as f32).is_infinite() {
+                let same = if want.is_nan() { got.is_nan() } else { got == want as f32 };
+                assert!(same, "at {x:e} ({bits:#x}): {got:e}, not {want:e}");
+            } else if !(want.abs() < f64::from(f32::MIN_POSITIVE) && got == 0.0) {
+                let error = ulps(got, want);
+                assert!(error <= bound, "at {x:e} ({bits:#x}): {got:e}, not {want:e}: {error:.3} ULP");
+                if error > worst.0 {
+                    worst = (error, x);
+                }
+            }
+        }
+        println!("worst: {:.3} ULP at {:e}", worst.0, worst.1);
+    }
+
+    fn exact_sigmoid(x: f64) -> f64 {
+        1.0 / (1.0 + (-x).exp())
+    }
+
+    #[test]
+    fn exp_is_accurate() {
+        check(exp, f64::exp, 1.0);
+    }
+
+    #[test]
+    fn log_is_accurate() {
+        check(log, f64::ln, 1.0);
+    }
+
+    #[test]
+    fn tanh_is_accurate() {
+        check(tanh, f64::tanh, 2.0);
+    }
+
+    #[test]
+    fn sigmoid_is_accurate() {
+        check(sigmoid, exact_sigmoid, 2.5);
+    }
+
+    #[test]
+    fn limits_and_signs_of_zero() {
+        let inf = f32::INFINITY;
+        let same = |got: f32, want: f32| assert_eq!(got.to_bits(), want.to_bits(), "{got:e}, not {want:e}");
+        for (x, want) in [(0.0, 1.0), (-0.0, 1.0), (inf, inf), (-inf, 0.0), (88.722_83, 3.402_798_6e38), (88.722_84, inf)] {
+            same(exp(x), want);
+        }
+        for x in [-87.336_55, -104.0, f32::MIN] {
+            same(exp(x), 0.0);
+            same(sigmoid(x), 0.0);
+        }
+        for (x, want) in [(0.0, -inf), (-0.0, -inf), (1.0, 0.0), (inf, inf)] {
+            same(log(x), want);
+        }
+        // The smallest denormal number.
+        same(log(f32::from_bits(1)), -103.278_93);
+        for (x, want) in [(0.0, 0.0), (1e-40, 1e-40), (1e-10, 1e-10), (9.02, 1.0), (100.0, 1.0), (f32::MAX, 1.0), (inf, 1.0)] {
+            same(tanh(x), want);
+            same(tanh(-x), -want);
+        }
+        for (x, want) in [(0.0, 0.5), (-0.0, 0.5), (100.0, 1.0), (-100.0, 0.0), (inf, 1.0), (-inf, 0.0)] {
+            same(sigmoid(x), want);
+        }
+    }
+
+    #[test]
+    fn nan_stays_nan() {
+        for bits in [0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 0xff80_0001, 0x7fff_ffff, 0xffff_ffff] {
+            let nan = f32::from_bits(bits);
+            assert!([exp, log, tanh, sigmoid].iter().all(|f| f(nan).is_nan()), "{bits:#x}");
+        }
+        assert!(log(-1.0).is_nan() && log(f32::NEG_INFINITY).is_nan() && log(-1e-40).is_nan());
+    }
+
+    #[test]
+    fn lanes_do_what_floats_do() {
+        let values: Vec<f32> = (0..Lanes::COUNT).map(|i| i as f32 * 0.7 - 5.0).collect();
+        let (a, b) = (Lanes::load(&values), Lanes::splat(1.25));
+        let mut sum = a;
+        sum += b;
+        for (i, &x) in values.iter().enumerate() {
+            assert_eq!((a + b).0[i], x + 1.25);
+            assert_eq!(sum.0[i], x + 1.25);
+            assert_eq!((a - b).0[i], x - 1.25);
+            assert_eq!((a * b).0[i], x * 1.25);
+            assert_eq!((b / a).0[i], 1.25 / x);
+            assert_eq!((-a).0[i], -x);
+            assert_eq!(a.exp().0[i], exp(x));
+            assert_eq!(a.tanh().0[i], tanh(x));
+            assert_eq!(a.sigmoid().0[i], sigmoid(x));
+        }
+    }
+
+    #[test]
+    fn lanes_load_and_store_short_and_long_slices() {
+        let values: Vec<f32> = (1..=20).map(|i| i as f32).collect();
+        for len in [0, 1, 15, 16, 17, 20] {
+            let lanes = Lanes::load(&values[..len]);
+            let kept = len.min(Lanes::COUNT);
+            assert_eq!(lanes.0[..kept], values[..kept]);
+            assert!(lanes.0[kept..].iter().all(|&v| v == 0.0));
+            let mut to = vec![-1.0; len];
+            Lanes::load(&values).store(&mut to);
+            assert_eq!(to[..kept], values[..kept]);
+            assert!(to[kept..].iter().all(|&v| v == -1.0));
+        }
+    }
+}

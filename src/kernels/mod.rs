@@ -1,0 +1,58 @@
+//! The kernels: each file holds a family's contract, its uniform struct, its launch on a GPU and its CPU twin.
+//! `shaders/<name>.wgsl` is the same family on the GPU, and `verify::kernels` its cases.
+//!
+//! Layouts are row-major and time-major; shapes stand beside each buffer. Outputs never share memory with inputs unless
+//! the contract says so. Callers have checked shapes and devices: kernels only debug-assert.
+
+pub(crate) mod cell_contract;
+pub(crate) mod cell_lstm;
+pub(crate) mod column_sum;
+pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
+pub(crate) mod gather;
+pub(crate) mod gemm;
+pub(crate) mod math;
+pub(crate) mod mean_squared_error;
+pub(crate) mod optimizer;
+pub(crate) mod reduce;
+pub(crate) mod sweep_step;
+pub(crate) mod transpose;
+
+#[cfg(feature = "verify")]
+pub(crate) mod math_probe;
+
+use crate::backend::Access;
+
+const READ: Access = Access::Read;
+const READ_WRITE: Access = Access::ReadWrite;
+
+/// Workgroups a dimension that every adapter allows.
+const MAX_GROUPS: usize = 65_535;
+
+/// Workgroups of 64 lanes for `count` elements; the shader strides over what is left.
+fn grid(count: usize) -> [u32; 3] {
+    [count.div_ceil(64).min(MAX_GROUPS) as u32, 1, 1]
+}
+
+/// Every kernel, for the tests that need no GPU.
+#[cfg(feature = "verify")]
+pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
+    vec![
+        &gemm::GEMM,
+        &transpose::TRANSPOSE,
+        &gather::GATHER,
+        &gather::SCATTER,
+        &column_sum::COLUMN_SUM,
+        &cross_entropy::CROSS_ENTROPY,
+        &mean_squared_error::MEAN_SQUARED_ERROR,
+        &reduce::SUM,
+        &reduce::SUM_OF_SQUARES,
+        &optimizer::PREPARE,
+        &optimizer::SGD,
+        &optimizer::ADAMW,
+        &dropout::DROPOUT,
+        &math_probe::PROBE,
+        &cell_lstm::FORWARD,
+        &cell_lstm::BACKWARD,
+    ]
+}

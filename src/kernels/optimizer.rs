@@ -1,0 +1,148 @@
+//! Global-norm clipping and the optimizers, over the flat parameter arena.
+
+use super::{READ, READ_WRITE, grid, reduce};
+use crate::backend::{Kernel, params};
+use crate::device::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+params! {
+    /// The shader's uniform struct.
+    Optimizer {
+        count: u32,
+        learning_rate: f32,
+        weight_decay: f32,
+        max_norm: f32,
+        momentum: f32,
+        beta1: f32,
+        beta2: f32,
+        one_minus_beta1: f32,
+        one_minus_beta2: f32,
+        epsilon: f32,
+    }
+}
+
+/// What the device keeps from step to step; the shader's struct of the same name, zero at the start.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct Control {
+    pub norm: f32,
+    pub scale: f32,
+    pub correction1: f32,
+    pub correction2: f32,
+    pub skip: u32,
+    pub steps: u32,
+    pub skipped: u32,
+    pub clipped: u32,
+}
+
+/// [`Control`] in 32-bit words.
+pub(crate) const CONTROL_WORDS: usize = size_of::<Control>() / 4;
+
+pub(crate) static PREPARE: Kernel = Kernel {
+    name: "optimizer_prepare",
+    source: concat!(include_str!("../../shaders/optimizer.wgsl"), include_str!("../../shaders/math.wgsl")),
+    entry: "prepare",
+    params: Optimizer::LAYOUT,
+    bindings: &[(1, READ_WRITE), (2, READ)],
+    workgroup: 1,
+};
+
+pub(crate) static SGD: Kernel = Kernel {
+    name: "sgd",
+    entry: "sgd",
+    bindings: &[(1, READ_WRITE), (3, READ_WRITE), (4, READ_WRITE), (5, READ_WRITE)],
+    workgroup: 64,
+    ..PREPARE
+};
+
+pub(crate) static ADAMW: Kernel = Kernel {
+    name: "adamw",
+    entry: "adamw",
+    bindings: &[(1, READ_WRITE), (3, READ_WRITE), (4, READ_WRITE), (5, READ_WRITE), (6, READ_WRITE)],
+    ..SGD
+};
+
+/// The arena: all of the same length, but for the control words.
+pub(crate) struct Arena<'a> {
+    /// [`Control`], as `u32` words.
+    pub control: &'a Tensor,
+    pub value: &'a Tensor,
+    /// Read, then zeroed.
+    pub gradient: &'a Tensor,
+    /// Momentum, or Adam's first moment.
+    pub first: &'a Tensor,
+    /// Adam's second moment; `None` for SGD.
+    pub second: Option<&'a Tensor>,
+}
+
+/// One step: the gradient's norm, clipping, then AdamW where there is a second moment, else SGD.
+pub(crate) fn step(params: &Optimizer, arena: &Arena<'_>) -> Result<()> {
+    let squares = reduce::sum_of_squares(arena.gradient)?;
+    let Arena { control, value, gradient, first, second } = arena;
+    match value.device().backend() {
+        Backend::Native => {
+            native(params, arena, squares.native::<f32>()[0]);
+            Ok(())
+        }
+        Backend::Gpu(gpu) => {
+            gpu.launch(&PREPARE, params, &[control.range(), squares.range()], [1, 1, 1])?;
+            let mut bindings = vec![control.range(), value.range(), gradient.range(), first.range()];
+            bindings.extend(second.map(Tensor::range));
+            let kernel = if second.is_some() { &ADAMW } else { &SGD };
+            gpu.launch(kernel, params, &bindings, grid(value.len()))
+        }
+    }
+}
+
+fn native(p: &Optimizer, arena: &Arena<'_>, squares: f32) {
+    let mut words = arena.control.native_mut::<u32>();
+    let control: &mut Control = bytemuck::from_bytes_mut(bytemuck::cast_slice_mut(&mut words));
+    prepare(p, squares, control);
+    let (mut value, mut gradient) = (arena.value.native_mut::<f32>(), arena.gradient.native_mut::<f32>());
+    if control.skip == 1 {
+        gradient.fill(0.0);
+        return;
+    }
+    let mut first = arena.first.native_mut::<f32>();
+    match arena.second {
+        None => {
+            for ((value, gradient), first) in value.iter_mut().zip(gradient.iter_mut()).zip(first.iter_mut()) {
+                let g = *gradient * control.scale + p.weight_decay * *value;
+                *gradient = 0.0;
+                *first = p.momentum * *first + g;
+                *value -= p.learning_rate * *first;
+            }
+        }
+        Some(second) => {
+            let mut second = second.native_mut::<f32>();
+            let root = control.correction2.sqrt();
+            let moments = first.iter_mut().zip(second.iter_mut());
+            for ((value, gradient), (m, v)) in value.iter_mut().zip(gradient.iter_mut()).zip(moments) {
+                let g = *gradient * control.scale;
+                *gradient = 0.0;
+                *m = p.beta1 * *m + p.one_minus_beta1 * g;
+                *v = p.beta2 * *v + p.one_minus_beta2 * g * g;
+                let decayed = *value - p.learning_rate * p.weight_decay * *value;
+                *value = decayed - p.learning_rate / control.correction1 * *m / (v.sqrt() / root + p.epsilon);
+            }
+        }
+    }
+}
+
+fn prepare(p: &Optimizer, squares: f32, control: &mut Control) {
+    control.norm = squares.sqrt();
+    control.scale = 1.0;
+    control.skip = u32::from(!squares.is_finite());
+    if control.skip == 1 {
+        control.skipped += 1;
+        return;
+    }
+    if p.max_norm > 0.0 && control.norm > p.max_norm {
+        control.scale = p.max_norm / (control.norm + 1e-6); // PyTorch's guard
+        control.clipped += 1;
+    }
+    control.steps += 1;
+    control.correction1 = p.beta1 * control.correction1 + p.one_minus_beta1;
+    control.correction2 = p.beta2 * control.correction2 + p.one_minus_beta2;
+}

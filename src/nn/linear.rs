@@ -1,0 +1,139 @@
+//! [`Linear`]: y = x W^T + b.
+
+use super::{Context, Layer, Module, Output, Param, Tape, Value, rows_of};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::kernels::column_sum::column_sum;
+use crate::kernels::gemm::{Matrix, gemm};
+use crate::rng::Rng;
+use crate::tensor::Tensor;
+
+/// Sizes and options of a [`Linear`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct LinearConfig {
+    input: usize,
+    output: usize,
+    bias: bool,
+}
+
+impl LinearConfig {
+    /// From `input` to `output` numbers, with a bias.
+    pub fn new(input: usize, output: usize) -> Self {
+        Self { input, output, bias: true }
+    }
+
+    /// Whether there is a bias.
+    pub fn bias(self, bias: bool) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// The layer, with weights and bias drawn from U(-1/sqrt(input), 1/sqrt(input)), as PyTorch does.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] for a size of 0; what the device reports.
+    pub fn init(self, device: &Device, rng: &mut Rng) -> Result<Linear> {
+        let Self { input, output, bias } = self;
+        for (name, size) in [("input", input), ("output", output)] {
+            if size == 0 {
+                return Err(Error::argument("linear.init", name, size, "at least 1"));
+            }
+        }
+        let bound = 1.0 / (input as f32).sqrt();
+        let mut draw = |count: usize| -> Vec<f32> { (0..count).map(|_| rng.uniform(-bound, bound)).collect() };
+        let weight = Param::new("weight", device, &draw(output * input), [output, input])?;
+        let bias = if bias { Some(Param::new("bias", device, &draw(output), [output])?) } else { None };
+        Ok(Linear { weight, bias })
+    }
+}
+
+/// `y [.., output] = x [.., input] weight^T + bias`, `weight [output, input]`, `bias [output]`.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl Linear {
+    fn sizes(&self) -> [usize; 2] {
+        [self.weight.value().shape()[0], self.weight.value().shape()[1]]
+    }
+
+    /// `x weight^T + bias` for x `[.., input]`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] when x does not fit; what the device reports.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (op, [output, input]) = ("linear.forward", self.sizes());
+        self.weight.value().device().expect_same(op, "x", x.device())?;
+        let rows = rows_of(op, x, input)?;
+        let mut shape = x.shape().to_vec();
+        shape.pop();
+        shape.push(output);
+        let y = Tensor::uninitialized(x.device(), shape)?;
+        let (a, c) = (Matrix::new(x, rows, input), Matrix::new(&y, rows, output));
+        let bias = self.bias.as_ref().map(Param::value);
+        if x.device().is_cpu() {
+            gemm(a, Matrix::new(self.weight.value(), output, input).t(), bias, c, false)?;
+        } else {
+            let transposed = self.weight.transposed()?;
+            gemm(a, Matrix::new(&transposed, input, output), bias, c, false)?;
+        }
+        Ok(y)
+    }
+
+    /// From dy `[.., output]` and the x of the forward pass: adds to the gradients of weight and bias, and gives, if asked
+    /// for, `dx = dy weight`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] when dy does not fit x; what the device reports.
+    pub fn backward(&self, x: &Tensor, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
+        let (op, [output, input]) = ("linear.backward", self.sizes());
+        self.weight.value().device().expect_same(op, "dy", dy.device())?;
+        let rows = rows_of(op, x, input)?;
+        let mut shape = x.shape().to_vec();
+        shape.pop();
+        shape.push(output);
+        dy.expect_shape(op, "dy", &shape, "[.., output]")?;
+        let gradient = Matrix::new(dy, rows, output);
+        gemm(gradient.t(), Matrix::new(x, rows, input), None, Matrix::new(self.weight.grad(), output, input), true)?;
+        if let Some(bias) = &self.bias {
+            column_sum(gradient, 0, bias.grad())?;
+        }
+        if !needs_dx {
+            return Ok(None);
+        }
+        let dx = Tensor::uninitialized(x.device(), x.shape())?;
+        gemm(gradient, Matrix::new(self.weight.value(), output, input), None, Matrix::new(&dx, rows, input), false)?;
+        Ok(Some(dx))
+    }
+}
+
+impl Module for Linear {
+    fn params(&self) -> Vec<(String, &Param)> {
+        [&self.weight].into_iter().chain(&self.bias).map(|param| (param.name().to_owned(), param)).collect()
+    }
+
+    fn params_mut(&mut self) -> Vec<(String, &mut Param)> {
+        [&mut self.weight].into_iter().chain(&mut self.bias).map(|param| (param.name().to_owned(), param)).collect()
+    }
+}
+
+impl Layer for Linear {
+    fn kind(&self) -> &'static str {
+        "linear"
+    }
+
+    fn forward(&self, x: &Value, _: &Context<'_>) -> Result<Output> {
+        Ok(Output { y: self.forward(x.numbers("linear.forward")?)?, state: Vec::new() })
+    }
+
+    fn forward_train(&self, x: &Value, context: &Context<'_>) -> Result<(Output, Tape)> {
+        let tape = x.numbers("linear.forward_train")?.clone();
+        Ok((Layer::forward(self, x, context)?, Tape::new(tape)))
+    }
+
+    fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
+        self.backward(&tape.open::<Tensor>("linear.backward")?, dy, needs_dx)
+    }
+}

@@ -1,0 +1,158 @@
+//! Layers: each computes a forward pass, records a tape for training, and turns the gradient of its output into those of
+//! its input and its parameters.
+
+mod dropout;
+mod embedding;
+mod linear;
+mod param;
+mod recurrent;
+mod select;
+mod sequential;
+
+use std::any::Any;
+
+pub use dropout::Dropout;
+pub use embedding::{Embedding, EmbeddingConfig};
+pub use linear::{Linear, LinearConfig};
+pub(crate) use param::Version;
+pub use param::{Module, Param};
+pub use recurrent::{
+    Cell, CellState, Direction, Input, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig, RecurrentTape,
+};
+pub use select::LastStep;
+pub use sequential::{Sequential, SequentialTape, State};
+
+use crate::error::{Error, Result};
+use crate::rng::MaskKey;
+use crate::tensor::{Ids, Lengths, Tensor};
+
+/// What goes into a layer: numbers, or token ids.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// Numbers: `[T, B, F]`, time-major, or `[B, F]`.
+    Numbers(Tensor),
+    /// Token ids: `[T, B]`, time-major.
+    Ids(Ids),
+}
+
+impl Value {
+    /// The numbers, or an error that names the layer.
+    pub fn numbers(&self, op: &str) -> Result<&Tensor> {
+        match self {
+            Value::Numbers(tensor) => Ok(tensor),
+            Value::Ids(_) => Err(Error::argument(op, "x", "token ids", "numbers [.., features] (an Embedding makes them)")),
+        }
+    }
+
+    /// The token ids, or an error that names the layer.
+    pub fn ids(&self, op: &str) -> Result<&Ids> {
+        match self {
+            Value::Ids(ids) => Ok(ids),
+            Value::Numbers(_) => Err(Error::argument(op, "x", "numbers", "token ids [seq, batch]")),
+        }
+    }
+}
+
+impl From<Tensor> for Value {
+    fn from(tensor: Tensor) -> Self {
+        Value::Numbers(tensor)
+    }
+}
+
+impl From<&Tensor> for Value {
+    fn from(tensor: &Tensor) -> Self {
+        Value::Numbers(tensor.clone())
+    }
+}
+
+impl From<Ids> for Value {
+    fn from(ids: Ids) -> Self {
+        Value::Ids(ids)
+    }
+}
+
+impl From<&Ids> for Value {
+    fn from(ids: &Ids) -> Self {
+        Value::Ids(ids.clone())
+    }
+}
+
+/// What a layer may need beside its input.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Context<'a> {
+    /// Valid steps of each row; `None`: all.
+    pub lengths: Option<&'a Lengths>,
+    /// The layer's initial state, in its own order of tensors; empty: zeros.
+    pub state: &'a [Tensor],
+    /// Key of this pass's random masks; needed where a layer draws one.
+    pub key: Option<MaskKey>,
+}
+
+/// What a layer gives back.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// Its output.
+    pub y: Tensor,
+    /// Its final state; empty for layers without one.
+    pub state: Vec<Tensor>,
+}
+
+/// What a layer's forward pass left for its backward pass; only that layer can read it.
+pub struct Tape(Box<dyn Any + Send>);
+
+impl Tape {
+    /// Wraps what the layer needs.
+    pub fn new(content: impl Any + Send) -> Self {
+        Self(Box::new(content))
+    }
+
+    /// What [`Tape::new`] got.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] when another kind of layer wrote it.
+    pub fn open<T: Any>(self, op: &str) -> Result<T> {
+        match self.0.downcast() {
+            Ok(content) => Ok(*content),
+            Err(_) => Err(Error::argument(op, "tape", "of another layer", "the tape of this layer's forward_train")),
+        }
+    }
+}
+
+impl std::fmt::Debug for Tape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tape")
+    }
+}
+
+/// A layer that [`Sequential`] can hold.
+pub trait Layer: Module + Send + Sync {
+    /// Its name in errors: `lstm`, `linear`.
+    fn kind(&self) -> &'static str;
+
+    /// The output for `x`.
+    ///
+    /// # Errors
+    /// What the layer refuses, and what its device reports.
+    fn forward(&self, x: &Value, context: &Context<'_>) -> Result<Output>;
+
+    /// The same, with a tape for [`Layer::backward`]; random masks are drawn here.
+    ///
+    /// # Errors
+    /// As [`Layer::forward`].
+    fn forward_train(&self, x: &Value, context: &Context<'_>) -> Result<(Output, Tape)>;
+
+    /// From the gradient of the output: adds to the gradients of the parameters, and, if asked for and x was numbers,
+    /// gives that of x.
+    ///
+    /// # Errors
+    /// What the layer refuses, and what its device reports.
+    fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>>;
+}
+
+/// `op: x has shape .., expected [.., features]`; gives the number of rows before the last dimension.
+fn rows_of(op: &str, x: &Tensor, features: usize) -> Result<usize> {
+    match x.shape() {
+        [.., last] if *last == features => Ok(x.len() / features),
+        shape => Err(Error::shape(op, "x", shape, format!("[.., {features}]"))),
+    }
+}

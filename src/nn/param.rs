@@ -1,0 +1,156 @@
+//! Parameters and what holds them.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::checkpoint::{self, Metadata};
+use crate::device::Device;
+use crate::error::Result;
+use crate::kernels::transpose;
+use crate::tensor::{Shape, Tensor};
+
+/// A trained tensor and its gradient. Backward passes add to the gradient; an optimizer's step zeroes it.
+#[derive(Debug)]
+pub struct Param {
+    name: String,
+    value: Tensor,
+    grad: Tensor,
+    version: Version,
+    /// A transposed copy of the value, and the version that it was made of.
+    transposed: Mutex<Option<(u64, Tensor)>>,
+}
+
+/// Counts the changes of a parameter's value; shared with the optimizer that makes them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Version(Arc<AtomicU64>);
+
+impl Version {
+    pub fn advance(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Param {
+    /// A parameter named `name` with the initial `value` of the given shape and a gradient of zeros.
+    ///
+    /// # Errors
+    /// As [`Tensor::from_slice`].
+    pub fn new(name: impl Into<String>, device: &Device, value: &[f32], shape: impl Into<Shape>) -> Result<Self> {
+        let value = Tensor::from_slice(device, value, shape)?;
+        let grad = Tensor::zeros(device, value.shape())?;
+        Ok(Self { name: name.into(), value, grad, version: Version::default(), transposed: Mutex::default() })
+    }
+
+    /// Its name inside its layer, as PyTorch has it: `weight_ih_l0`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its value. The tensor follows the parameter: an optimizer's step changes what it holds.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// Its gradient, the sum of all backward passes since it was last zeroed.
+    pub fn grad(&self) -> &Tensor {
+        &self.grad
+    }
+
+    /// Replaces the value by a copy of `data`, which has as many elements.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] when the number of elements differs.
+    pub fn set(&self, data: &[f32]) -> Result<()> {
+        if data.len() != self.value.len() {
+            let expected = format!("{:?}", self.value.shape());
+            return Err(crate::Error::shape("Param.set", &self.name, &[data.len()], expected));
+        }
+        self.value.write(data)?;
+        self.version.advance();
+        Ok(())
+    }
+
+    pub(crate) fn version(&self) -> &Version {
+        &self.version
+    }
+
+    /// A transposed copy of the value `[rows, cols]`, remade when the value changed.
+    pub(crate) fn transposed(&self) -> Result<Tensor> {
+        let version = self.version.get();
+        let mut cached = self.transposed.lock();
+        match &*cached {
+            Some((made_of, copy)) if *made_of == version => Ok(copy.clone()),
+            _ => {
+                let copy = transpose::matrix(&self.value, self.value.shape()[0], self.value.shape()[1])?;
+                *cached = Some((version, copy.clone()));
+                Ok(copy)
+            }
+        }
+    }
+
+    /// Moves value and gradient into slices of the arena.
+    pub(crate) fn relocate(&mut self, value: Tensor, grad: Tensor) -> Result<()> {
+        value.copy_from(&self.value)?;
+        grad.copy_from(&self.grad)?;
+        (self.value, self.grad) = (value, grad);
+        Ok(())
+    }
+}
+
+/// Anything with parameters: a layer, or layers in a row.
+pub trait Module {
+    /// All parameters with their full names, in a fixed order.
+    fn params(&self) -> Vec<(String, &Param)>;
+
+    /// The same, to move them.
+    fn params_mut(&mut self) -> Vec<(String, &mut Param)>;
+
+    /// Sets all gradients to zero.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn zero_grad(&self) -> Result<()> {
+        self.params().iter().try_for_each(|(_, param)| param.grad.clear())
+    }
+
+    /// Writes all values to a safetensors file, under the names that PyTorch gives them.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`]; what the device reports.
+    fn save(&self, path: impl AsRef<Path>) -> Result<()>
+    where
+        Self: Sized,
+    {
+        self.save_with(path, &Metadata::new())
+    }
+
+    /// The same with texts of the caller's beside them: a vocabulary, a normaliser.
+    ///
+    /// # Errors
+    /// As [`Module::save`].
+    fn save_with(&self, path: impl AsRef<Path>, metadata: &Metadata) -> Result<()>
+    where
+        Self: Sized,
+    {
+        checkpoint::write_params(path.as_ref(), &self.params(), metadata)
+    }
+
+    /// Reads all values from a safetensors file (f32, f16 or bf16), such as a saved PyTorch `state_dict`; gives the
+    /// texts beside them. The file must hold just these names and shapes; on an error nothing has changed.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Format`] with every missing, unexpected and misshapen tensor.
+    fn load(&self, path: impl AsRef<Path>) -> Result<Metadata>
+    where
+        Self: Sized,
+    {
+        checkpoint::read_params(path.as_ref(), &self.params())
+    }
+}

@@ -1,0 +1,304 @@
+//! Optimizers over one flat arena of parameters: a step is a few launches, whatever the number of parameters.
+
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::optimizer::{self, Arena, CONTROL_WORDS, Control};
+use crate::nn::Param;
+use crate::tensor::Tensor;
+
+/// Stochastic gradient descent with momentum, in PyTorch's form: `v = momentum v + g + weight_decay w`, `w -= rate v`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Sgd {
+    learning_rate: f64,
+    momentum: f64,
+    weight_decay: f64,
+}
+
+impl Sgd {
+    /// Without momentum or decay.
+    pub fn new(learning_rate: f64) -> Self {
+        Self { learning_rate, momentum: 0.0, weight_decay: 0.0 }
+    }
+
+    /// The share of the last step's velocity that is kept.
+    pub fn momentum(self, momentum: f64) -> Self {
+        Self { momentum, ..self }
+    }
+
+    /// L2 penalty: this times the value is added to the gradient.
+    pub fn weight_decay(self, weight_decay: f64) -> Self {
+        Self { weight_decay, ..self }
+    }
+}
+
+/// Adam with decoupled weight decay (Loshchilov & Hutter 2019), with PyTorch's defaults:
+/// betas 0.9 and 0.999, epsilon 1e-8, weight decay 0.01.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct AdamW {
+    learning_rate: f64,
+    betas: (f64, f64),
+    epsilon: f64,
+    weight_decay: f64,
+}
+
+impl AdamW {
+    /// With PyTorch's defaults for everything else.
+    pub fn new(learning_rate: f64) -> Self {
+        Self { learning_rate, betas: (0.9, 0.999), epsilon: 1e-8, weight_decay: 0.01 }
+    }
+
+    /// Decay rates of the two moments.
+    pub fn betas(self, first: f64, second: f64) -> Self {
+        Self { betas: (first, second), ..self }
+    }
+
+    /// Added to the denominator.
+    pub fn epsilon(self, epsilon: f64) -> Self {
+        Self { epsilon, ..self }
+    }
+
+    /// Each step, values shrink by this times the learning rate.
+    pub fn weight_decay(self, weight_decay: f64) -> Self {
+        Self { weight_decay, ..self }
+    }
+}
+
+/// How parameters follow their gradients.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Rule {
+    /// Stochastic gradient descent with momentum.
+    Sgd(Sgd),
+    /// Adam with decoupled weight decay.
+    AdamW(AdamW),
+}
+
+impl From<Sgd> for Rule {
+    fn from(rule: Sgd) -> Self {
+        Rule::Sgd(rule)
+    }
+}
+
+impl From<AdamW> for Rule {
+    fn from(rule: AdamW) -> Self {
+        Rule::AdamW(rule)
+    }
+}
+
+impl Rule {
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Rule::Sgd(_) => "sgd",
+            Rule::AdamW(_) => "adamw",
+        }
+    }
+
+    fn learning_rate_mut(&mut self) -> &mut f64 {
+        match self {
+            Rule::Sgd(rule) => &mut rule.learning_rate,
+            Rule::AdamW(rule) => &mut rule.learning_rate,
+        }
+    }
+
+    fn check(&self, max_norm: Option<f64>) -> Result<()> {
+        let positive = |value: f64| value >= 0.0 && value.is_finite();
+        let share = |value: f64| (0.0..1.0).contains(&value);
+        let checks = match *self {
+            Rule::Sgd(Sgd { learning_rate, momentum, weight_decay }) => vec![
+                ("learning_rate", learning_rate, positive(learning_rate)),
+                ("momentum", momentum, share(momentum)),
+                ("weight_decay", weight_decay, positive(weight_decay)),
+            ],
+            Rule::AdamW(AdamW { learning_rate, betas, epsilon, weight_decay }) => vec![
+                ("learning_rate", learning_rate, positive(learning_rate)),
+                ("beta1", betas.0, share(betas.0)),
+                ("beta2", betas.1, share(betas.1)),
+                ("epsilon", epsilon, positive(epsilon)),
+                ("weight_decay", weight_decay, positive(weight_decay)),
+            ],
+        };
+        for (name, value, good) in checks {
+            if !good {
+                let expected =
+                    if matches!(name, "momentum" | "beta1" | "beta2") { "in [0, 1)" } else { "finite and not negative" };
+                return Err(Error::argument(self.name(), name, value, expected));
+            }
+        }
+        match max_norm {
+            Some(norm) if !(norm > 0.0 && norm.is_finite()) => {
+                Err(Error::argument("clip_grad_norm", "max_norm", norm, "finite and positive"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What an optimizer has done so far.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Steps that changed the parameters.
+    pub steps: u32,
+    /// Steps that were skipped because their gradient was not finite.
+    pub skipped: u32,
+    /// Steps whose gradient was clipped.
+    pub clipped: u32,
+    /// Global norm of the last gradient, before clipping.
+    pub grad_norm: f32,
+}
+
+/// A rule at work on a fixed set of parameters, whose values and gradients it has moved into one arena.
+#[derive(Debug)]
+pub struct Optimizer {
+    rule: Rule,
+    max_norm: Option<f64>,
+    value: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Option<Tensor>,
+    control: Tensor,
+    /// Name, offset in the arena, shape and version of each parameter.
+    slots: Vec<Slot>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    offset: usize,
+    shape: Vec<usize>,
+    version: crate::nn::Version,
+}
+
+/// Parameters start at multiples of this many numbers, so that each can be bound by itself.
+const ALIGNMENT: usize = 64;
+
+impl Optimizer {
+    /// Moves the parameters into an arena. Their tensors from before no longer follow them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Argument`] for a rate or decay out of range, no parameters, or two of one name;
+    /// [`ErrorKind::DeviceMismatch`]; [`ErrorKind::Limit`] or [`ErrorKind::OutOfMemory`] when the arena does not fit.
+    pub fn new(rule: impl Into<Rule>, params: Vec<(String, &mut Param)>) -> Result<Self> {
+        let rule = rule.into();
+        rule.check(None)?;
+        let Some(device) = params.first().map(|(_, param)| param.value().device().clone()) else {
+            return Err(Error::argument("Optimizer.new", "params", "empty", "at least one parameter"));
+        };
+        let mut length = 0;
+        let mut slots: Vec<Slot> = Vec::new();
+        for (name, param) in &params {
+            device.expect_same("Optimizer.new", name, param.value().device())?;
+            if slots.iter().any(|slot| slot.name == *name) {
+                return Err(Error::argument("Optimizer.new", "params", format!("{name} twice"), "distinct names"));
+            }
+            let (version, shape) = (param.version().clone(), param.value().shape().to_vec());
+            slots.push(Slot { name: name.clone(), offset: length, shape, version });
+            length += param.value().len().next_multiple_of(ALIGNMENT);
+        }
+        let arena = || Tensor::zeros(&device, [length]);
+        let second = if matches!(rule, Rule::AdamW(_)) { Some(arena()?) } else { None };
+        let control = Tensor::zeros(&device, [CONTROL_WORDS])?;
+        let optimizer =
+            Self { rule, max_norm: None, value: arena()?, gradient: arena()?, first: arena()?, second, control, slots };
+        for ((_, param), slot) in params.into_iter().zip(&optimizer.slots) {
+            let part = |arena: &Tensor| arena.slice(slot.offset, slot.shape.clone());
+            param.relocate(part(&optimizer.value), part(&optimizer.gradient))?;
+        }
+        Ok(optimizer)
+    }
+
+    /// Scale each gradient down to this global norm where it is larger (Pascanu et al. 2013).
+    pub fn clip_grad_norm(self, max_norm: f64) -> Self {
+        Self { max_norm: Some(max_norm), ..self }
+    }
+
+    /// For schedules: the rate of the next step.
+    pub fn set_learning_rate(&mut self, learning_rate: f64) {
+        *self.rule.learning_rate_mut() = learning_rate;
+    }
+
+    /// Moves every parameter along its gradient and zeroes the gradients. A gradient that is not finite changes nothing
+    /// and is counted. Does not wait for the device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Argument`] for a learning rate or clip norm out of range; what the device reports.
+    pub fn step(&mut self) -> Result<()> {
+        self.rule.check(self.max_norm)?;
+        let length = self.value.len() as u32;
+        let mut params = optimizer::Optimizer {
+            count: length,
+            learning_rate: 0.0,
+            weight_decay: 0.0,
+            max_norm: self.max_norm.unwrap_or(0.0) as f32,
+            momentum: 0.0,
+            beta1: 0.0,
+            beta2: 0.0,
+            one_minus_beta1: 1.0,
+            one_minus_beta2: 1.0,
+            epsilon: 0.0,
+        };
+        match self.rule {
+            Rule::Sgd(rule) => {
+                params.learning_rate = rule.learning_rate as f32;
+                params.weight_decay = rule.weight_decay as f32;
+                params.momentum = rule.momentum as f32;
+            }
+            Rule::AdamW(rule) => {
+                params.learning_rate = rule.learning_rate as f32;
+                params.weight_decay = rule.weight_decay as f32;
+                (params.beta1, params.beta2) = (rule.betas.0 as f32, rule.betas.1 as f32);
+                (params.one_minus_beta1, params.one_minus_beta2) = ((1.0 - rule.betas.0) as f32, (1.0 - rule.betas.1) as f32);
+                params.epsilon = rule.epsilon as f32;
+            }
+        }
+        let Self { control, value, gradient, first, second, .. } = &*self;
+        optimizer::step(&params, &Arena { control, value, gradient, first, second: second.as_ref() })?;
+        self.slots.iter().for_each(|slot| slot.version.advance());
+        Ok(())
+    }
+
+    /// What was done so far. Waits for the device.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn stats(&self) -> Result<Stats> {
+        let words: Vec<u32> = self.control.read_back()?;
+        let control: &Control = bytemuck::from_bytes(bytemuck::cast_slice(&words));
+        let Control { steps, skipped, clipped, norm, .. } = *control;
+        Ok(Stats { steps, skipped, clipped, grad_norm: norm })
+    }
+
+    /// Where the parameters live.
+    pub fn device(&self) -> &Device {
+        self.value.device()
+    }
+
+    pub(crate) fn rule(&self) -> &Rule {
+        &self.rule
+    }
+
+    /// Everything beside the values that a resumed run needs: names, shapes and tensors.
+    pub(crate) fn moments(&self) -> Vec<(String, Tensor)> {
+        let mut parts = Vec::new();
+        for (kind, arena) in [("first", Some(&self.first)), ("second", self.second.as_ref())] {
+            for (slot, arena) in self.slots.iter().zip(arena.into_iter().cycle()) {
+                parts.push((format!("optimizer.{kind}.{}", slot.name), arena.slice(slot.offset, slot.shape.clone())));
+            }
+        }
+        parts
+    }
+
+    pub(crate) fn control_words(&self) -> Result<Vec<u32>> {
+        self.control.read_back()
+    }
+
+    pub(crate) fn set_control_words(&self, words: &[u32]) -> Result<()> {
+        if words.len() != CONTROL_WORDS {
+            let what = format!("optimizer.control has {} words, expected {CONTROL_WORDS}", words.len());
+            return Err(Error::new(ErrorKind::Format, format!("Trainer.load: {what}")));
+        }
+        self.control.write(words)
+    }
+}

@@ -1,0 +1,250 @@
+//! [`Trainer`]: a model, a loss and an optimizer at work.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, Entry, Metadata};
+use crate::error::{Error, Result};
+use crate::loss::Loss;
+use crate::nn::{Module, Sequential, State, Value};
+use crate::optim::{Optimizer, Rule, Stats};
+use crate::rng::MaskKey;
+use crate::tensor::{Lengths, Tensor};
+
+/// What one step of training is about: inputs, what is wanted of them, and how long each row is.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    input: Value,
+    target: Value,
+    lengths: Option<Lengths>,
+    state: Option<State>,
+}
+
+impl Batch {
+    /// Inputs (numbers or ids) and targets (numbers or ids), time-major.
+    pub fn new(input: impl Into<Value>, target: impl Into<Value>) -> Self {
+        Self { input: input.into(), target: target.into(), lengths: None, state: None }
+    }
+
+    /// Valid steps of each row; they reach every layer and the loss.
+    pub fn lengths(self, lengths: Lengths) -> Self {
+        Self { lengths: Some(lengths), ..self }
+    }
+
+    /// The state to start from, such as an earlier step's final one. Gradients do not flow back into it.
+    pub fn state(self, state: State) -> Self {
+        Self { state: Some(state), ..self }
+    }
+}
+
+/// What a step or an evaluation gives: nothing of it is waited for until it is read.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The mean loss, before the step.
+    pub loss: Tensor,
+    /// The layers' final states.
+    pub state: State,
+}
+
+impl Outcome {
+    /// The loss as a number. Waits for the device.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn item(&self) -> Result<f32> {
+        self.loss.item()
+    }
+}
+
+/// Trains a model: each step is one submission to the GPU and no wait.
+///
+/// ```
+/// # fn main() -> gatefold::Result<()> {
+/// use gatefold::{Batch, Device, MeanSquaredError, Rng, Tensor, Trainer};
+/// use gatefold::{nn::{LinearConfig, LstmConfig, Sequential}, optim::AdamW};
+/// let (device, mut rng) = (Device::cpu(), Rng::seed(0));
+/// let model = Sequential::new()
+///     .push(LstmConfig::new(1, 8).init(&device, &mut rng)?)
+///     .push(LinearConfig::new(8, 1).init(&device, &mut rng)?);
+/// let mut trainer = Trainer::new(model, MeanSquaredError, AdamW::new(1e-2))?.clip_grad_norm(1.0);
+/// let x = Tensor::from_slice(&device, &[0.1, 0.2, 0.3], [3, 1, 1])?;
+/// let target = Tensor::from_slice(&device, &[0.2, 0.3, 0.4], [3, 1, 1])?;
+/// let outcome = trainer.step(&Batch::new(x, target))?; // submitted, not waited for
+/// println!("{}", outcome.item()?);
+/// # Ok(()) }
+/// ```
+pub struct Trainer<L> {
+    model: Sequential,
+    loss: L,
+    optimizer: Optimizer,
+    progress: Progress,
+}
+
+/// What a checkpoint holds beside tensors.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Progress {
+    /// Of the random masks.
+    seed: u64,
+    /// Steps taken, skipped ones included: the masks' counter.
+    step: u64,
+}
+
+/// The texts that [`Trainer::save`] writes for itself.
+const PROGRESS: &str = "gatefold.trainer";
+const RULE: &str = "gatefold.optimizer";
+const CONTROL: &str = "optimizer.control";
+
+impl<L: Loss> Trainer<L> {
+    /// Moves the model's parameters into the optimizer's arena.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`].
+    pub fn new(mut model: Sequential, loss: L, rule: impl Into<Rule>) -> Result<Self> {
+        let optimizer = Optimizer::new(rule, model.params_mut())?;
+        Ok(Self { model, loss, optimizer, progress: Progress { seed: 0, step: 0 } })
+    }
+
+    /// Scale each gradient down to this global norm where it is larger.
+    pub fn clip_grad_norm(self, max_norm: f64) -> Self {
+        Self { optimizer: self.optimizer.clip_grad_norm(max_norm), ..self }
+    }
+
+    /// The seed of random masks; 0 at first.
+    pub fn seed(self, seed: u64) -> Self {
+        Self { progress: Progress { seed, ..self.progress }, ..self }
+    }
+
+    /// Forward, loss, backward, clip and update: submitted as one, not waited for. At most two steps are under way; a
+    /// third waits for the first.
+    ///
+    /// # Errors
+    /// What a layer or the loss refuses: nothing has changed then. What the device reports, also of earlier steps.
+    pub fn step(&mut self, batch: &Batch) -> Result<Outcome> {
+        let result = self.record(batch);
+        if result.is_err() {
+            // A backward pass may have begun: its gradients are of no use to the next step.
+            self.model.zero_grad()?;
+        }
+        self.optimizer.device().submit()?;
+        result
+    }
+
+    fn record(&mut self, batch: &Batch) -> Result<Outcome> {
+        let Batch { input, target, lengths, state } = batch;
+        let key = MaskKey::new(self.progress.seed, self.progress.step);
+        let (y, state, tape) = self.model.forward_train(input.clone(), lengths.as_ref(), state.as_ref(), key)?;
+        let (loss, dy) = self.loss.loss_and_gradient(&y, target, lengths.as_ref())?;
+        self.model.backward(tape, &dy)?;
+        self.optimizer.step()?;
+        self.progress.step += 1;
+        Ok(Outcome { loss, state })
+    }
+
+    /// The loss on a batch, without dropout and without a step.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`].
+    pub fn evaluate(&self, batch: &Batch) -> Result<Outcome> {
+        let Batch { input, target, lengths, state } = batch;
+        let (y, state) = self.model.forward(input.clone(), lengths.as_ref(), state.as_ref())?;
+        let loss = self.loss.loss(&y, target, lengths.as_ref())?;
+        Ok(Outcome { loss, state })
+    }
+
+    /// The model, to predict with or to save by itself.
+    pub fn model(&self) -> &Sequential {
+        &self.model
+    }
+
+    /// The model; the trainer's arena stays behind it.
+    pub fn into_model(self) -> Sequential {
+        self.model
+    }
+
+    /// For schedules: the rate of the next step.
+    pub fn set_learning_rate(&mut self, learning_rate: f64) {
+        self.optimizer.set_learning_rate(learning_rate);
+    }
+
+    /// Steps taken, skipped ones included.
+    pub fn steps(&self) -> u64 {
+        self.progress.step
+    }
+
+    /// What the optimizer has done: steps applied, skipped, clipped, the last gradient's norm. Waits for the device.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn stats(&self) -> Result<Stats> {
+        self.optimizer.stats()
+    }
+
+    /// Writes everything that a resumed run needs: weights, moments, counters, the masks' seed. Given the same batches
+    /// and settings, the resumed run continues to the same bits on the same device.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`]; what the device reports.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.save_with(path, &Metadata::new())
+    }
+
+    /// The same with texts of the caller's beside it: a vocabulary, a normaliser.
+    ///
+    /// # Errors
+    /// As [`Trainer::save`].
+    pub fn save_with(&self, path: impl AsRef<Path>, metadata: &Metadata) -> Result<()> {
+        let mut entries = Vec::new();
+        for (name, param) in self.model.params() {
+            entries.push(Entry::of_tensor(name, param.value())?);
+        }
+        for (name, moment) in self.optimizer.moments() {
+            entries.push(Entry::of_tensor(name, &moment)?);
+        }
+        entries.push(Entry::of_words(CONTROL, &self.optimizer.control_words()?));
+        let mut metadata = metadata.clone();
+        metadata.insert(PROGRESS.into(), serde_json::json!(self.progress).to_string());
+        metadata.insert(RULE.into(), self.optimizer.rule().name().into());
+        checkpoint::write("Trainer.save", path.as_ref(), &entries, &metadata)
+    }
+
+    /// Continues where [`Trainer::save`] stopped; gives the caller's texts. The model and the optimizer must be of the
+    /// same kind and shape. On an error nothing has changed.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Format`] with every missing, unexpected and misshapen tensor.
+    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<Metadata> {
+        let (op, path) = ("Trainer.load", path.as_ref());
+        let mut file = checkpoint::read(op, path)?;
+        let wrong = |what: String| Error::format(op, format!("{}: {what}", path.display()));
+        let text = file.metadata.remove(PROGRESS).ok_or_else(|| wrong(format!("{PROGRESS} is missing: not a trainer's file")))?;
+        let progress: Progress =
+            serde_json::from_str(&text).map_err(|error| wrong(format!("{PROGRESS} is {text}: {error}")).with_source(error))?;
+        let (rule, expected) = (file.metadata.remove(RULE).unwrap_or_default(), self.optimizer.rule().name());
+        if rule != expected {
+            return Err(wrong(format!("the optimizer is {rule:?}, expected {expected:?}")));
+        }
+        let control = file.entries.remove(CONTROL).ok_or_else(|| wrong(format!("{CONTROL} is missing")))?;
+        let metadata = file.metadata.clone();
+        let (params, moments) = (self.model.params(), self.optimizer.moments());
+        let shapes = params.iter().map(|(name, param)| (name.clone(), param.value().shape().to_vec()));
+        let wanted: Vec<_> = shapes.chain(moments.iter().map(|(name, moment)| (name.clone(), moment.shape().to_vec()))).collect();
+        let values = file.take(op, path, &wanted)?;
+        self.optimizer.set_control_words(&checkpoint::words(&control))?;
+        let (weights, rest) = values.split_at(params.len());
+        for ((_, param), values) in params.iter().zip(weights) {
+            param.set(values)?;
+        }
+        for ((_, moment), values) in moments.iter().zip(rest) {
+            moment.write(values)?;
+        }
+        self.progress = progress;
+        Ok(metadata)
+    }
+}
+
+impl<L> std::fmt::Debug for Trainer<L> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer").field("model", &self.model).field("step", &self.progress.step).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,9 @@
+//! The built-in checks: every kernel against an independent f64 oracle, and whole layers against case files that PyTorch
+//! wrote. One body for `cargo test`, the `gatefold verify` command, and other platforms' runs.
+
+pub mod case_file;
+mod compare;
+pub mod layers;
+pub mod oracle;
+
+pub use compare::{Comparison, Report};
