@@ -2,8 +2,8 @@
 // Composed with cell_contract.wgsl and one cell file. The host launches forward for each step in the direction's order,
 // backward for each step in the opposite order.
 //
-// A lane owns one unit and ROWS rows of the batch: weights are read once for ROWS rows, neighbouring lanes read
-// neighbouring weights, and no lane needs another's results, so there are no barriers.
+// A lane owns one unit with all its gates and ROWS rows of the batch: 4 rows and 4 gates make 16 multiply-adds of 8 loads.
+// Neighbouring lanes read neighbouring weights, and no lane needs another's results, so there are no barriers.
 
 struct Sweep {
     rows: u32,   // B
@@ -31,8 +31,9 @@ struct Sweep {
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
 @group(0) @binding(7) var<storage, read_write> dstates: array<f32>; // [STATES, B, H]: gradient of the state, from later steps to earlier ones
 
-const UNITS = 64u; // of a workgroup
-const ROWS = 4u;   // of an invocation
+const LANES = 64u;
+const ROWS = 4u;  // of a lane, written out below as the components of a vector
+const UNITS = 4u; // of a lane in backward, likewise
 
 fn slot_at(t: u32, row: u32, slot: u32, unit: u32) -> u32 {
     return ((t * params.rows + row) * SLOTS + slot) * params.hidden + unit;
@@ -57,9 +58,9 @@ fn is_valid(row: u32) -> bool {
     return params.t < lengths[row];
 }
 
-@compute @workgroup_size(UNITS)
+@compute @workgroup_size(LANES)
 fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let unit = group.x * UNITS + lane;
+    let unit = group.x * LANES + lane;
     let row = group.y * ROWS;
     let H = params.hidden;
     if unit >= H { return; }
@@ -103,33 +104,41 @@ fn step_forward(row: u32, unit: u32, r: Pre, p: Unit) {
     y[(params.t * params.rows + row) * params.y_stride + params.y_offset + unit] = select(0.0, out.state[0], valid);
 }
 
-@compute @workgroup_size(UNITS)
+// A lane owns UNITS units here, `stride` apart, because only one weight is read for each unit and k.
+@compute @workgroup_size(LANES)
 fn backward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let unit = group.x * UNITS + lane;
-    let row = group.y * ROWS;
     let H = params.hidden;
-    if unit >= H { return; }
+    let stride = (H + UNITS - 1u) / UNITS;
+    let unit = group.x * LANES + lane;
+    let row = group.y * ROWS;
+    if unit >= stride { return; }
 
-    // The gradient that comes back through W_hh from the step handled before.
-    var dh = vec4<f32>();
+    // The gradient that comes back through W_hh from the step handled before; units and rows past the end as above.
+    var dh0 = vec4<f32>(); var dh1 = vec4<f32>(); var dh2 = vec4<f32>(); var dh3 = vec4<f32>();
     if params.recurrent == 1u {
         let last = params.rows - 1u;
+        let units = min(vec4(unit) + vec4(0u, 1u, 2u, 3u) * stride, vec4(H - 1u));
         for (var g = 0u; g < GATES; g++) {
             let slot = recurrent_slot(g);
-            let at0 = slot_at(params.later, min(row, last), slot, 0u);
+            let at0 = slot_at(params.later, row, slot, 0u);
             let at1 = slot_at(params.later, min(row + 1u, last), slot, 0u);
             let at2 = slot_at(params.later, min(row + 2u, last), slot, 0u);
             let at3 = slot_at(params.later, min(row + 3u, last), slot, 0u);
-            var w = g * H * H + unit;
+            var w = vec4(g * H * H) + units;
             for (var k = 0u; k < H; k++) {
-                dh += vec4(slots[at0 + k], slots[at1 + k], slots[at2 + k], slots[at3 + k]) * weights[w];
-                w += H;
+                let values = vec4(weights[w.x], weights[w.y], weights[w.z], weights[w.w]);
+                dh0 += slots[at0 + k] * values; dh1 += slots[at1 + k] * values;
+                dh2 += slots[at2 + k] * values; dh3 += slots[at3 + k] * values;
+                w += vec4(H);
             }
         }
     }
 
-    let p = load_unit(unit);
-    for (var i = 0u; i < ROWS && row + i < params.rows; i++) { step_backward(row + i, unit, dh[i], p); }
+    for (var i = 0u; i < UNITS && unit + i * stride < H; i++) {
+        let p = load_unit(unit + i * stride);
+        let dh = vec4(dh0[i], dh1[i], dh2[i], dh3[i]);
+        for (var j = 0u; j < ROWS && row + j < params.rows; j++) { step_backward(row + j, unit + i * stride, dh[j], p); }
+    }
 }
 
 fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) {

@@ -1,4 +1,66 @@
-//! Recurrent neural networks on any GPU, from plain Rust.
+//! Recurrent neural networks, trained and run on any GPU that [wgpu](https://wgpu.rs) reaches, from plain Rust.
+//!
+//! Kernels are WGSL compute shaders; each has a twin in Rust, which is both the native CPU device and what the GPU is
+//! checked against. Start with [`Device`], [`Tensor`], [`nn::Lstm`] and [`Trainer`].
+//!
+//! ```
+//! # fn main() -> gatefold::Result<()> {
+//! use gatefold::{Device, Rng, Tensor, nn::{Input, LstmConfig}};
+//!
+//! let device = Device::new()?; // the best hardware GPU, else the native CPU
+//! let mut rng = Rng::seed(0);
+//! let lstm = LstmConfig::new(3, 16).layers(2).init(&device, &mut rng)?;
+//!
+//! let x = Tensor::from_slice(&device, &[0.5; 7 * 2 * 3], [7, 2, 3])?; // seq, batch, input
+//! let (y, state) = lstm.forward(&x, None)?; // y [7, 2, 16]; state.h, state.c [2, 2, 16]
+//! let x_t = Tensor::from_slice(&device, &[0.5; 2 * 3], [2, 3])?;
+//! let (y_t, state) = lstm.step(&x_t, &state)?; // one step further
+//!
+//! let (y, _, tape) = lstm.forward_train(&x, Input::new().state(&state))?;
+//! let (dx, dstate) = lstm.backward(tape, &y, None)?; // the gradient of sum(y * y) / 2
+//! assert_eq!(dx.shape(), x.shape());
+//! # let _ = (y_t, dstate);
+//! # Ok(()) }
+//! ```
+//!
+//! # Conventions
+//!
+//! Tensors are row-major and time-major: x is `[seq, batch, features]`; [`nn::RecurrentConfig::batch_first`] exchanges
+//! the two at the edge. Gate order, parameter names and initial weights are PyTorch's, so that a saved `state_dict`
+//! loads as it is ([`nn::Module::load`]). A state is a value: passed in, returned, cloned, saved, never hidden in a
+//! layer. [`Lengths`] make a batch ragged: past its end a row keeps its state and outputs zeros, and the reverse
+//! direction starts at each row's own end. Random masks are functions of a [`MaskKey`] and a place, the same on every
+//! device. Whatever does not fit is an [`Error`] that names the operation, the argument, what was expected and what
+//! was given.
+//!
+//! # Architecture
+//!
+//! Imports run one way, from the bottom of this list to its top:
+//!
+//! - `error`, `rng`: the error type; Philox, a generator that counts.
+//! - `backend`: the only place that knows wgpu. `adapter` finds and opens adapters; `gpu` holds the buffer pool, the
+//!   pipelines, and the recorder: launches, copies and uploads queue up in order and are encoded into one submission
+//!   when something is read back, on [`Device::submit`], or at the end of a trainer's step. `native` is memory of the CPU.
+//! - [`Device`], [`Tensor`]: a GPU or the native CPU as one type; shapes over its memory.
+//! - `kernels`: one file a family (`gemm`, `gather`, `cross_entropy`, ..): its contract, its uniform struct, its launch,
+//!   its CPU twin. `shaders/` has a file of the same name.
+//! - [`nn`]: layers, each with `forward`, `forward_train`, `backward`. [`nn::Recurrent`] is the core of every recurrent
+//!   layer: the input product of all steps at once, a sweep over time, and after the backward sweep the gradients of all
+//!   weights at once.
+//! - [`Loss`], [`optim`], [`data`], [`checkpoint`], [`Trainer`].
+//! - `verify` (feature `verify`): f64 oracle and case tables, one body for the tests and the `gatefold verify` command.
+//!
+//! ## Cells and sweeps
+//!
+//! A cell is pointwise: from the input part, the recurrent part and the previous state of a unit it makes the new state,
+//! and back (`shaders/cell_lstm.wgsl`). A sweep walks over time, does the recurrent product, and knows no cell
+//! (`shaders/sweep_step.wgsl`). They meet in `shaders/cell_contract.wgsl` and are joined as text, so that N cells and M
+//! sweeps are N + M files. In Rust the same two halves are the traits of `kernels::cell_contract` and the generic
+//! functions of `kernels::sweep_step`.
+//!
+//! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward
+//! sweep leaves what backward needs, the backward sweep leaves the gradients, from which three products make those of
+//! the weights and of x.
 #![deny(missing_docs)]
 
 mod backend;
@@ -22,3 +84,8 @@ pub use loss::{CrossEntropy, Loss, MeanSquaredError};
 pub use rng::{MaskKey, Rng};
 pub use tensor::{Ids, Lengths, Shape, Tensor};
 pub use trainer::{Batch, Outcome, Trainer};
+
+// The README's program compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

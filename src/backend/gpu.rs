@@ -279,6 +279,13 @@ impl Gpu {
             return Ok(());
         }
         let recording = std::mem::take(&mut state.recording);
+        self.submit_recording(state, &recording).inspect_err(|error| {
+            // The recorded work is gone: nothing that follows may pretend that it ran.
+            self.fault.lock().get_or_insert((error.kind(), error.to_string()));
+        })
+    }
+
+    fn submit_recording(&self, state: &mut State, recording: &Recording) -> Result<()> {
         let uniform = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
         let uniforms = self.written(&mut state.uniforms, uniform, &recording.uniforms)?;
         let copied = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;

@@ -27,9 +27,10 @@ pub(crate) static GEMM: Kernel = Kernel {
     workgroup: 64,
 };
 
-/// Columns of a workgroup and rows of an invocation, as in the shader.
-const COLUMNS: usize = 64;
+/// Lanes of a workgroup, and rows and columns of a lane, as in the shader.
+const LANES: usize = 64;
 const ROWS: usize = 8;
+const COLUMNS: usize = 4;
 
 /// A window of a tensor seen as a matrix: element `(r, c)` is word `offset + r * row + c * col` of the tensor.
 #[derive(Clone, Copy)]
@@ -93,7 +94,7 @@ pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
             };
             let tiles = m.div_ceil(ROWS);
             let y = tiles.min(MAX_GROUPS);
-            let groups = [n.div_ceil(COLUMNS) as u32, y as u32, tiles.div_ceil(y) as u32];
+            let groups = [n.div_ceil(COLUMNS).div_ceil(LANES) as u32, y as u32, tiles.div_ceil(y) as u32];
             // Without a bias, something must still be bound in its place.
             let bias = bias.unwrap_or(a.tensor);
             gpu.launch(&GEMM, &params, &[a.tensor.range(), b.tensor.range(), bias.range(), c.tensor.range()], groups)

@@ -67,9 +67,10 @@ macro_rules! backward_kernel {
 }
 pub(crate) use backward_kernel;
 
-/// Units of a workgroup and rows of an invocation, as in the shader.
-const UNITS: usize = 64;
+/// Lanes of a workgroup; rows and, in backward, units of a lane, as in the shader.
+const WORKGROUP: usize = 64;
 const ROWS: usize = 4;
+const UNITS: usize = 4;
 /// Fewer units than this in a step are computed by one thread.
 const PARALLEL: usize = 1 << 13;
 /// Units that [`Lanes`] hold.
@@ -148,8 +149,9 @@ impl Plan<'_> {
         }
     }
 
-    fn groups(&self) -> [u32; 3] {
-        [self.hidden.div_ceil(UNITS) as u32, self.rows.div_ceil(ROWS) as u32, 1]
+    /// For lanes of `units` units each.
+    fn groups(&self, units: usize) -> [u32; 3] {
+        [self.hidden.div_ceil(units).div_ceil(WORKGROUP) as u32, self.rows.div_ceil(ROWS) as u32, 1]
     }
 
     fn is_valid(&self, t: usize, row: usize) -> bool {
@@ -173,7 +175,7 @@ pub(crate) fn forward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>) -> 
         Backend::Gpu(gpu) => {
             let lengths = plan.lengths.map_or(*unit, |lengths| lengths.tensor());
             let bindings = [slots.range(), states.range(), weights.range(), unit.range(), lengths.range(), y.range()];
-            let steps = plan.order(depth).map(|(t, from, to)| (plan.params(depth, t, from, to), plan.groups()));
+            let steps = plan.order(depth).map(|(t, from, to)| (plan.params(depth, t, from, to), plan.groups(1)));
             gpu.launch_each(C::FORWARD, &bindings, steps)
         }
     }
@@ -199,7 +201,7 @@ pub(crate) fn backward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, ds
                 let recurrent = u32::from(later.is_some());
                 let params = Sweep { later: later.unwrap_or(0), recurrent, ..plan.params(depth, t, from, to) };
                 later = Some(t as u32);
-                (params, plan.groups())
+                (params, plan.groups(UNITS))
             });
             gpu.launch_each(C::BACKWARD, &bindings, steps)
         }

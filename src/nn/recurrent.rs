@@ -182,7 +182,8 @@ impl<C: Cell> RecurrentConfig<C> {
         Self { direction, ..self }
     }
 
-    /// In training, zero each output between two layers with probability `p` and scale the others by `1 / (1 - p)`.
+    /// In training, zero each output between two layers with probability `p` and scale the others by `1 / (1 - p)`;
+    /// needs at least two layers.
     pub fn dropout(self, p: f32) -> Self {
         Self { dropout: p, ..self }
     }
@@ -308,6 +309,9 @@ impl<C: Cell> Recurrent<C> {
         }
         if !(0.0..1.0).contains(&dropout) {
             return Err(Error::argument(&op, "dropout", dropout, "in [0, 1)"));
+        }
+        if dropout > 0.0 && layers == 1 {
+            return Err(Error::argument(&op, "dropout", dropout, "0 for a single layer: it acts between layers"));
         }
         if config.forget_bias.is_some() && !config.bias {
             return Err(Error::argument(&op, "forget_bias", "given", "biases, which bias(false) removed"));
@@ -480,7 +484,7 @@ impl<C: Cell> Recurrent<C> {
         if let Some(state) = input.state {
             self.check_state(&op, "state", state, rows)?;
         }
-        if train && dropout > 0.0 && layers > 1 && input.key.is_none() {
+        if train && dropout > 0.0 && input.key.is_none() {
             return Err(Error::argument(&op, "key", "not given", format!("a MaskKey, which dropout {dropout} needs")));
         }
 
