@@ -46,7 +46,11 @@ pub(crate) fn write(op: &str, path: &Path, entries: &[Entry], metadata: &Metadat
     let bytes = safetensors::serialize(views, Some(metadata)).map_err(|error| Error::format(op, &error).with_source(error))?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let failed = |error: std::io::Error| Error::io(op, path, error);
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    let mut builder = tempfile::Builder::new();
+    // A checkpoint is no secret: like any other new file, whom it is open to is the umask's matter.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).map_err(failed)?;
     file.write_all(&bytes).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;

@@ -119,8 +119,9 @@ impl Device {
     /// [`ErrorKind::NoDevice`] when the variable names no device, [`ErrorKind::NoDevice`] or [`ErrorKind::Limit`] when
     /// the GPU exists but cannot be opened: no silent fall-back.
     pub fn new() -> Result<Self> {
-        match std::env::var(VARIABLE) {
-            Ok(name) if !name.is_empty() => Self::by_name(&name),
+        // A value that is no text names no device either.
+        match std::env::var_os(VARIABLE) {
+            Some(name) if !name.is_empty() => Self::by_name(&name.to_string_lossy()),
             _ => match adapter::all().iter().find(|adapter| adapter::is_hardware(&adapter.info)) {
                 Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter)?))),
                 None => Ok(Self::cpu()),
@@ -158,9 +159,15 @@ impl Device {
 
     /// A device that the application opened itself, to share it with other users of wgpu.
     ///
-    /// The adapter's limits must offer 8 storage buffers a stage and 256 invocations a workgroup.
-    pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
-        Self::with(Backend::Gpu(Gpu::from_wgpu(adapter.get_info(), device, queue)))
+    /// Its limits must be at least wgpu's defaults: 8 storage buffers a stage, 256 invocations a workgroup. It reports lost
+    /// devices and errors to this crate from now on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Limit`] when the device was requested with limits that are too small.
+    pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+        let info = adapter.get_info();
+        adapter::check_limits(&info.name, &device.limits())?;
+        Ok(Self::with(Backend::Gpu(Gpu::from_wgpu(info, device, queue))))
     }
 
     /// Everything that [`Device::by_name`] can open: the native CPU, then all adapters, best first.

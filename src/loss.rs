@@ -134,6 +134,7 @@ fn time_lengths<'a>(op: &str, y: &Tensor, lengths: Option<&'a Lengths>) -> Resul
             lengths.check(op, y.device(), steps, rows)?;
             Ok(Some(lengths))
         }
-        _ => Ok(None),
+        (&[_, _], _) | (_, None) => Ok(None),
+        (shape, Some(_)) => Err(Error::shape(op, "y", shape, "[seq, batch, ..] or [batch, ..] where there are lengths")),
     }
 }

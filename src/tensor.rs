@@ -41,7 +41,7 @@ fn elements(op: &str, shape: &[usize]) -> Result<usize> {
     match count {
         // Kernels index with 32 bits.
         Some(count) if count <= u32::MAX as usize => Ok(count),
-        _ => Err(Error::shape(op, "shape", shape, "at most 2^32 - 1 elements")),
+        _ => Err(Error::argument(op, "shape", format!("{shape:?}"), "at most 2^32 - 1 elements")),
     }
 }
 
@@ -60,7 +60,7 @@ impl Tensor {
     /// # Errors
     /// As [`Tensor::from_slice`].
     pub fn zeros(device: &Device, shape: impl Into<Shape>) -> Result<Self> {
-        let tensor = Self::uninitialized(device, shape.into())?;
+        let tensor = Self::allocate("Tensor.zeros", device, shape.into())?;
         tensor.clear()?;
         Ok(tensor)
     }
@@ -70,17 +70,20 @@ impl Tensor {
         if count != data.len() {
             return Err(Error::shape(op, "data", &[data.len()], format!("{count} elements for shape {shape:?}")));
         }
-        let tensor = Self::uninitialized(device, shape)?;
+        let tensor = Self::allocate(op, device, shape)?;
         tensor.write(data)?;
         Ok(tensor)
     }
 
     /// Memory for `shape`, of unspecified content: for outputs that a kernel fills.
     pub(crate) fn uninitialized(device: &Device, shape: impl Into<Shape>) -> Result<Self> {
-        let shape = shape.into();
-        let count = elements("tensor", &shape)?;
+        Self::allocate("tensor", device, shape.into())
+    }
+
+    fn allocate(op: &str, device: &Device, shape: Shape) -> Result<Self> {
+        let count = elements(op, &shape)?;
         if count == 0 {
-            return Err(Error::shape("tensor", "shape", &shape, "every size at least 1"));
+            return Err(Error::argument(op, "shape", format!("{shape:?}"), "every size at least 1"));
         }
         let buffer = match device.backend() {
             Backend::Native => Buffer::Native(NativeBuffer::new(count, 0)?),
@@ -121,7 +124,8 @@ impl Tensor {
     pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         if elements("Tensor.reshape", &shape)? != self.len() {
-            return Err(Error::shape("Tensor.reshape", "shape", &shape, format!("{} elements", self.len())));
+            let given = format!("{shape:?}");
+            return Err(Error::argument("Tensor.reshape", "shape", given, format!("{} elements", self.len())));
         }
         Ok(Self { shape, ..self.clone() })
     }

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Entry, Metadata};
 use crate::error::{Error, Result};
+use crate::kernels::optimizer::CONTROL_WORDS;
 use crate::loss::Loss;
 use crate::nn::{Module, Sequential, State, Value};
 use crate::optim::{Optimizer, Rule, Stats};
@@ -192,8 +194,12 @@ impl<L: Loss> Trainer<L> {
     /// The same with texts of the caller's beside it: a vocabulary, a normaliser.
     ///
     /// # Errors
-    /// As [`Trainer::save`].
+    /// As [`Trainer::save`]; [`crate::ErrorKind::Argument`] for a key that begins with `gatefold.`: those are the trainer's own.
     pub fn save_with(&self, path: impl AsRef<Path>, metadata: &Metadata) -> Result<()> {
+        if let Some(key) = metadata.keys().find(|key| key.starts_with("gatefold.")) {
+            let expected = "a name that does not begin with gatefold.";
+            return Err(Error::argument("Trainer.save", "a metadata key", format!("{key:?}"), expected));
+        }
         let mut entries = Vec::new();
         for (name, param) in self.model.params() {
             entries.push(Entry::of_tensor(name, param.value())?);
@@ -225,6 +231,10 @@ impl<L: Loss> Trainer<L> {
             return Err(wrong(format!("the optimizer is {rule:?}, expected {expected:?}")));
         }
         let control = file.entries.remove(CONTROL).ok_or_else(|| wrong(format!("{CONTROL} is missing")))?;
+        if (control.dtype, &control.shape[..]) != (Dtype::U32, &[CONTROL_WORDS]) {
+            let given = format!("{CONTROL} is {:?} {:?}", control.dtype, control.shape);
+            return Err(wrong(format!("{given}, expected U32 [{CONTROL_WORDS}]")));
+        }
         let metadata = file.metadata.clone();
         let (params, moments) = (self.model.params(), self.optimizer.moments());
         let shapes = params.iter().map(|(name, param)| (name.clone(), param.value().shape().to_vec()));

@@ -76,22 +76,14 @@ pub(crate) fn matches(wanted: &str, info: &wgpu::AdapterInfo) -> bool {
     let (wanted, name) = (wanted.to_lowercase(), info.name.to_lowercase());
     match wanted.split_once(':') {
         Some((backend, part)) if backend == backend_name(info.backend) => name.contains(part),
-        _ => name.contains(&wanted),
+        _ => !wanted.is_empty() && name.contains(&wanted),
     }
 }
 
 /// Opens the adapter with the limits that the kernels need and the largest buffers that it offers.
 pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
     let offered = adapter.adapter.limits();
-    let refuse = |kind, what: String| {
-        let name = &adapter.info.name;
-        Error::new(kind, format!("device: {name}: {what}; GATEFOLD_DEVICE=cpu or Device::cpu() runs on the CPU instead"))
-    };
-    for (limit, read, needed) in NEEDED {
-        if read(&offered) < needed {
-            return Err(refuse(ErrorKind::Limit, format!("limit {limit} is {}, expected at least {needed}", read(&offered))));
-        }
-    }
+    check_limits(&adapter.info.name, &offered)?;
     let required_limits = wgpu::Limits {
         max_storage_buffers_per_shader_stage: 8,
         max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
@@ -99,6 +91,21 @@ pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
         ..wgpu::Limits::downlevel_defaults().using_resolution(offered.clone())
     };
     let descriptor = wgpu::DeviceDescriptor { label: Some("gatefold"), required_limits, ..Default::default() };
-    pollster::block_on(adapter.adapter.request_device(&descriptor))
-        .map_err(|error| refuse(ErrorKind::NoDevice, format!("cannot be opened ({error})")).with_source(error))
+    pollster::block_on(adapter.adapter.request_device(&descriptor)).map_err(|error| {
+        refuse(&adapter.info.name, ErrorKind::NoDevice, format!("cannot be opened ({error})")).with_source(error)
+    })
+}
+
+/// `device: name: limit .. is .., expected at least ..` for limits that the kernels cannot live within.
+pub(crate) fn check_limits(name: &str, offered: &wgpu::Limits) -> Result<()> {
+    match NEEDED.iter().find(|(_, read, needed)| read(offered) < *needed) {
+        Some((limit, read, needed)) => {
+            Err(refuse(name, ErrorKind::Limit, format!("limit {limit} is {}, expected at least {needed}", read(offered))))
+        }
+        None => Ok(()),
+    }
+}
+
+fn refuse(name: &str, kind: ErrorKind, what: String) -> Error {
+    Error::new(kind, format!("device: {name}: {what}; GATEFOLD_DEVICE=cpu or Device::cpu() runs on the CPU instead"))
 }

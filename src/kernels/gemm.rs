@@ -120,21 +120,24 @@ fn native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, ac
         (&rhs[b.offset..], b.row, b.col),
         (&mut out[c.offset..], c.row),
         accumulate || bias.is_some(),
+        true,
     );
 }
 
 /// `C = A . B (+ C)` for sizes `[m, n, k]`; A and B are slices with their row and column strides, C with its row stride.
+/// On several threads where that is allowed and pays.
 pub(crate) fn multiply(
     [m, n, k]: [usize; 3],
     (a, a_row, a_col): (&[f32], usize, usize),
     (b, b_row, b_col): (&[f32], usize, usize),
     (c, c_row): (&mut [f32], usize),
     accumulate: bool,
+    threads: bool,
 ) {
     let last = |rows: usize, cols: usize, row: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
     assert!(last(m, k, a_row, a_col) < a.len() && last(k, n, b_row, b_col) < b.len() && last(m, n, c_row, 1) < c.len());
     // Below this, waking the threads costs more than they save.
-    let threads = if m * n * k < 1 << 18 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(0) };
+    let threads = if threads && m * n * k >= 1 << 18 { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
     // SAFETY: the assertion keeps every element inside its slice, and `c` is borrowed apart from `a` and `b`.
     unsafe {
         gemm::gemm(

@@ -1,6 +1,8 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl` and its native twin.
 
-use super::cell_contract::{Block, CellKernel, Site};
+use std::marker::PhantomData;
+
+use super::cell_contract::{Block, CellKernel, Site, recurrent_runs};
 use super::gemm;
 use super::math::Lanes;
 use crate::backend::params;
@@ -72,9 +74,9 @@ const WORKGROUP: usize = 64;
 const ROWS: usize = 4;
 const UNITS: usize = 4;
 /// Fewer units than this in a step are computed by one thread.
-const PARALLEL: usize = 1 << 13;
+const PARALLEL: usize = 1 << 9;
 /// Units that [`Lanes`] hold.
-const LANES: usize = 16;
+const LANES: usize = Lanes::COUNT;
 
 /// One direction of one layer over all of its steps.
 #[derive(Clone, Copy)]
@@ -105,7 +107,7 @@ pub(crate) struct Buffers<'a> {
     /// `[STATES, depth, B, H]`, with the initial state in slot 0 (reverse: the last slot). Depth T + 1 keeps every
     /// state, as backward needs; depth 2 keeps the newest two.
     pub states: &'a Tensor,
-    /// W_hh `[GATES * H, H]`; forward on a GPU: its transpose.
+    /// Forward: W_hh transposed `[H, GATES * H]`, so that neighbouring units lie side by side. Backward: W_hh.
     pub weights: &'a Tensor,
     /// `[PARAMS, H]`.
     pub unit: &'a Tensor,
@@ -158,6 +160,11 @@ impl Plan<'_> {
         self.lengths.is_none_or(|lengths| t < lengths.host()[row] as usize)
     }
 
+    #[inline(always)]
+    fn site(&self, t: usize, row: usize, unit: usize) -> Site {
+        Site { key: self.key.words(), t: t as u32, row: row as u32, unit: unit as u32 }
+    }
+
     fn depth<C: CellKernel>(&self, states: &Tensor) -> usize {
         states.len() / (C::State::LEN * self.rows * self.hidden)
     }
@@ -208,164 +215,237 @@ pub(crate) fn backward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, ds
     }
 }
 
-/// Calls `work(first row, rows)` for parts of the batch, on several threads where that pays.
-fn for_rows(plan: &Plan<'_>, work: impl Fn(usize, usize) + Sync) {
-    let threads = rayon::current_num_threads().min(plan.rows);
-    if plan.rows * plan.hidden < PARALLEL || threads == 1 {
-        return work(0, plan.rows);
-    }
-    let part = plan.rows.div_ceil(threads);
+/// Calls `work(first row, rows)` for parts of the batch, each on a thread of its own where that pays. Rows never meet: a part
+/// runs through all of its steps without waiting for another.
+fn for_parts(plan: &Plan<'_>, work: impl Fn(usize, usize) + Sync) {
+    let parts = if plan.rows * plan.hidden < PARALLEL { 1 } else { rayon::current_num_threads().min(plan.rows) };
+    let size = plan.rows.div_ceil(parts);
     rayon::scope(|scope| {
-        for first in (part..plan.rows).step_by(part) {
+        for first in (size..plan.rows).step_by(size) {
             let work = &work;
-            scope.spawn(move |_| work(first, part.min(plan.rows - first)));
+            scope.spawn(move |_| work(first, size.min(plan.rows - first)));
         }
-        work(0, part);
+        work(0, size);
     });
 }
 
 /// Memory that several threads write at places that differ from thread to thread.
-struct Shared(*mut f32, usize);
+struct Shared<'a>(*mut f32, usize, PhantomData<&'a mut [f32]>);
 
-// SAFETY: a thread touches only the rows that `for_rows` gave it, and rows do not overlap.
-unsafe impl Sync for Shared {}
+// SAFETY: a thread touches only the rows that `for_parts` gave it, and rows do not overlap.
+unsafe impl Sync for Shared<'_> {}
 
-impl Shared {
-    fn new(slice: &mut [f32]) -> Self {
-        Self(slice.as_mut_ptr(), slice.len())
+impl<'a> Shared<'a> {
+    fn new(slice: &'a mut [f32]) -> Self {
+        Self(slice.as_mut_ptr(), slice.len(), PhantomData)
     }
 
     /// The `len` numbers from `start` on.
     ///
     /// # Safety
     /// No other thread may use them, nor may this one through another slice that is still alive.
+    #[inline(always)]
     #[expect(clippy::mut_from_ref, reason = "each caller owns the rows that it asks for")]
     unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
-        assert!(start + len <= self.1);
+        assert!(start <= self.1 && len <= self.1 - start);
         // SAFETY: inside the allocation, by the assertion; alone, by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }
 
+/// One step of some rows. A struct and no closure, because [`pulp`] inlines it whole into code for the widest vectors.
+struct ForwardStep<'a, C> {
+    plan: &'a Plan<'a>,
+    depth: usize,
+    /// (t, slot of the state before, slot of the state after)
+    step: (usize, usize, usize),
+    /// (first, count)
+    rows: (usize, usize),
+    /// [count, GATES * H]
+    product: &'a [f32],
+    unit: &'a [f32],
+    slots: &'a Shared<'a>,
+    states: &'a Shared<'a>,
+    y: &'a Shared<'a>,
+    cell: PhantomData<C>,
+}
+
+impl<C: CellKernel> pulp::WithSimd for ForwardStep<'_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        let Self { plan, depth, step: (t, before, after), rows: (first, count), product, .. } = self;
+        let (rows, hidden) = (plan.rows, plan.hidden);
+        let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+        for row in first..first + count {
+            let state_at = |s: usize, slot: usize| ((s * depth + slot) * rows + row) * hidden;
+            // SAFETY: here and below: parts of one row of each buffer, which this thread owns, and no two overlap.
+            let slots = unsafe { self.slots.slice((t * rows + row) * kept, kept) };
+            let y = unsafe { self.y.slice((t * rows + row) * plan.y_stride + plan.y_offset, hidden) };
+            if !plan.is_valid(t, row) {
+                y.fill(0.0);
+                for s in 0..C::State::LEN {
+                    // SAFETY: as above; the slots before and after differ.
+                    let old = unsafe { self.states.slice(state_at(s, before), hidden) };
+                    // SAFETY: as above.
+                    unsafe { self.states.slice(state_at(s, after), hidden) }.copy_from_slice(old);
+                }
+                continue;
+            }
+            let r = &product[(row - first) * gates..][..gates];
+            // The width of the full blocks is a constant in the inlined call: their loads and stores are single instructions.
+            let full = hidden / LANES * LANES;
+            for at in (0..full).step_by(LANES) {
+                self.units((row, at, LANES), r, slots, y);
+            }
+            if full < hidden {
+                self.units((row, full, hidden - full), r, slots, y);
+            }
+        }
+    }
+}
+
+impl<C: CellKernel> ForwardStep<'_, C> {
+    /// `width` units of a row from unit `at` on; `r`, `slots` and `y` are that row's.
+    #[inline(always)]
+    fn units(&self, (row, at, width): (usize, usize, usize), r: &[f32], slots: &mut [f32], y: &mut [f32]) {
+        let Self { plan, depth, step: (t, before, after), unit, states, .. } = *self;
+        let hidden = plan.hidden;
+        let state_at = |s: usize, slot: usize| ((s * depth + slot) * plan.rows + row) * hidden + at;
+        let x = C::Pre::from_fn(|g| Lanes::load(&slots[g * hidden + at..][..width]));
+        let r = C::Pre::from_fn(|g| Lanes::load(&r[g * hidden + at..][..width]));
+        let p = C::Unit::from_fn(|i| Lanes::load(&unit[i * hidden + at..][..width]));
+        // SAFETY: here and below: parts of a row that this thread owns, and no two overlap.
+        let previous = C::State::from_fn(|s| Lanes::load(unsafe { states.slice(state_at(s, before), width) }));
+        let (state, saved) = C::forward(plan.site(t, row, at), x, r, previous, p);
+        for (s, value) in state.lanes().iter().enumerate() {
+            // SAFETY: as above.
+            value.store(unsafe { states.slice(state_at(s, after), width) });
+        }
+        for (s, value) in saved.lanes().iter().enumerate() {
+            value.store(&mut slots[s * hidden + at..][..width]);
+        }
+        state.lanes()[0].store(&mut y[at..][..width]);
+    }
+}
+
 fn native_forward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, depth: usize) {
     let (rows, hidden) = (plan.rows, plan.hidden);
-    let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+    let gates = C::Pre::LEN * hidden;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let mut states = buffers.states.native_mut::<f32>();
     let (mut slots, mut y) = (buffers.slots.native_mut::<f32>(), buffers.y.native_mut::<f32>());
-    let mut product = vec![0.0f32; rows * gates];
-    let arch = pulp::Arch::new();
-    for (t, from, to) in plan.order(depth) {
-        let h = &states[from * rows * hidden..][..rows * hidden];
-        gemm::multiply([rows, gates, hidden], (h, hidden, 1), (&weights, 1, hidden), (&mut product, gates), false);
+    let (slots, states, y) = (Shared::new(&mut slots), Shared::new(&mut states), Shared::new(&mut y));
+    let (unit, arch) = (&*unit, pulp::Arch::new());
+    for_parts(plan, |first, count| {
+        let mut product = vec![0.0f32; count * gates];
+        for step @ (_, before, _) in plan.order(depth) {
+            // SAFETY: rows of this part alone, and nothing else of the states is borrowed.
+            let h = unsafe { states.slice((before * rows + first) * hidden, count * hidden) };
+            let threads = count == rows;
+            gemm::multiply([count, gates, hidden], (h, hidden, 1), (&weights, gates, 1), (&mut product, gates), false, threads);
+            let (rows, product, cell) = ((first, count), &*product, PhantomData::<C>);
+            arch.dispatch(ForwardStep { plan, depth, step, rows, product, unit, slots: &slots, states: &states, y: &y, cell });
+        }
+    });
+}
 
-        let (slots, states, y) = (Shared::new(&mut slots), Shared::new(&mut states), Shared::new(&mut y));
-        let state_at = |s: usize, slot: usize, row: usize| ((s * depth + slot) * rows + row) * hidden;
-        for_rows(plan, |first, count| {
-            arch.dispatch(|| {
-                for row in first..first + count {
-                    // SAFETY: these are parts of one row of each buffer, and no two of them overlap.
-                    let slots = unsafe { slots.slice((t * rows + row) * kept, kept) };
-                    let y = unsafe { y.slice((t * rows + row) * plan.y_stride + plan.y_offset, hidden) };
-                    let r = &product[row * gates..][..gates];
-                    if !plan.is_valid(t, row) {
-                        y.fill(0.0);
-                        for s in 0..C::State::LEN {
-                            // SAFETY: as above; the slots `from` and `to` differ.
-                            let (old, new) = unsafe {
-                                (states.slice(state_at(s, from, row), hidden), states.slice(state_at(s, to, row), hidden))
-                            };
-                            new.copy_from_slice(old);
-                        }
-                        continue;
-                    }
-                    for unit0 in (0..hidden).step_by(LANES) {
-                        let width = LANES.min(hidden - unit0);
-                        let site = site(plan, t, row, unit0);
-                        let x = C::Pre::from_fn(|g| Lanes::load(&slots[g * hidden + unit0..][..width]));
-                        let r = C::Pre::from_fn(|g| Lanes::load(&r[g * hidden + unit0..][..width]));
-                        let p = C::Unit::from_fn(|i| Lanes::load(&unit[i * hidden + unit0..][..width]));
-                        // SAFETY: as above.
-                        let previous =
-                            C::State::from_fn(|s| unsafe { Lanes::load(states.slice(state_at(s, from, row) + unit0, width)) });
-                        let (state, saved) = C::forward(site, x, r, previous, p);
-                        for (s, value) in state.lanes().iter().enumerate() {
-                            // SAFETY: as above.
-                            value.store(unsafe { states.slice(state_at(s, to, row) + unit0, width) });
-                        }
-                        for (s, value) in saved.lanes().iter().enumerate() {
-                            value.store(&mut slots[s * hidden + unit0..][..width]);
-                        }
-                        state.lanes()[0].store(&mut y[unit0..][..width]);
-                    }
-                }
-            });
+/// One step of some rows, backward.
+struct BackwardStep<'a, C> {
+    plan: &'a Plan<'a>,
+    t: usize,
+    /// Slot of the state before the step.
+    before: usize,
+    /// (first, count)
+    rows: (usize, usize),
+    unit: &'a [f32],
+    states: &'a [f32],
+    dy: &'a [f32],
+    slots: &'a Shared<'a>,
+    dstates: &'a Shared<'a>,
+    cell: PhantomData<C>,
+}
+
+impl<C: CellKernel> pulp::WithSimd for BackwardStep<'_, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        let Self { plan, t, rows: (first, count), dy, .. } = self;
+        let (rows, hidden) = (plan.rows, plan.hidden);
+        let kept = C::Slots::LEN * hidden;
+        for row in first..first + count {
+            // SAFETY: here and below: parts of one row of each buffer, which this thread owns, and no two overlap.
+            let slots = unsafe { self.slots.slice((t * rows + row) * kept, kept) };
+            if !plan.is_valid(t, row) {
+                slots.fill(0.0);
+                continue;
+            }
+            let dy = &dy[(t * rows + row) * plan.y_stride + plan.y_offset..][..hidden];
+            let full = hidden / LANES * LANES;
+            for at in (0..full).step_by(LANES) {
+                self.units((row, at, LANES), dy, slots);
+            }
+            if full < hidden {
+                self.units((row, full, hidden - full), dy, slots);
+            }
+        }
+    }
+}
+
+impl<C: CellKernel> BackwardStep<'_, C> {
+    /// `width` units of a row from unit `at` on; `dy` and `slots` are that row's.
+    #[inline(always)]
+    fn units(&self, (row, at, width): (usize, usize, usize), dy: &[f32], slots: &mut [f32]) {
+        let Self { plan, t, before, unit, states, dstates, .. } = *self;
+        let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.steps + 1);
+        let saved = C::Slots::from_fn(|s| Lanes::load(&slots[s * hidden + at..][..width]));
+        let p = C::Unit::from_fn(|i| Lanes::load(&unit[i * hidden + at..][..width]));
+        let previous = C::State::from_fn(|s| Lanes::load(&states[((s * depth + before) * rows + row) * hidden + at..][..width]));
+        let d = C::State::from_fn(|s| {
+            // SAFETY: here and below: parts of a row that this thread owns, and no two overlap.
+            let d = Lanes::load(unsafe { dstates.slice((s * rows + row) * hidden + at, width) });
+            if s == 0 { d + Lanes::load(&dy[at..][..width]) } else { d }
         });
+        let (gradients, direct) = C::backward(plan.site(t, row, at), saved, previous, p, d);
+        for (s, value) in gradients.lanes().iter().enumerate() {
+            value.store(&mut slots[s * hidden + at..][..width]);
+        }
+        for (s, value) in direct.lanes().iter().enumerate() {
+            // SAFETY: as above.
+            value.store(unsafe { dstates.slice((s * rows + row) * hidden + at, width) });
+        }
     }
 }
 
 fn native_backward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) {
-    let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.steps + 1);
+    let (rows, hidden) = (plan.rows, plan.hidden);
     let kept = C::Slots::LEN * hidden;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let (states, dy) = (buffers.states.native::<f32>(), buffers.y.native::<f32>());
-    let mut slots = buffers.slots.native_mut::<f32>();
-    let mut dstates = dstates.native_mut::<f32>();
-    let runs = super::cell_contract::recurrent_runs::<C>();
-    let arch = pulp::Arch::new();
-    let mut later = None;
-    for (t, from, _) in plan.order(depth).rev() {
-        if let Some(later) = later {
-            // The gradient that comes back through W_hh from the step handled before.
-            for (gate, slot, count) in &runs {
-                let dr = &slots[later * rows * kept + slot * hidden..];
-                let w = &weights[gate * hidden * hidden..];
-                let dh = &mut dstates[..rows * hidden];
-                gemm::multiply([rows, hidden, count * hidden], (dr, kept, 1), (w, hidden, 1), (dh, hidden), true);
-            }
-        }
-        later = Some(t);
-
-        let (slots, dstates) = (Shared::new(&mut slots), Shared::new(&mut dstates));
-        for_rows(plan, |first, count| {
-            arch.dispatch(|| {
-                for row in first..first + count {
-                    // SAFETY: these are parts of one row of each buffer, and no two of them overlap.
-                    let slots = unsafe { slots.slice((t * rows + row) * kept, kept) };
-                    if !plan.is_valid(t, row) {
-                        slots.fill(0.0);
-                        continue;
-                    }
-                    let dy = &dy[(t * rows + row) * plan.y_stride + plan.y_offset..][..hidden];
-                    for unit0 in (0..hidden).step_by(LANES) {
-                        let width = LANES.min(hidden - unit0);
-                        let site = site(plan, t, row, unit0);
-                        let saved = C::Slots::from_fn(|s| Lanes::load(&slots[s * hidden + unit0..][..width]));
-                        let p = C::Unit::from_fn(|i| Lanes::load(&unit[i * hidden + unit0..][..width]));
-                        let previous = C::State::from_fn(|s| {
-                            Lanes::load(&states[((s * depth + from) * rows + row) * hidden + unit0..][..width])
-                        });
-                        let d = C::State::from_fn(|s| {
-                            // SAFETY: as above.
-                            let d = Lanes::load(unsafe { dstates.slice((s * rows + row) * hidden + unit0, width) });
-                            if s == 0 { d + Lanes::load(&dy[unit0..][..width]) } else { d }
-                        });
-                        let (gradients, direct) = C::backward(site, saved, previous, p, d);
-                        for (s, value) in gradients.lanes().iter().enumerate() {
-                            value.store(&mut slots[s * hidden + unit0..][..width]);
-                        }
-                        for (s, value) in direct.lanes().iter().enumerate() {
-                            // SAFETY: as above.
-                            value.store(unsafe { dstates.slice((s * rows + row) * hidden + unit0, width) });
-                        }
-                    }
+    let (mut slots, mut dstates) = (buffers.slots.native_mut::<f32>(), dstates.native_mut::<f32>());
+    let (slots, dstates) = (Shared::new(&mut slots), Shared::new(&mut dstates));
+    let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
+    let runs = recurrent_runs::<C>();
+    for_parts(plan, |first, count| {
+        let mut later = None;
+        for (t, before, _) in plan.order(plan.steps + 1).rev() {
+            if let Some(later) = later {
+                // The gradient that comes back through W_hh from the step handled before.
+                // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
+                let dr = unsafe { slots.slice((later * rows + first) * kept, count * kept) };
+                let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
+                for (gate, slot, run) in &runs {
+                    let w = &weights[gate * hidden * hidden..];
+                    let sizes = [count, hidden, run * hidden];
+                    let dr = &dr[slot * hidden..];
+                    gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, count == rows);
                 }
-            });
-        });
-    }
-}
-
-#[inline(always)]
-fn site(plan: &Plan<'_>, t: usize, row: usize, unit: usize) -> Site {
-    Site { key: plan.key.words(), t: t as u32, row: row as u32, unit: unit as u32 }
+            }
+            later = Some(t);
+            let (rows, cell) = ((first, count), PhantomData::<C>);
+            arch.dispatch(BackwardStep { plan, t, before, rows, unit, states, dy, slots: &slots, dstates: &dstates, cell });
+        }
+    });
 }

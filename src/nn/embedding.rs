@@ -38,14 +38,14 @@ impl EmbeddingConfig {
                 return Err(Error::argument("embedding.init", name, size, "at least 1"));
             }
         }
-        let mut values: Vec<f32> = (0..vocabulary * width).map(|_| rng.normal()).collect();
-        if let Some(id) = padding {
-            match values.chunks_exact_mut(width).nth(id as usize) {
-                Some(row) => row.fill(0.0),
-                None => return Err(Error::argument("embedding.init", "padding", id, format!("an id below {vocabulary}"))),
-            }
+        if let Some(id) = padding.filter(|id| *id as usize >= vocabulary) {
+            return Err(Error::argument("embedding.init", "padding", id, format!("an id below {vocabulary}")));
         }
-        Ok(Embedding { weight: Param::new("weight", device, &values, [vocabulary, width])?, padding })
+        let draw = |at: usize| {
+            let number = rng.normal();
+            if padding.is_some_and(|id| id as usize == at / width) { 0.0 } else { number }
+        };
+        Ok(Embedding { weight: Param::draw("weight", device, [vocabulary, width], draw)?, padding })
     }
 }
 
@@ -75,8 +75,11 @@ impl Embedding {
     /// # Errors
     /// [`crate::ErrorKind::Argument`] when dy does not fit the ids; what the device reports.
     pub fn backward(&self, ids: &Ids, dy: &Tensor) -> Result<()> {
-        let (op, width) = ("embedding.backward", self.weight.value().shape()[1]);
-        self.weight.value().device().expect_same(op, "dy", dy.device())?;
+        let (op, table) = ("embedding.backward", self.weight.value());
+        let [vocabulary, width] = [table.shape()[0], table.shape()[1]];
+        table.device().expect_same(op, "ids", ids.device())?;
+        table.device().expect_same(op, "dy", dy.device())?;
+        ids.expect_below(op, "ids", vocabulary, "the vocabulary")?;
         let shape: Vec<usize> = ids.shape().iter().copied().chain([width]).collect();
         dy.expect_shape(op, "dy", &shape, "[seq, batch, width]")?;
         gather::scatter(&ids.positions()?, dy, self.weight.grad(), width, self.padding)

@@ -1,6 +1,6 @@
 //! [`Linear`]: y = x W^T + b.
 
-use super::{Context, Layer, Module, Output, Param, Tape, Value, rows_of};
+use super::{Context, Layer, Module, Output, Param, Tape, Value, Version, rows_of};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::column_sum::column_sum;
@@ -40,9 +40,9 @@ impl LinearConfig {
             }
         }
         let bound = 1.0 / (input as f32).sqrt();
-        let mut draw = |count: usize| -> Vec<f32> { (0..count).map(|_| rng.uniform(-bound, bound)).collect() };
-        let weight = Param::new("weight", device, &draw(output * input), [output, input])?;
-        let bias = if bias { Some(Param::new("bias", device, &draw(output), [output])?) } else { None };
+        let mut draw = |_| rng.uniform(-bound, bound);
+        let weight = Param::draw("weight", device, [output, input], &mut draw)?;
+        let bias = if bias { Some(Param::draw("bias", device, [output], &mut draw)?) } else { None };
         Ok(Linear { weight, bias })
     }
 }
@@ -73,12 +73,7 @@ impl Linear {
         let y = Tensor::uninitialized(x.device(), shape)?;
         let (a, c) = (Matrix::new(x, rows, input), Matrix::new(&y, rows, output));
         let bias = self.bias.as_ref().map(Param::value);
-        if x.device().is_cpu() {
-            gemm(a, Matrix::new(self.weight.value(), output, input).t(), bias, c, false)?;
-        } else {
-            let transposed = self.weight.transposed()?;
-            gemm(a, Matrix::new(&transposed, input, output), bias, c, false)?;
-        }
+        gemm(a, Matrix::new(&self.weight.transposed()?, input, output), bias, c, false)?;
         Ok(y)
     }
 
@@ -89,7 +84,9 @@ impl Linear {
     /// [`crate::ErrorKind::Argument`] when dy does not fit x; what the device reports.
     pub fn backward(&self, x: &Tensor, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let (op, [output, input]) = ("linear.backward", self.sizes());
-        self.weight.value().device().expect_same(op, "dy", dy.device())?;
+        for (argument, tensor) in [("x", x), ("dy", dy)] {
+            self.weight.value().device().expect_same(op, argument, tensor.device())?;
+        }
         let rows = rows_of(op, x, input)?;
         let mut shape = x.shape().to_vec();
         shape.pop();
@@ -119,6 +116,13 @@ impl Module for Linear {
     }
 }
 
+struct LinearTape {
+    x: Tensor,
+    /// Whose tape it is, and of which of its values.
+    weight: Version,
+    version: u64,
+}
+
 impl Layer for Linear {
     fn kind(&self) -> &'static str {
         "linear"
@@ -129,11 +133,20 @@ impl Layer for Linear {
     }
 
     fn forward_train(&self, x: &Value, context: &Context<'_>) -> Result<(Output, Tape)> {
-        let tape = x.numbers("linear.forward_train")?.clone();
+        let tape = LinearTape {
+            x: x.numbers("linear.forward_train")?.clone(),
+            weight: self.weight.version().clone(),
+            version: self.weight.version().get(),
+        };
         Ok((Layer::forward(self, x, context)?, Tape::new(tape)))
     }
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
-        self.backward(&tape.open::<Tensor>("linear.backward")?, dy, needs_dx)
+        let op = "linear.backward";
+        let LinearTape { x, weight, version } = tape.open(op)?;
+        if !weight.same(self.weight.version()) || version != weight.get() {
+            return Err(super::stale_tape(op));
+        }
+        self.backward(&x, dy, needs_dx)
     }
 }

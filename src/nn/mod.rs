@@ -22,7 +22,7 @@ pub use recurrent::{
 pub use select::LastStep;
 pub use sequential::{Sequential, SequentialTape, State};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::rng::MaskKey;
 use crate::tensor::{Ids, Lengths, Tensor};
 
@@ -147,6 +147,12 @@ pub trait Layer: Module + Send + Sync {
     /// # Errors
     /// What the layer refuses, and what its device reports.
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>>;
+}
+
+/// The tape of another layer, or of this one before its parameters changed.
+fn stale_tape(op: &str) -> Error {
+    let what = "the tape does not fit: the parameters changed since it was recorded, or it is another layer's";
+    Error::new(ErrorKind::Argument, format!("{op}: {what}"))
 }
 
 /// `op: x has shape .., expected [.., features]`; gives the number of rows before the last dimension.

@@ -35,6 +35,11 @@ impl Version {
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
+
+    /// Whether both count the changes of one parameter.
+    pub fn same(&self, other: &Version) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 impl Param {
@@ -46,6 +51,15 @@ impl Param {
         let value = Tensor::from_slice(device, value, shape)?;
         let grad = Tensor::zeros(device, value.shape())?;
         Ok(Self { name: name.into(), value, grad, version: Version::default(), transposed: Mutex::default() })
+    }
+
+    /// A parameter whose element number `at` starts as `draw(at)`. Memory is asked for first: a size that nothing can hold is
+    /// refused before anything is drawn.
+    pub(crate) fn draw(name: &str, device: &Device, shape: impl Into<Shape>, draw: impl FnMut(usize) -> f32) -> Result<Self> {
+        let value = Tensor::zeros(device, shape)?;
+        let grad = Tensor::zeros(device, value.shape())?;
+        value.write(&(0..value.len()).map(draw).collect::<Vec<f32>>())?;
+        Ok(Self { name: name.to_owned(), value, grad, version: Version::default(), transposed: Mutex::default() })
     }
 
     /// Its name inside its layer, as PyTorch has it: `weight_ih_l0`.
@@ -81,7 +95,7 @@ impl Param {
         &self.version
     }
 
-    /// A transposed copy of the value `[rows, cols]`, remade when the value changed.
+    /// A transposed copy of the value `[rows, cols]`, remade when the value changed: products read it row by row.
     pub(crate) fn transposed(&self) -> Result<Tensor> {
         let version = self.version.get();
         let mut cached = self.transposed.lock();

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::{Context, Layer, Module, Output, Param, Tape, Value};
+use super::{Context, Layer, Module, Output, Param, Tape, Value, Version};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
@@ -284,6 +284,8 @@ pub struct RecurrentTape {
     lengths: Option<Lengths>,
     key: Option<MaskKey>,
     layers: Vec<LayerTape>,
+    /// Whose tape it is, and of which of its parameters' values.
+    owner: Version,
     version: u64,
 }
 
@@ -316,27 +318,27 @@ impl<C: Cell> Recurrent<C> {
         if config.forget_bias.is_some() && !config.bias {
             return Err(Error::argument(&op, "forget_bias", "given", "biases, which bias(false) removed"));
         }
-        let gates = C::Pre::LEN;
+        // Saturating: a size beyond all memory is refused by the tensor that would have it.
+        let gates = C::Pre::LEN.saturating_mul(hidden);
         let bound = 1.0 / (hidden as f32).sqrt();
-        let mut draw = |count: usize| -> Vec<f32> { (0..count).map(|_| rng.uniform(-bound, bound)).collect() };
         let mut weights = Vec::new();
         for layer in 0..layers {
-            let inputs = if layer == 0 { input } else { config.directions() * hidden };
+            let inputs = if layer == 0 { input } else { config.directions().saturating_mul(hidden) };
             for reverse in config.direction.passes() {
                 let name = |part: &str| format!("{part}_l{layer}{}", if *reverse { "_reverse" } else { "" });
                 let mut param = |part: &str, rows: usize, cols: Option<usize>| {
-                    let mut values = draw(rows * cols.unwrap_or(1));
-                    if let (Some(bias), None) = (config.forget_bias, cols) {
+                    let draw = |at: usize| match (rng.uniform(-bound, bound), config.forget_bias, cols) {
                         // Of an LSTM's gates i, f, g, o the second.
-                        values[hidden..2 * hidden].fill(if part == "bias_ih" { bias } else { 0.0 });
-                    }
+                        (_, Some(bias), None) if at / hidden == 1 => bias * f32::from(part == "bias_ih"),
+                        (number, ..) => number,
+                    };
                     let shape = std::iter::once(rows).chain(cols).collect::<Vec<_>>();
-                    Param::new(name(part), device, &values, shape)
+                    Param::draw(&name(part), device, shape, draw)
                 };
-                let weight_ih = param("weight_ih", gates * hidden, Some(inputs))?;
-                let weight_hh = param("weight_hh", gates * hidden, Some(hidden))?;
+                let weight_ih = param("weight_ih", gates, Some(inputs))?;
+                let weight_hh = param("weight_hh", gates, Some(hidden))?;
                 let bias = match config.bias {
-                    true => Some((param("bias_ih", gates * hidden, None)?, param("bias_hh", gates * hidden, None)?)),
+                    true => Some((param("bias_ih", gates, None)?, param("bias_hh", gates, None)?)),
                     false => None,
                 };
                 let no_bias = if config.bias { None } else { Some(Tensor::zeros(device, [C::Unit::LEN * hidden])?) };
@@ -431,6 +433,11 @@ impl<C: Cell> Recurrent<C> {
         format!("{}.{method}", C::NAME)
     }
 
+    /// What tells this layer from every other.
+    fn owner(&self) -> &Version {
+        self.weights[0].weight_ih.version()
+    }
+
     fn version(&self) -> u64 {
         self.weights.iter().flat_map(Weights::params).map(|param| param.version().get()).sum()
     }
@@ -514,11 +521,7 @@ impl<C: Cell> Recurrent<C> {
                         None => at(s, first).clear()?,
                     }
                 }
-                // A lane reads the weights of all units side by side; the native product takes them as they are.
-                let recurrent = match self.device.is_cpu() {
-                    true => weights.weight_hh.value().clone(),
-                    false => weights.weight_hh.transposed()?,
-                };
+                let recurrent = weights.weight_hh.transposed()?;
                 let buffers = Buffers { slots: &slots, states: &states, weights: &recurrent, unit: weights.unit(), y: &y };
                 sweep_step::forward::<C>(&plan, &buffers)?;
                 for (s, state) in finals.iter().enumerate() {
@@ -543,6 +546,7 @@ impl<C: Cell> Recurrent<C> {
             lengths: input.lengths.cloned(),
             key: input.key,
             layers: tapes,
+            owner: self.owner().clone(),
             version: self.version(),
         });
         Ok((y, self.state(finals), tape))
@@ -570,12 +574,7 @@ impl<C: Cell> Recurrent<C> {
         let bias = weights.bias.as_ref().map(|(ih, _)| ih.value());
         let x = Matrix::new(x, rows, inputs);
         let target = Matrix::window(&slots, 0, rows, gates, kept);
-        if self.device.is_cpu() {
-            gemm(x, Matrix::new(weights.weight_ih.value(), gates, inputs).t(), bias, target, false)?;
-        } else {
-            let transposed = weights.weight_ih.transposed()?;
-            gemm(x, Matrix::new(&transposed, inputs, gates), bias, target, false)?;
-        }
+        gemm(x, Matrix::new(&weights.weight_ih.transposed()?, inputs, gates), bias, target, false)?;
         Ok(slots)
     }
 
@@ -588,10 +587,9 @@ impl<C: Cell> Recurrent<C> {
     ) -> Result<(Option<Tensor>, C::Value)> {
         let op = self.op("backward");
         let RecurrentConfig { hidden, dropout, batch_first, .. } = self.config;
-        let RecurrentTape { steps, rows, lengths, key, layers, version } = tape;
-        if layers.len() != self.config.layers || version != self.version() {
-            let what = "the tape does not fit: the parameters changed since it was recorded, or it is another layer's";
-            return Err(Error::new(ErrorKind::Argument, format!("{op}: {what}")));
+        let RecurrentTape { steps, rows, lengths, key, layers, owner, version } = tape;
+        if !owner.same(self.owner()) || version != self.version() {
+            return Err(super::stale_tape(&op));
         }
         self.device.expect_same(&op, "dy", dy.device())?;
         if batch_first {

@@ -65,6 +65,7 @@ impl Layer for LastStep {
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = "last_step.backward";
         let LastStepTape { steps, shape } = tape.open(op)?;
+        steps.device().expect_same(op, "dy", dy.device())?;
         dy.expect_shape(op, "dy", &shape[1..], "[batch, features]")?;
         if !needs_dx {
             return Ok(None);

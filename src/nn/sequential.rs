@@ -107,6 +107,11 @@ impl Sequential {
         for (index, layer) in self.layers.iter().enumerate() {
             let context = Context { lengths, state: state.map_or(&[], |state| state.layer(index)), key: None };
             let (output, extra) = call(index, layer.as_ref(), &value, &context)?;
+            if state.is_some() && context.state.len() != output.state.len() {
+                let (argument, given) = (format!("state of layer {index} ({})", layer.kind()), context.state.len());
+                let (given, expected) = (format!("{given} tensors"), format!("{} tensors", output.state.len()));
+                return Err(Error::argument("sequential.forward", &argument, given, expected));
+            }
             value = Value::Numbers(output.y);
             states.push(output.state);
             extras.push(extra);
