@@ -3,8 +3,8 @@
 // Twins of src/kernels/math.rs: the same steps, the same constants. The method is Cody and Waite's ("Software Manual for the
 // Elementary Functions", 1980) in the single-precision form of Moshier's Cephes library; the polynomials were fitted with
 // Remez' exchange algorithm (Muller, "Elementary Functions", ch. 3).
-// Error: exp and log 1 ULP, tanh and sigmoid 2 ULP where division is correctly rounded; WGSL allows it 2.5 ULP, and then
-// sigmoid has 4. Results that are no normal numbers may be 0.
+// Error: exp, log and tanh 1.5 ULP, sigmoid 2.5 ULP where division is correctly rounded. WGSL allows division an error of
+// 2.5 ULP; sigmoid may then have 5, tanh 3. Results that are no normal numbers may be 0.
 //
 // WGSL lets an implementation take infinities and NaN for absent, and some compilers do: special values are found and made as
 // bit patterns, and no result hangs on a comparison or sum of them.

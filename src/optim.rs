@@ -1,7 +1,7 @@
 //! Optimizers over one flat arena of parameters: a step is a few launches, whatever the number of parameters.
 
 use crate::device::Device;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::kernels::optimizer::{self, Arena, CONTROL_WORDS, Control};
 use crate::nn::Param;
 use crate::tensor::Tensor;
@@ -181,8 +181,8 @@ impl Optimizer {
     /// Moves the parameters into an arena. Their tensors from before no longer follow them.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`] for a rate or decay out of range, no parameters, or two of one name;
-    /// [`ErrorKind::DeviceMismatch`]; [`ErrorKind::Limit`] or [`ErrorKind::OutOfMemory`] when the arena does not fit.
+    /// [`crate::ErrorKind::Argument`] for a rate or decay out of range, no parameters, or two of one name;
+    /// [`crate::ErrorKind::DeviceMismatch`]; [`crate::ErrorKind::Limit`] or [`crate::ErrorKind::OutOfMemory`] when the arena does not fit.
     pub fn new(rule: impl Into<Rule>, params: Vec<(String, &mut Param)>) -> Result<Self> {
         let rule = rule.into();
         rule.check(None)?;
@@ -226,7 +226,7 @@ impl Optimizer {
     /// and is counted. Does not wait for the device.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`] for a learning rate or clip norm out of range; what the device reports.
+    /// [`crate::ErrorKind::Argument`] for a learning rate or clip norm out of range; what the device reports.
     pub fn step(&mut self) -> Result<()> {
         self.rule.check(self.max_norm)?;
         let length = self.value.len() as u32;

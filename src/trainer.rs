@@ -9,12 +9,13 @@ use crate::checkpoint::{self, Entry, Metadata};
 use crate::error::{Error, Result};
 use crate::kernels::optimizer::CONTROL_WORDS;
 use crate::loss::Loss;
-use crate::nn::{Module, Sequential, State, Value};
+use crate::nn::{Input, Module, Sequential, State, Value};
 use crate::optim::{Optimizer, Rule, Stats};
 use crate::rng::MaskKey;
 use crate::tensor::{Lengths, Tensor};
 
-/// What one step of training is about: inputs, what is wanted of them, and how long each row is.
+/// What one step of training is about: inputs, what is wanted of them, and how long each row is. Each setter takes a
+/// value or an `Option` of it.
 #[derive(Clone, Debug)]
 pub struct Batch {
     input: Value,
@@ -30,13 +31,17 @@ impl Batch {
     }
 
     /// Valid steps of each row; they reach every layer and the loss.
-    pub fn lengths(self, lengths: Lengths) -> Self {
-        Self { lengths: Some(lengths), ..self }
+    pub fn lengths(self, lengths: impl Into<Option<Lengths>>) -> Self {
+        Self { lengths: lengths.into(), ..self }
     }
 
     /// The state to start from, such as an earlier step's final one. Gradients do not flow back into it.
-    pub fn state(self, state: State) -> Self {
-        Self { state: Some(state), ..self }
+    pub fn state(self, state: impl Into<Option<State>>) -> Self {
+        Self { state: state.into(), ..self }
+    }
+
+    fn beside(&self) -> Input<'_, State> {
+        Input::new().lengths(self.lengths.as_ref()).state(self.state.as_ref())
     }
 }
 
@@ -133,10 +138,9 @@ impl<L: Loss> Trainer<L> {
     }
 
     fn record(&mut self, batch: &Batch) -> Result<Outcome> {
-        let Batch { input, target, lengths, state } = batch;
         let key = MaskKey::new(self.progress.seed, self.progress.step);
-        let (y, state, tape) = self.model.forward_train(input.clone(), lengths.as_ref(), state.as_ref(), key)?;
-        let (loss, dy) = self.loss.loss_and_gradient(&y, target, lengths.as_ref())?;
+        let (y, state, tape) = self.model.forward_train(batch.input.clone(), batch.beside().key(key))?;
+        let (loss, dy) = self.loss.loss_and_gradient(&y, &batch.target, batch.lengths.as_ref())?;
         self.model.backward(tape, &dy)?;
         self.optimizer.step()?;
         self.progress.step += 1;
@@ -148,9 +152,8 @@ impl<L: Loss> Trainer<L> {
     /// # Errors
     /// As [`Trainer::step`].
     pub fn evaluate(&self, batch: &Batch) -> Result<Outcome> {
-        let Batch { input, target, lengths, state } = batch;
-        let (y, state) = self.model.forward(input.clone(), lengths.as_ref(), state.as_ref())?;
-        let loss = self.loss.loss(&y, target, lengths.as_ref())?;
+        let (y, state) = self.model.forward(batch.input.clone(), batch.beside())?;
+        let loss = self.loss.loss(&y, &batch.target, batch.lengths.as_ref())?;
         Ok(Outcome { loss, state })
     }
 

@@ -1,1 +1,66 @@
-fn main() {}
+//! Every kernel on every adapter of the machine: one test an adapter and kernel, named `backend:adapter::kernel`.
+
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Result, ensure};
+use gatefold::Device;
+use gatefold::verify::{Report, case_file, kernels, layers};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/cases");
+
+/// A device that is opened by the first test that needs it: one that cannot be opened fails all of its tests.
+struct Lazy {
+    name: String,
+    device: OnceLock<std::result::Result<Device, String>>,
+}
+
+impl Lazy {
+    fn new(name: String) -> Arc<Self> {
+        Arc::new(Self { name, device: OnceLock::new() })
+    }
+
+    fn get(&self) -> Result<&Device> {
+        let opened = self.device.get_or_init(|| Device::by_name(&self.name).map_err(|error| error.to_string()));
+        opened.as_ref().map_err(|error| anyhow::anyhow!("{error}"))
+    }
+}
+
+fn test(device: &Arc<Lazy>, name: &str, body: impl Fn(&Device) -> Result<Vec<Report>> + Send + 'static) -> Trial {
+    let (device, full_name) = (device.clone(), format!("{}::{name}", device.name));
+    Trial::test(full_name, move || check(&device, body).map_err(|error| Failed::from(format!("{error:#}"))))
+}
+
+fn check(device: &Lazy, body: impl Fn(&Device) -> Result<Vec<Report>>) -> Result<()> {
+    let reports = body(device.get()?)?;
+    ensure!(!reports.is_empty(), "no case ran");
+    let mut failures: Vec<String> = reports.iter().flat_map(Report::failures).collect();
+    // A case that compared nothing, or could not run, has not passed.
+    let silent = reports.iter().filter(|report| !report.passes() && report.failures().is_empty());
+    failures.extend(silent.map(|report| format!("{}: did not run: {:?}", report.case, report.unsupported)));
+    ensure!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), reports.len(), failures.join("\n"));
+    Ok(())
+}
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let infos = Device::list();
+    let names = infos.iter().map(|info| match info.backend.as_str() {
+        "native" => "cpu".to_owned(),
+        backend => format!("{backend}:{}", info.name),
+    });
+    let mut trials = Vec::new();
+    for device in names.map(Lazy::new) {
+        trials.extend(kernels::all().into_iter().map(|kernel| test(&device, kernel.name, move |device| Ok(kernel.run(device)?))));
+        trials.push(test(&device, "case_files", |device| {
+            let cases = case_file::read_dir(CASES)?;
+            Ok(cases.iter().map(|(name, case)| layers::run_case(device, name, case, (1e-5, 5e-5))).collect::<Result<_, _>>()?)
+        }));
+    }
+    let adapters = infos.iter().filter(|info| info.backend != "native").count();
+    trials.push(Trial::test("adapters::at_least_one_gpu_adapter", move || match adapters {
+        0 => Err("no wgpu adapter was found, so no shader was run: apt-get install mesa-vulkan-drivers".into()),
+        _ => Ok(()),
+    }));
+    libtest_mimic::run(&arguments, trials).exit();
+}

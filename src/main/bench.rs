@@ -16,14 +16,8 @@ use serde_json::json;
 const CELLS: [&str; 1] = ["lstm"];
 
 /// The shapes that are timed when none is given.
-const SHAPES: [[usize; 4]; 6] = [
-    [100, 1, 128, 128],
-    [100, 32, 128, 128],
-    [100, 32, 256, 256],
-    [100, 64, 512, 512],
-    [50, 64, 1024, 1024],
-    [512, 1, 512, 512],
-];
+const SHAPES: [[usize; 4]; 6] =
+    [[100, 1, 128, 128], [100, 32, 128, 128], [100, 32, 256, 256], [100, 64, 512, 512], [50, 64, 1024, 1024], [512, 1, 512, 512]];
 
 /// An answer further from the reference than this is wrong: there is no point in timing it.
 const TOLERANCE: f64 = 1e-4;
@@ -177,17 +171,17 @@ fn time(args: &Args, policy: &Policy, device: &Device, work: &Work, mode: Mode, 
         // Forward: the input product and the recurrent one; backward: each twice, by its input and by its weights.
         let passes = if mode == Mode::Train { 3 } else { 1 };
         let gflops = (passes * 8 * t * b * h * (i + h)) as f64 / ms_median / 1e6;
-        let others = timing.other_cpu.filter(|cores| *cores > 0.3).map_or(String::new(), |cores| {
-            format!("  ! other processes used {cores} cores")
-        });
+        let others = match timing.other_cpu {
+            Some(cores) if cores > 0.3 => format!("  ! other processes used {cores} cores"),
+            _ => String::new(),
+        };
         let mode = mode.name();
         writeln!(
             out,
             "{t:>5} {b:>5} {i:>5} {h:>5}  {mode:5} {ms_median:>10.3} {ms_min:>10.3} {gflops:>8.1} {runs:>5} {first_ms:>9.1}{others}"
         )?;
     }
-    // Someone may be waiting for the line.
-    Ok(out.flush()?)
+    Ok(())
 }
 
 /// One layer with its input and the gradient of its output, on the device.
@@ -371,7 +365,7 @@ impl Policy {
 }
 
 fn milliseconds(elapsed: Duration) -> f64 {
-    elapsed.as_secs_f64() * 1e3
+    elapsed.as_nanos() as f64 / 1e6
 }
 
 /// Cores that other processes used between two readings of [`cpu_seconds`].

@@ -33,7 +33,7 @@ pub fn run(out: &mut impl Write) -> Result<()> {
         Ok(device) => writeln!(out, "* default: {}, {}", device.info(), reason(&device))?,
         Err(error) => writeln!(out, "no default: {error}")?,
     }
-    writeln!(out, "Name one by any part of its name, with or without the backend: GATEFOLD_DEVICE=vulkan:llvmpipe, --device gl:")?;
+    writeln!(out, "To name one: cpu, a part of a name, a backend, or both: --device gl:, GATEFOLD_DEVICE=vulkan:llvmpipe")?;
     Ok(())
 }
 

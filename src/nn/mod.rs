@@ -17,7 +17,7 @@ pub use linear::{Linear, LinearConfig};
 pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use recurrent::{
-    Cell, CellState, Direction, Input, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig, RecurrentTape,
+    Cell, CellState, Direction, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig, RecurrentTape,
 };
 pub use select::LastStep;
 pub use sequential::{Sequential, SequentialTape, State};
@@ -74,6 +74,63 @@ impl From<Ids> for Value {
 impl From<&Ids> for Value {
     fn from(ids: &Ids) -> Self {
         Value::Ids(ids.clone())
+    }
+}
+
+/// What a forward pass may be given beside x; `S` is the state. `None` or a reference to a state also stand for one.
+/// Each setter takes a value or an `Option` of it.
+#[derive(Debug)]
+pub struct Input<'a, S> {
+    lengths: Option<&'a Lengths>,
+    state: Option<&'a S>,
+    key: Option<MaskKey>,
+}
+
+impl<S> Clone for Input<'_, S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Input<'_, S> {}
+
+impl<S> Default for Input<'_, S> {
+    fn default() -> Self {
+        Self { lengths: None, state: None, key: None }
+    }
+}
+
+impl<'a, S> Input<'a, S> {
+    /// All rows of full length, an initial state of zeros, no random masks.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The valid steps of each row: any order, 0 allowed. Past its end a row keeps its state and outputs zeros.
+    pub fn lengths(self, lengths: impl Into<Option<&'a Lengths>>) -> Self {
+        Self { lengths: lengths.into(), ..self }
+    }
+
+    /// The initial state.
+    pub fn state(self, state: impl Into<Option<&'a S>>) -> Self {
+        Self { state: state.into(), ..self }
+    }
+
+    /// The key of this pass's dropout masks; a layer with dropout needs one to train.
+    pub fn key(self, key: impl Into<Option<MaskKey>>) -> Self {
+        Self { key: key.into(), ..self }
+    }
+}
+
+impl<'a, S> From<Option<&'a S>> for Input<'a, S> {
+    fn from(state: Option<&'a S>) -> Self {
+        Self { state, ..Self::new() }
+    }
+}
+
+impl<'a, S> From<&'a S> for Input<'a, S> {
+    fn from(state: &'a S) -> Self {
+        Self::new().state(state)
     }
 }
 

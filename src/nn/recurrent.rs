@@ -2,9 +2,9 @@
 
 use std::marker::PhantomData;
 
-use super::{Context, Layer, Module, Output, Param, Tape, Value, Version};
+use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version};
 use crate::device::Device;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::column_sum::column_sum;
@@ -82,62 +82,6 @@ impl Direction {
     }
 }
 
-/// What a forward pass may be given beside x. `None`, a state, or an [`Input`] stand for one.
-#[derive(Debug)]
-pub struct Input<'a, S = LstmState> {
-    lengths: Option<&'a Lengths>,
-    state: Option<&'a S>,
-    key: Option<MaskKey>,
-}
-
-impl<S> Clone for Input<'_, S> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<S> Copy for Input<'_, S> {}
-
-impl<S> Default for Input<'_, S> {
-    fn default() -> Self {
-        Self { lengths: None, state: None, key: None }
-    }
-}
-
-impl<'a, S> Input<'a, S> {
-    /// All rows of full length, an initial state of zeros, no random masks.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// The valid steps of each row: any order, 0 allowed. Past its end a row keeps its state and outputs zeros.
-    pub fn lengths(self, lengths: &'a Lengths) -> Self {
-        Self { lengths: Some(lengths), ..self }
-    }
-
-    /// The initial state.
-    pub fn state(self, state: &'a S) -> Self {
-        Self { state: Some(state), ..self }
-    }
-
-    /// The key of this pass's dropout masks; a layer with dropout needs one to train.
-    pub fn key(self, key: MaskKey) -> Self {
-        Self { key: Some(key), ..self }
-    }
-}
-
-impl<'a, S> From<Option<&'a S>> for Input<'a, S> {
-    fn from(state: Option<&'a S>) -> Self {
-        Self { state, ..Self::new() }
-    }
-}
-
-impl<'a, S> From<&'a S> for Input<'a, S> {
-    fn from(state: &'a S) -> Self {
-        Self::new().state(state)
-    }
-}
-
 /// Sizes and options of a recurrent layer; [`RecurrentConfig::init`] makes the layer.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -201,8 +145,8 @@ impl<C: Cell> RecurrentConfig<C> {
     /// The layer, with every weight and bias drawn from U(-1/sqrt(hidden), 1/sqrt(hidden)), as PyTorch does.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`] for a size of 0, a dropout outside `[0, 1)`, a forget bias without biases;
-    /// [`ErrorKind::Limit`] or [`ErrorKind::OutOfMemory`] when the device cannot hold it.
+    /// [`crate::ErrorKind::Argument`] for a size of 0, a dropout outside `[0, 1)`, a forget bias without biases;
+    /// [`crate::ErrorKind::Limit`] or [`crate::ErrorKind::OutOfMemory`] when the device cannot hold it.
     pub fn init(self, device: &Device, rng: &mut Rng) -> Result<Recurrent<C>> {
         Recurrent::init(self, device, rng)
     }
@@ -367,7 +311,7 @@ impl<C: Cell> Recurrent<C> {
     /// end, and the state after each row's own last step. Without dropout and without a tape.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`] or [`ErrorKind::DeviceMismatch`] for an x, lengths or state that do not fit; what the
+    /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for an x, lengths or state that do not fit; what the
     /// device reports.
     pub fn forward<'a>(&self, x: &Tensor, input: impl Into<Input<'a, C::Value>>) -> Result<(Tensor, C::Value)>
     where
@@ -380,7 +324,7 @@ impl<C: Cell> Recurrent<C> {
     /// One step of a stream: x `[batch, input]` and the state so far give y `[batch, hidden]` and the next state.
     ///
     /// # Errors
-    /// As [`Recurrent::forward`]; [`ErrorKind::Unsupported`] where time is not read forward: the reverse pass needs the
+    /// As [`Recurrent::forward`]; [`crate::ErrorKind::Unsupported`] where time is not read forward: the reverse pass needs the
     /// whole sequence.
     pub fn step<'a>(&self, x: &Tensor, input: impl Into<Input<'a, C::Value>>) -> Result<(Tensor, C::Value)>
     where
@@ -393,6 +337,9 @@ impl<C: Cell> Recurrent<C> {
         let &[rows, features] = x.shape() else {
             return Err(Error::shape(&op, "x", x.shape(), format!("[batch, {}]", self.config.input)));
         };
+        if features != self.config.input {
+            return Err(Error::shape(&op, "x", x.shape(), format!("[batch, {}]", self.config.input)));
+        }
         let sequence = if self.config.batch_first { [rows, 1, features] } else { [1, rows, features] };
         let (y, state, _) = self.run("step", &x.reshape(sequence)?, input.into(), false)?;
         Ok((y.reshape([rows, self.output()])?, state))
@@ -401,7 +348,7 @@ impl<C: Cell> Recurrent<C> {
     /// As [`Recurrent::forward`], with dropout, and a tape for [`Recurrent::backward`].
     ///
     /// # Errors
-    /// As [`Recurrent::forward`]; [`ErrorKind::Argument`] where dropout has no key.
+    /// As [`Recurrent::forward`]; [`crate::ErrorKind::Argument`] where dropout has no key.
     pub fn forward_train<'a>(
         &self,
         x: &Tensor,
@@ -420,7 +367,7 @@ impl<C: Cell> Recurrent<C> {
     /// gradients of x and of the initial state; adds to those of the parameters.
     ///
     /// # Errors
-    /// [`ErrorKind::Argument`] or [`ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
+    /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
     /// changed since the tape was recorded; what the device reports.
     pub fn backward(&self, tape: RecurrentTape, dy: &Tensor, dstate: Option<&C::Value>) -> Result<(Tensor, C::Value)> {
         match self.run_backward(tape, dy, dstate, true)? {

@@ -1,9 +1,8 @@
 //! [`Sequential`]: layers in a row.
 
-use super::{Context, Layer, Module, Param, Tape, Value};
+use super::{Context, Input, Layer, Module, Output, Param, Tape, Value};
 use crate::error::{Error, Result};
-use crate::rng::MaskKey;
-use crate::tensor::{Lengths, Tensor};
+use crate::tensor::Tensor;
 
 /// Layers in a row. Lengths, state and mask keys reach each of them; parameters are named `0.weight`,
 /// `1.weight_ih_l0`, .. as in PyTorch's `nn.Sequential`.
@@ -47,25 +46,21 @@ impl Sequential {
     ///
     /// # Errors
     /// What a layer refuses, and what the device reports.
-    pub fn forward(&self, x: impl Into<Value>, lengths: Option<&Lengths>, state: Option<&State>) -> Result<(Tensor, State)> {
-        let (y, state, _) = self.run(x.into(), lengths, state, |_, layer, x, context| Ok((layer.forward(x, context)?, ())))?;
+    pub fn forward<'a>(&self, x: impl Into<Value>, input: impl Into<Input<'a, State>>) -> Result<(Tensor, State)> {
+        let (y, state, _) = self.run(x.into(), input.into(), |layer, x, context| Ok((layer.forward(x, context)?, ())))?;
         Ok((y, state))
     }
 
-    /// The same, with dropout under `key`, and a tape for [`Sequential::backward`].
+    /// The same, with dropout, and a tape for [`Sequential::backward`].
     ///
     /// # Errors
-    /// As [`Sequential::forward`].
-    pub fn forward_train(
+    /// As [`Sequential::forward`]; [`crate::ErrorKind::Argument`] where dropout has no key.
+    pub fn forward_train<'a>(
         &self,
         x: impl Into<Value>,
-        lengths: Option<&Lengths>,
-        state: Option<&State>,
-        key: MaskKey,
+        input: impl Into<Input<'a, State>>,
     ) -> Result<(Tensor, State, SequentialTape)> {
-        let (y, state, tapes) = self.run(x.into(), lengths, state, |index, layer, x, context| {
-            layer.forward_train(x, &Context { key: Some(key.layer(index)), ..*context })
-        })?;
+        let (y, state, tapes) = self.run(x.into(), input.into(), |layer, x, context| layer.forward_train(x, context))?;
         Ok((y, state, SequentialTape { tapes }))
     }
 
@@ -95,9 +90,8 @@ impl Sequential {
     fn run<T>(
         &self,
         x: Value,
-        lengths: Option<&Lengths>,
-        state: Option<&State>,
-        mut call: impl FnMut(usize, &dyn Layer, &Value, &Context<'_>) -> Result<(super::Output, T)>,
+        Input { lengths, state, key }: Input<'_, State>,
+        call: impl Fn(&dyn Layer, &Value, &Context<'_>) -> Result<(Output, T)>,
     ) -> Result<(Tensor, State, Vec<T>)> {
         if let Some(state) = state.filter(|state| state.layers.len() != self.layers.len()) {
             let (given, expected) = (state.layers.len(), self.layers.len());
@@ -105,8 +99,9 @@ impl Sequential {
         }
         let (mut value, mut states, mut extras) = (x, Vec::new(), Vec::new());
         for (index, layer) in self.layers.iter().enumerate() {
-            let context = Context { lengths, state: state.map_or(&[], |state| state.layer(index)), key: None };
-            let (output, extra) = call(index, layer.as_ref(), &value, &context)?;
+            let key = key.map(|key| key.layer(index));
+            let context = Context { lengths, state: state.map_or(&[], |state| state.layer(index)), key };
+            let (output, extra) = call(layer.as_ref(), &value, &context)?;
             if state.is_some() && context.state.len() != output.state.len() {
                 let (argument, given) = (format!("state of layer {index} ({})", layer.kind()), context.state.len());
                 let (given, expected) = (format!("{given} tensors"), format!("{} tensors", output.state.len()));

@@ -3,7 +3,9 @@
 
 pub mod case_file;
 mod compare;
+pub mod kernels;
 pub mod layers;
 pub mod oracle;
+pub mod shaders;
 
 pub use compare::{Comparison, Report};

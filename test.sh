@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Runs all tests, on a bare Debian or Ubuntu machine too: installs a C linker and a software Vulkan driver where there
+# are none. A machine with a GPU and its driver needs nothing installed. Arguments go to `cargo test`.
+#
+#   ./test.sh                    every test on every device of this machine
+#   ./test.sh --test kernels gl  some of them
+set -euo pipefail
+cd "$(dirname "$0")"
+
+have() { command -v "$1" > /dev/null; }
+
+# Whether the Vulkan loader and at least one driver (a JSON file) are installed.
+have_vulkan() {
+  { ldconfig -p 2> /dev/null || /sbin/ldconfig -p; } | grep -q 'libvulkan\.so\.1' || return 1
+  local listed=${VK_DRIVER_FILES:-${VK_ICD_FILENAMES:-}}
+  if [ -n "$listed" ]; then
+    local place
+    local -a places
+    IFS=: read -ra places <<< "$listed"
+    for place in "${places[@]}"; do [ -e "$place" ] && return 0; done
+    echo "test.sh: VK_DRIVER_FILES or VK_ICD_FILENAMES names no file that exists: $listed" >&2
+    exit 1
+  fi
+  compgen -G '/usr/share/vulkan/icd.d/*.json' > /dev/null || compgen -G '/usr/local/share/vulkan/icd.d/*.json' > /dev/null ||
+    compgen -G '/etc/vulkan/icd.d/*.json' > /dev/null || compgen -G "${HOME:-}/.local/share/vulkan/icd.d/*.json" > /dev/null
+}
+
+if [ "$(uname -s)" = Linux ]; then
+  packages=()
+  have cc || packages+=(gcc libc6-dev)
+  have_vulkan || packages+=(libvulkan1 mesa-vulkan-drivers)
+  if [ ${#packages[@]} -gt 0 ]; then
+    if ! have apt-get; then
+      echo "test.sh: missing, and there is no apt-get to install them with: ${packages[*]} (Debian's names)" >&2
+      exit 1
+    fi
+    root=()
+    if [ "$(id -u)" -ne 0 ]; then
+      have sudo || { echo "test.sh: run as root, or install: ${packages[*]}" >&2; exit 1; }
+      root=(sudo)
+    fi
+    echo "test.sh: installing ${packages[*]}"
+    "${root[@]}" apt-get update -qq
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"
+  fi
+fi
+
+if ! have cargo; then
+  echo "test.sh: cargo is missing: install Rust with rustup, as the Rust project's home page describes" >&2
+  exit 1
+fi
+
+# EGL complains without it.
+export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
+
+start=$SECONDS
+status=0
+cargo test --all-features --no-fail-fast "$@" || status=$?
+if [ "$status" -eq 0 ]; then
+  echo "test.sh: ALL TESTS PASSED in $((SECONDS - start)) s"
+else
+  echo "test.sh: TESTS FAILED (cargo test ended with status $status) after $((SECONDS - start)) s"
+fi
+exit "$status"

@@ -1,0 +1,766 @@
+//! What is refused, and in which words. Nothing here may panic, and nothing wrong may pass.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use common::{adapters, devices};
+use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
+use gatefold::checkpoint::{self, Metadata};
+use gatefold::nn::{
+    Context, Direction, Dropout, EmbeddingConfig, Input, LastStep, Layer, LinearConfig, LstmConfig, LstmState, Module, Param,
+    Sequential, Tape, Value,
+};
+use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
+use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
+use safetensors::{Dtype, tensor::TensorView};
+
+/// Calls and the errors that they must give; all that differ are reported at once.
+struct Table {
+    title: String,
+    wrong: Vec<String>,
+}
+
+impl Table {
+    fn new(title: impl Into<String>) -> Self {
+        Self { title: title.into(), wrong: Vec::new() }
+    }
+
+    /// `text` is the whole message, or its beginning where it ends in `..`.
+    fn row<T>(&mut self, call: impl FnOnce() -> gatefold::Result<T>, kind: ErrorKind, text: impl AsRef<str>) {
+        let text = text.as_ref();
+        let given = match catch_unwind(AssertUnwindSafe(call)) {
+            Err(_) => "a panic".to_owned(),
+            Ok(Ok(_)) => "no error".to_owned(),
+            Ok(Err(error)) => {
+                let message = error.to_string();
+                let fits = text.strip_suffix("..").map_or(message == text, |start| message.starts_with(start));
+                if fits && error.kind() == kind {
+                    return;
+                }
+                format!("{error:?}")
+            }
+        };
+        self.wrong.push(format!("expected {kind:?}: {text}\n   given {given}"));
+    }
+
+    fn finish(self) {
+        assert!(self.wrong.is_empty(), "{}:\n{}", self.title, self.wrong.join("\n"));
+    }
+}
+
+/// Runs a table on every device; the second device is another one, for mismatches.
+fn everywhere(mut fill: impl FnMut(&mut Table, &Device, &Device) -> Result<()>) -> Result<()> {
+    let devices = devices()?;
+    for (index, device) in devices.iter().enumerate() {
+        let mut table = Table::new(format!("{device:?}"));
+        fill(&mut table, device, &devices[(index + 1) % devices.len()])?;
+        table.finish();
+    }
+    Ok(())
+}
+
+fn zeros<const N: usize>(device: &Device, shape: [usize; N]) -> Result<Tensor> {
+    Ok(Tensor::zeros(device, shape)?)
+}
+
+const STALE: &str = "the tape does not fit: the parameters changed since it was recorded, or it is another layer's";
+const NOTHING: &str = "nothing counts: every target is ignored or past its row's end";
+
+#[test]
+fn tensors() -> Result<()> {
+    everywhere(|t, device, _| {
+        let data = &[1.0; 5];
+        t.row(
+            || Tensor::from_slice(device, data, [2, 3]),
+            Argument,
+            "Tensor.from_slice: data has shape [5], expected 6 elements for shape [2, 3]",
+        );
+        t.row(
+            || Tensor::from_slice(device, &[], [0, 3]),
+            Argument,
+            "Tensor.from_slice: shape is [0, 3], expected every size at least 1",
+        );
+        t.row(|| Tensor::zeros(device, [2, 0]), Argument, "Tensor.zeros: shape is [2, 0], expected every size at least 1");
+        for shape in [[1 << 16, 1 << 16], [usize::MAX, 2], [usize::MAX, usize::MAX]] {
+            let text = format!("shape is {shape:?}, expected at most 2^32 - 1 elements");
+            t.row(|| Tensor::zeros(device, shape), Argument, format!("Tensor.zeros: {text}"));
+            t.row(|| Tensor::from_slice(device, data, shape), Argument, format!("Tensor.from_slice: {text}"));
+            t.row(|| Tensor::zeros(device, [1])?.reshape(shape), Argument, format!("Tensor.reshape: {text}"));
+        }
+        let six = zeros(device, [2, 3])?;
+        t.row(|| six.reshape([4]), Argument, "Tensor.reshape: shape is [4], expected 6 elements");
+        t.row(|| six.reshape([0]), Argument, "Tensor.reshape: shape is [0], expected 6 elements");
+        t.row(|| six.item(), Argument, "Tensor.item: tensor has shape [2, 3], expected one element");
+        t.row(
+            || Ids::from_slice(device, &[1], [2]),
+            Argument,
+            "Ids.from_slice: data has shape [1], expected 2 elements for shape [2]",
+        );
+        t.row(
+            || Ids::from_slice(device, &[], [0, 4]),
+            Argument,
+            "Ids.from_slice: shape is [0, 4], expected every size at least 1",
+        );
+        t.row(|| Lengths::from_slice(device, &[]), Argument, "Lengths.from_slice: shape is [0], expected every size at least 1");
+        let param = Param::new("weight", device, &[0.0; 4], [2, 2])?;
+        t.row(|| param.set(&[0.0; 3]), Argument, "Param.set: weight has shape [3], expected [2, 2]");
+        Ok(())
+    })
+}
+
+#[test]
+fn configurations() -> Result<()> {
+    everywhere(|t, device, _| {
+        let rng = &mut Rng::seed(0);
+        let mut lstm = |t: &mut Table, config: LstmConfig, text: &str| {
+            t.row(|| config.init(device, rng), Argument, text);
+        };
+        lstm(t, LstmConfig::new(0, 4), "lstm.init: input is 0, expected at least 1");
+        lstm(t, LstmConfig::new(4, 0), "lstm.init: hidden is 0, expected at least 1");
+        lstm(t, LstmConfig::new(4, 4).layers(0), "lstm.init: layers is 0, expected at least 1");
+        for (p, given) in [(1.0, "1"), (-0.5, "-0.5"), (f32::NAN, "NaN")] {
+            let text = format!("lstm.init: dropout is {given}, expected in [0, 1)");
+            lstm(t, LstmConfig::new(4, 4).dropout(p), &text);
+            let text = format!("dropout.new: p is {given}, expected in [0, 1)");
+            t.row(|| Dropout::new(p), Argument, text);
+        }
+        let text = "lstm.init: forget_bias is given, expected biases, which bias(false) removed";
+        lstm(t, LstmConfig::new(4, 4).bias(false).forget_bias(1.0), text);
+        // Refused before a number is drawn.
+        for (input, hidden) in [(usize::MAX, 4), (4, usize::MAX), (1 << 40, 1 << 40)] {
+            let shape = [hidden.saturating_mul(4), input];
+            let text = format!("Tensor.zeros: shape is {shape:?}, expected at most 2^32 - 1 elements");
+            lstm(t, LstmConfig::new(input, hidden), &text);
+        }
+        for (vocabulary, width, name) in [(0, 4, "vocabulary"), (4, 0, "width")] {
+            let text = format!("embedding.init: {name} is 0, expected at least 1");
+            t.row(|| EmbeddingConfig::new(vocabulary, width).init(device, &mut Rng::seed(0)), Argument, text);
+        }
+        let text = "embedding.init: padding is 5, expected an id below 5";
+        t.row(|| EmbeddingConfig::new(5, 2).padding(5).init(device, &mut Rng::seed(0)), Argument, text);
+        let text = "Tensor.zeros: shape is [4294967296, 1099511627776], expected at most 2^32 - 1 elements";
+        t.row(|| EmbeddingConfig::new(1 << 32, 1 << 40).init(device, &mut Rng::seed(0)), Argument, text);
+        t.row(|| LinearConfig::new(1 << 40, 1 << 32).init(device, &mut Rng::seed(0)), Argument, text);
+        for (input, output, name) in [(0, 4, "input"), (4, 0, "output")] {
+            let text = format!("linear.init: {name} is 0, expected at least 1");
+            t.row(|| LinearConfig::new(input, output).init(device, &mut Rng::seed(0)), Argument, text);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn recurrent_layers() -> Result<()> {
+    everywhere(|t, device, other| {
+        let rng = &mut Rng::seed(0);
+        let lstm = LstmConfig::new(3, 4).layers(2).init(device, rng)?;
+        let x = zeros(device, [5, 2, 3])?;
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        for shape in [vec![5, 2, 4], vec![2, 3], vec![3], vec![], vec![1, 5, 2, 3]] {
+            let x = Tensor::zeros(device, shape.clone())?;
+            let text = format!("x has shape {shape:?}, expected [seq, batch, 3]");
+            t.row(|| lstm.forward(&x, None), Argument, format!("lstm.forward: {text}"));
+            t.row(|| lstm.forward_train(&x, None), Argument, format!("lstm.forward_train: {text}"));
+        }
+        t.row(|| lstm.forward(&zeros(other, [5, 2, 3]).unwrap(), None), DeviceMismatch, format!("lstm.forward: x {elsewhere}"));
+        let first = LstmConfig::new(3, 4).batch_first(true).init(device, rng)?;
+        let text = "lstm.forward: x has shape [5, 2, 4], expected [batch, seq, 3]";
+        t.row(|| first.forward(&zeros(device, [5, 2, 4]).unwrap(), None), Argument, text);
+
+        for (lengths, text) in [
+            (&[1][..], "lstm.forward: lengths has shape [1], expected [batch] = [2]"),
+            (&[1, 2, 3], "lstm.forward: lengths has shape [3], expected [batch] = [2]"),
+            (&[2, 6], "lstm.forward: lengths[1] is 6, expected at most the 5 steps of the batch"),
+            (&[u32::MAX, 0], "lstm.forward: lengths[0] is 4294967295, expected at most the 5 steps of the batch"),
+        ] {
+            let lengths = Lengths::from_slice(device, lengths)?;
+            t.row(|| lstm.forward(&x, Input::new().lengths(&lengths)), Argument, text);
+        }
+        let lengths = Lengths::from_slice(other, &[1, 2])?;
+        let text = format!("lstm.forward: lengths {elsewhere}");
+        t.row(|| lstm.forward(&x, Input::new().lengths(&lengths)), DeviceMismatch, text);
+
+        let good = zeros(device, [2, 2, 4])?;
+        let expected = "expected [layers * directions, batch, hidden] = [2, 2, 4]";
+        for shape in [vec![1, 2, 4], vec![2, 3, 4], vec![16], vec![2, 2, 5]] {
+            let bad = Tensor::zeros(device, shape.clone())?;
+            let state = LstmState { h: bad.clone(), c: good.clone() };
+            t.row(|| lstm.forward(&x, &state), Argument, format!("lstm.forward: state.h has shape {shape:?}, {expected}"));
+            let state = LstmState { h: good.clone(), c: bad };
+            t.row(|| lstm.forward(&x, &state), Argument, format!("lstm.forward: state.c has shape {shape:?}, {expected}"));
+        }
+        let state = LstmState { h: good.clone(), c: zeros(other, [2, 2, 4])? };
+        t.row(|| lstm.forward(&x, &state), DeviceMismatch, format!("lstm.forward: state.c {elsewhere}"));
+        let one = Context { state: std::slice::from_ref(&good), ..Context::default() };
+        let text = "lstm.forward: state is 1 tensors, expected [\"h\", \"c\"]";
+        t.row(|| Layer::forward(&lstm, &Value::from(&x), &one), Argument, text);
+
+        let text = "lstm.step: streaming needs Direction::Forward; the reverse pass needs the whole sequence";
+        for direction in [Direction::Both, Direction::Reverse] {
+            let lstm = LstmConfig::new(3, 4).direction(direction).init(device, rng)?;
+            t.row(|| lstm.step(&zeros(device, [2, 3]).unwrap(), None), Unsupported, text);
+        }
+        for shape in [vec![5, 2, 3], vec![2, 4], vec![3]] {
+            let x = Tensor::zeros(device, shape.clone())?;
+            t.row(|| lstm.step(&x, None), Argument, format!("lstm.step: x has shape {shape:?}, expected [batch, 3]"));
+        }
+
+        let dropping = LstmConfig::new(3, 4).layers(2).dropout(0.5).init(device, rng)?;
+        let text = "lstm.forward_train: key is not given, expected a MaskKey, which dropout 0.5 needs";
+        t.row(|| dropping.forward_train(&x, None), Argument, text);
+
+        let tape = || lstm.forward_train(&x, None).map(|(.., tape)| tape);
+        let dy = zeros(device, [5, 2, 4])?;
+        let text = "lstm.backward: dy has shape [5, 2, 3], expected [seq, batch, output] = [5, 2, 4]";
+        t.row(|| lstm.backward(tape()?, &x, None), Argument, text);
+        let text = format!("lstm.backward: dy {elsewhere}");
+        t.row(|| lstm.backward(tape()?, &zeros(other, [5, 2, 4]).unwrap(), None), DeviceMismatch, text);
+        let dstate = LstmState { h: good.clone(), c: dy.clone() };
+        let text = format!("lstm.backward: dstate.c has shape [5, 2, 4], {expected}");
+        t.row(|| lstm.backward(tape()?, &dy, Some(&dstate)), Argument, text);
+        let dy_first = zeros(device, [5, 2, 4])?;
+        let text = "lstm.backward: dy has shape [5, 2, 4], expected [batch, seq, output] = [2, 5, 4]";
+        let x_first = zeros(device, [2, 5, 3])?;
+        t.row(|| first.backward(first.forward_train(&x_first, None)?.2, &dy_first, None), Argument, text);
+
+        // Tapes that do not belong: of a twin, of a narrower layer, of this one before its parameters changed.
+        let twin = LstmConfig::new(3, 4).layers(2).init(device, rng)?;
+        t.row(|| twin.backward(tape()?, &dy, None), Argument, format!("lstm.backward: {STALE}"));
+        let wide = LstmConfig::new(3, 64).layers(2).init(device, rng)?;
+        let dy_wide = zeros(device, [5, 2, 64])?;
+        t.row(|| wide.backward(tape()?, &dy_wide, None), Argument, format!("lstm.backward: {STALE}"));
+        let old = tape()?;
+        let (_, param) = &lstm.params()[3];
+        param.set(&[0.5; 16])?;
+        t.row(|| lstm.backward(old, &dy, None), Argument, format!("lstm.backward: {STALE}"));
+        t.row(
+            || Layer::backward(&lstm, Tape::new(()), &dy, true),
+            Argument,
+            "lstm.backward: tape is of another layer, expected the tape of this layer's forward_train",
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn other_layers() -> Result<()> {
+    everywhere(|t, device, other| {
+        let rng = &mut Rng::seed(0);
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        let mut linear = LinearConfig::new(3, 2).init(device, rng)?;
+        for shape in [vec![5, 4], vec![], vec![2]] {
+            let x = Tensor::zeros(device, shape.clone())?;
+            t.row(|| linear.forward(&x), Argument, format!("linear.forward: x has shape {shape:?}, expected [.., 3]"));
+        }
+        let (x, dy) = (zeros(device, [5, 3])?, zeros(device, [5, 2])?);
+        let (x_there, dy_there) = (zeros(other, [5, 3])?, zeros(other, [5, 2])?);
+        t.row(|| linear.forward(&x_there), DeviceMismatch, format!("linear.forward: x {elsewhere}"));
+        t.row(|| linear.backward(&x_there, &dy, true), DeviceMismatch, format!("linear.backward: x {elsewhere}"));
+        t.row(|| linear.backward(&x, &dy_there, true), DeviceMismatch, format!("linear.backward: dy {elsewhere}"));
+        t.row(|| linear.backward(&dy, &dy, true), Argument, "linear.backward: x has shape [5, 2], expected [.., 3]");
+        let text = "linear.backward: dy has shape [5, 3], expected [.., output] = [5, 2]";
+        t.row(|| linear.backward(&x, &x, true), Argument, text);
+        let ids = Ids::from_slice(device, &[0, 4], [2, 1])?;
+        let text = "linear.forward: x is token ids, expected numbers [.., features] (an Embedding makes them)";
+        t.row(|| Layer::forward(&linear, &Value::from(&ids), &Context::default()), Argument, text);
+        let text = "linear.backward: tape is of another layer, expected the tape of this layer's forward_train";
+        t.row(|| Layer::backward(&linear, Tape::new(7u8), &dy, true), Argument, text);
+        let (_, old) = linear.forward_train(&Value::from(&x), &Context::default())?;
+        Optimizer::new(Sgd::new(0.1), linear.params_mut())?.step()?;
+        t.row(|| Layer::backward(&linear, old, &dy, true), Argument, format!("linear.backward: {STALE}"));
+
+        let embedding = EmbeddingConfig::new(5, 4).init(device, rng)?;
+        let beyond = Ids::from_slice(device, &[5, 1], [2, 1])?;
+        let text = "embedding.forward: ids has id 5, expected ids below 5 (the vocabulary)";
+        t.row(|| embedding.forward(&beyond), Argument, text);
+        let ids_there = Ids::from_slice(other, &[0, 4], [2, 1])?;
+        t.row(|| embedding.forward(&ids_there), DeviceMismatch, format!("embedding.forward: ids {elsewhere}"));
+        let dy = zeros(device, [2, 1, 4])?;
+        let text = "embedding.backward: ids has id 5, expected ids below 5 (the vocabulary)";
+        t.row(|| embedding.backward(&beyond, &dy), Argument, text);
+        t.row(|| embedding.backward(&ids_there, &dy), DeviceMismatch, format!("embedding.backward: ids {elsewhere}"));
+        let dy_there = zeros(other, [2, 1, 4])?;
+        t.row(|| embedding.backward(&ids, &dy_there), DeviceMismatch, format!("embedding.backward: dy {elsewhere}"));
+        let text = "embedding.backward: dy has shape [2, 4], expected [seq, batch, width] = [2, 1, 4]";
+        t.row(|| embedding.backward(&ids, &zeros(device, [2, 4]).unwrap()), Argument, text);
+        let text = "embedding.forward: x is numbers, expected token ids [seq, batch]";
+        t.row(|| Layer::forward(&embedding, &Value::from(&dy), &Context::default()), Argument, text);
+
+        let dropout = Dropout::new(0.5)?;
+        let text = "dropout.forward_train: key is not given, expected a MaskKey";
+        t.row(|| dropout.forward_train(&Value::from(&x), &Context::default()), Argument, text);
+        let keyed = Context { key: Some(MaskKey::new(0, 0)), ..Context::default() };
+        let line = Value::from(zeros(device, [3])?);
+        let text = "dropout.forward_train: x has shape [3], expected [.., batch, features]";
+        t.row(|| dropout.forward_train(&line, &keyed), Argument, text);
+
+        let text = "last_step.forward: x has shape [5, 3], expected [seq, batch, features]";
+        t.row(|| LastStep.forward(&Value::from(&x), &Context::default()), Argument, text);
+        let lengths = Lengths::from_slice(device, &[3])?;
+        let ragged = Context { lengths: Some(&lengths), ..Context::default() };
+        let text = "last_step.forward: lengths[0] is 3, expected at most the 2 steps of the batch";
+        t.row(|| LastStep.forward(&Value::from(&dy), &ragged), Argument, text);
+        let tape = || LastStep.forward_train(&Value::from(&dy), &Context::default()).map(|(_, tape)| tape);
+        let text = "last_step.backward: dy has shape [2, 1, 4], expected [batch, features] = [1, 4]";
+        t.row(|| LastStep.backward(tape()?, &dy, true), Argument, text);
+        let text = format!("last_step.backward: dy {elsewhere}");
+        t.row(|| LastStep.backward(tape()?, &zeros(other, [1, 4]).unwrap(), true), DeviceMismatch, text);
+        Ok(())
+    })
+}
+
+#[test]
+fn layers_in_a_row() -> Result<()> {
+    everywhere(|t, device, _| {
+        let rng = &mut Rng::seed(0);
+        let key = MaskKey::new(0, 0);
+        let ids = Ids::from_slice(device, &[0, 4], [2, 1])?;
+        let x = zeros(device, [2, 1, 3])?;
+        t.row(|| Sequential::new().forward(&ids, None), Unsupported, "sequential.forward: there are no layers");
+        let text = "Optimizer.new: params is empty, expected at least one parameter";
+        t.row(|| Trainer::new(Sequential::new(), MeanSquaredError, Sgd::new(0.1)), Argument, text);
+
+        let late = Sequential::new()
+            .push(LinearConfig::new(3, 3).init(device, rng)?)
+            .push(EmbeddingConfig::new(5, 3).init(device, rng)?);
+        let text = "x is numbers, expected token ids [seq, batch]";
+        t.row(|| late.forward(&x, None), Argument, format!("embedding.forward: {text}"));
+        t.row(|| late.forward_train(&x, Input::new().key(key)), Argument, format!("embedding.forward_train: {text}"));
+
+        let linear_last =
+            Sequential::new().push(LstmConfig::new(3, 3).init(device, rng)?).push(LinearConfig::new(3, 3).init(device, rng)?);
+        let linear_first =
+            Sequential::new().push(LinearConfig::new(3, 3).init(device, rng)?).push(LstmConfig::new(3, 3).init(device, rng)?);
+        let single = Sequential::new().push(LstmConfig::new(3, 3).init(device, rng)?);
+        let (_, state) = linear_last.forward(&x, None)?;
+        let text = "sequential.forward: state is of 2 layers, expected 1";
+        t.row(|| single.forward(&x, &state), Argument, text);
+        let text = "sequential.forward: state of layer 0 (linear) is 2 tensors, expected 0 tensors";
+        t.row(|| linear_first.forward(&x, &state), Argument, text);
+        let (y, _, tape) = single.forward_train(&x, Input::new().key(key))?;
+        t.row(|| linear_last.backward(tape, &y), Argument, "sequential.backward: tape is of 1 layers, expected 2");
+        let (y, _, tape) = linear_last.forward_train(&x, Input::new().key(key))?;
+        let text = "lstm.backward: tape is of another layer, expected the tape of this layer's forward_train";
+        t.row(|| linear_first.backward(tape, &y), Argument, text);
+        Ok(())
+    })
+}
+
+#[test]
+fn losses() -> Result<()> {
+    everywhere(|t, device, other| {
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        let ids = |ids: &[u32], shape: &[usize]| Ids::from_slice(device, ids, shape).map(Value::from);
+        let mut both = |t: &mut Table, loss: &dyn Loss, y: &Tensor, target: &Value, lengths: Option<&[u32]>, kind, text: &str| {
+            let lengths = lengths.map(|lengths| Lengths::from_slice(device, lengths).unwrap());
+            t.row(|| loss.loss(y, target, lengths.as_ref()), kind, text);
+            t.row(|| loss.loss_and_gradient(y, target, lengths.as_ref()), kind, text);
+        };
+        let (flat, y, line) = (zeros(device, [2, 3])?, zeros(device, [2, 1, 3])?, zeros(device, [3])?);
+        let entropy = &CrossEntropy::new();
+        let text = "cross_entropy: target is numbers, expected class ids in the shape of y without its last dimension";
+        both(t, entropy, &flat, &Value::from(&flat), None, Argument, text);
+        for (y, shape) in [(&flat, vec![4]), (&flat, vec![4, 1]), (&y, vec![2, 2]), (&line, vec![1])] {
+            let text = format!(
+                "cross_entropy: target has shape {shape:?}, expected the shape of y {:?} without its last dimension",
+                y.shape()
+            );
+            both(t, entropy, y, &ids(&vec![0; shape.iter().product()], &shape)?, None, Argument, &text);
+        }
+        let there = Value::from(Ids::from_slice(other, &[0, 0], [2])?);
+        both(t, entropy, &flat, &there, None, DeviceMismatch, &format!("cross_entropy: target {elsewhere}"));
+        let text = "cross_entropy: target has id 3, expected ids below 3 (the classes of y)";
+        both(t, entropy, &flat, &ids(&[0, 3], &[2])?, None, Argument, text);
+        both(t, &CrossEntropy::ignoring(7), &flat, &ids(&[7, 3], &[2])?, None, Argument, text);
+        let nothing = format!("cross_entropy: {NOTHING}");
+        both(t, &CrossEntropy::ignoring(7), &flat, &ids(&[7, 7], &[2])?, None, Argument, &nothing);
+        both(t, entropy, &y, &ids(&[0, 0], &[2, 1])?, Some(&[0]), Argument, &nothing);
+        let text = "cross_entropy: lengths has shape [2], expected [batch] = [1]";
+        both(t, entropy, &y, &ids(&[0, 0], &[2, 1])?, Some(&[1, 1]), Argument, text);
+        let text = "cross_entropy: lengths[0] is 3, expected at most the 2 steps of the batch";
+        both(t, entropy, &y, &ids(&[0, 0], &[2, 1])?, Some(&[3]), Argument, text);
+        let deep = zeros(device, [1, 2, 1, 3])?;
+        let text = "y has shape [1, 2, 1, 3], expected [seq, batch, ..] or [batch, ..] where there are lengths";
+        both(t, entropy, &deep, &ids(&[0, 0], &[1, 2, 1])?, Some(&[1]), Argument, &format!("cross_entropy: {text}"));
+
+        let squares = &MeanSquaredError;
+        let text = "mean_squared_error: target is ids, expected numbers in the shape of y";
+        both(t, squares, &flat, &ids(&[0, 0], &[2])?, None, Argument, text);
+        let text = "mean_squared_error: target has shape [3], expected the shape of y = [2, 3]";
+        both(t, squares, &flat, &Value::from(&line), None, Argument, text);
+        let text = "mean_squared_error: y has shape [3], expected [seq, batch, features] or [batch, features]";
+        both(t, squares, &line, &Value::from(&line), None, Argument, text);
+        let there = Value::from(zeros(other, [2, 3])?);
+        both(t, squares, &flat, &there, None, DeviceMismatch, &format!("mean_squared_error: target {elsewhere}"));
+        both(t, squares, &y, &Value::from(&y), Some(&[0]), Argument, &format!("mean_squared_error: {NOTHING}"));
+        both(
+            t,
+            squares,
+            &deep,
+            &Value::from(&deep),
+            Some(&[1]),
+            Argument,
+            &format!(
+                "mean_squared_error: {text}",
+                text = "y has shape [1, 2, 1, 3], expected [seq, batch, ..] or [batch, ..] where there are lengths"
+            ),
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn optimizers() -> Result<()> {
+    everywhere(|t, device, other| {
+        let linear = |device: &Device| LinearConfig::new(1, 1).init(device, &mut Rng::seed(0));
+        let model = || Ok::<_, gatefold::Error>(Sequential::new().push(linear(device)?));
+        let (rate, share, positive) = ("finite and not negative", "in [0, 1)", "finite and positive");
+        let adamw = AdamW::new(0.1);
+        let rules: [(Rule, &str, f64, &str); 14] = [
+            (AdamW::new(f64::NAN).into(), "adamw: learning_rate", f64::NAN, rate),
+            (AdamW::new(-1.0).into(), "adamw: learning_rate", -1.0, rate),
+            (AdamW::new(1e39).into(), "adamw: learning_rate", 1e39, rate),
+            (adamw.betas(1.0, 0.9).into(), "adamw: beta1", 1.0, share),
+            (adamw.betas(0.9, -0.5).into(), "adamw: beta2", -0.5, share),
+            (adamw.betas(0.9, f64::NAN).into(), "adamw: beta2", f64::NAN, share),
+            (adamw.epsilon(0.0).into(), "adamw: epsilon", 0.0, positive),
+            (adamw.epsilon(1e-60).into(), "adamw: epsilon", 1e-60, positive),
+            (adamw.epsilon(f64::INFINITY).into(), "adamw: epsilon", f64::INFINITY, positive),
+            (adamw.weight_decay(-0.1).into(), "adamw: weight_decay", -0.1, rate),
+            (Sgd::new(f64::INFINITY).into(), "sgd: learning_rate", f64::INFINITY, rate),
+            (Sgd::new(0.1).momentum(1.5).into(), "sgd: momentum", 1.5, share),
+            (Sgd::new(0.1).momentum(f64::NAN).into(), "sgd: momentum", f64::NAN, share),
+            (Sgd::new(0.1).weight_decay(f64::NAN).into(), "sgd: weight_decay", f64::NAN, rate),
+        ];
+        for (rule, name, given, expected) in rules {
+            let text = format!("{name} is {given}, expected {expected}");
+            t.row(|| Trainer::new(model()?, MeanSquaredError, rule), Argument, text);
+        }
+        let ones = zeros(device, [1, 1])?;
+        for norm in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-60, 1e39] {
+            let step = || Trainer::new(model()?, MeanSquaredError, adamw)?.clip_grad_norm(norm).step(&Batch::new(&ones, &ones));
+            t.row(step, Argument, format!("clip_grad_norm: max_norm is {norm}, expected finite and positive"));
+        }
+        let mut trainer = Trainer::new(model()?, MeanSquaredError, Sgd::new(0.1))?;
+        trainer.set_learning_rate(f64::NAN);
+        let text = "sgd: learning_rate is NaN, expected finite and not negative";
+        t.row(|| trainer.step(&Batch::new(&ones, &ones)), Argument, text);
+
+        let (mut a, mut b) = (linear(device)?, linear(device)?);
+        let twice = a.params_mut().into_iter().chain(b.params_mut()).collect();
+        let text = "Optimizer.new: params is weight twice, expected distinct names";
+        t.row(|| Optimizer::new(adamw, twice), Argument, text);
+        let mut there = LstmConfig::new(1, 1).init(other, &mut Rng::seed(0))?;
+        let mixed = a.params_mut().into_iter().chain(there.params_mut()).collect();
+        let text = format!("Optimizer.new: weight_ih_l0 is on {}, expected on {}", other.info(), device.info());
+        t.row(|| Optimizer::new(adamw, mixed), DeviceMismatch, text);
+        Ok(())
+    })
+}
+
+// ---- devices ----
+
+fn no_device(name: &str) -> String {
+    let exist = Device::list().iter().fold(Vec::new(), |mut names, info| {
+        names.push(if info.backend == "native" { "cpu".to_owned() } else { format!("{}:{}", info.backend, info.name) });
+        names
+    });
+    format!("device: no device is named {name:?}, expected one of: {}", exist.join(", "))
+}
+
+#[test]
+fn device_names() -> Result<()> {
+    let mut t = Table::new("device names");
+    for name in ["nonsense", "", "cpu:", "vulkan:nonsense", "nonsense:llvmpipe"] {
+        t.row(|| Device::by_name(name), NoDevice, no_device(name));
+    }
+    t.finish();
+    Ok(())
+}
+
+/// Not a test by itself: `in_a_child` runs it in a process of its own.
+#[test]
+fn child() {
+    match std::env::var("GATEFOLD_TEST_CHILD").as_deref() {
+        Ok("new") => println!("child: {:?}", Device::new()),
+        Ok("huge") => println!("child: {:?}", Tensor::zeros(&Device::cpu(), [1 << 30])),
+        _ => {}
+    }
+}
+
+/// What `child` prints under `variables`; `shell` stands before the command line.
+fn in_a_child(what: &str, shell: &str, variables: &[(&str, &std::ffi::OsStr)]) -> Result<String> {
+    let this = std::env::current_exe()?;
+    let mut command = if shell.is_empty() { Command::new(&this) } else { Command::new("sh") };
+    if !shell.is_empty() {
+        command.args(["-c", &format!("{shell}; exec \"$0\" \"$@\"")]).arg(&this);
+    }
+    command.args(["--exact", "child", "--nocapture"]).env("GATEFOLD_TEST_CHILD", what).env_remove("GATEFOLD_DEVICE");
+    let output = command.envs(variables.iter().copied()).output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let answer = text.split_once("child: ").and_then(|(_, rest)| rest.lines().next());
+    Ok(answer.with_context(|| format!("{what}: {output:?}"))?.to_owned())
+}
+
+#[test]
+fn the_variable_names_the_device() -> Result<()> {
+    let adapter = adapters()?[0].info();
+    let variable = |value: &std::ffi::OsStr| in_a_child("new", "", &[("GATEFOLD_DEVICE", value)]);
+    let named = |value: &str| variable(value.as_ref());
+    assert_eq!(named("nonsense")?, format!("Err(NoDevice: {})", no_device("nonsense")));
+    assert!(named("CPU")?.starts_with("Ok(Device(cpu (native, "));
+    let found = named(&format!("{}:{}", adapter.backend, adapter.name.to_uppercase()))?;
+    assert_eq!(found, format!("Ok(Device({adapter}))"));
+    // Empty is as good as unset; what is no text is a name that nothing has.
+    assert_eq!(named("")?, in_a_child("new", "", &[])?);
+    #[cfg(unix)]
+    {
+        let value = std::os::unix::ffi::OsStrExt::from_bytes(b"\xff");
+        assert!(variable(value)?.starts_with("Err(NoDevice: device: no device is named"));
+    }
+    Ok(())
+}
+
+/// On the CPU only: to fill a software adapter's memory would fill the machine's.
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_that_is_not_there() -> Result<()> {
+    let answer = in_a_child("huge", "ulimit -v 3000000", &[("RAYON_NUM_THREADS", "1".as_ref())])?;
+    assert!(answer.starts_with("Err(OutOfMemory: tensor: 4294967296 bytes on the CPU: "), "{answer}");
+    Ok(())
+}
+
+#[test]
+fn tensors_beyond_an_adapters_limits() -> Result<()> {
+    for (device, info) in adapters()?.iter().zip(Device::list().iter().skip(1)) {
+        let limit = |name: &str| info.limits.iter().find(|(given, _)| given == name).map(|(_, value)| *value);
+        let limit = limit("max_storage_buffer_binding_size").min(limit("max_buffer_size")).context("limits are listed")?;
+        let words = limit as usize / 4 + 1;
+        let mut t = Table::new(format!("{device:?}"));
+        if words <= u32::MAX as usize {
+            let text =
+                format!("a tensor of {words} elements takes {} bytes, expected at most {limit} (the adapter's limit)", words * 4);
+            let text = format!("device: {}: {text}", info.name);
+            t.row(|| Tensor::zeros(device, [words]), Limit, &text);
+            t.row(|| LinearConfig::new(words, 1).init(device, &mut Rng::seed(0)), Limit, &text);
+        }
+        // Refused, not broken: the device still works.
+        assert_eq!(zeros(device, [3])?.to_vec()?, [0.0; 3]);
+        t.finish();
+    }
+    Ok(())
+}
+
+#[test]
+fn a_lost_device() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("run.safetensors");
+    for device in adapters()? {
+        let rng = &mut Rng::seed(0);
+        let lstm = LstmConfig::new(2, 3).init(&device, rng)?;
+        let model =
+            Sequential::new().push(LstmConfig::new(2, 3).init(&device, rng)?).push(LinearConfig::new(3, 1).init(&device, rng)?);
+        let mut trainer = Trainer::new(model, MeanSquaredError, AdamW::new(0.1))?;
+        let (x, target) = (zeros(&device, [4, 2, 2])?, zeros(&device, [4, 2, 1])?);
+        let batch = Batch::new(&x, &target);
+        let outcome = trainer.step(&batch)?;
+        trainer.save(&path)?;
+        let state = outcome.state.clone();
+        // Work is recorded, some of it is under way.
+        trainer.step(&batch)?;
+        let (y, _, tape) = lstm.forward_train(&x, None)?;
+        device.lose();
+        let mut t = Table::new(format!("{device:?}"));
+        let text = format!("device: {}: ..", device.info().name);
+        t.row(|| outcome.item(), DeviceLost, &text);
+        t.row(|| y.to_vec(), DeviceLost, &text);
+        t.row(|| lstm.backward(tape, &y, None), DeviceLost, &text);
+        t.row(|| lstm.forward(&x, None), DeviceLost, &text);
+        t.row(|| lstm.step(&Tensor::zeros(&device, [2, 2])?, None), DeviceLost, &text);
+        t.row(|| Tensor::zeros(&device, [3]), DeviceLost, &text);
+        t.row(|| Tensor::from_slice(&device, &[1.0], [1]), DeviceLost, &text);
+        t.row(|| Ids::from_slice(&device, &[1], [1]), DeviceLost, &text);
+        t.row(|| x.to_device(&Device::cpu()), DeviceLost, &text);
+        t.row(
+            || Device::cpu().synchronize().and_then(|()| Tensor::zeros(&Device::cpu(), [1])?.to_device(&device)),
+            DeviceLost,
+            &text,
+        );
+        t.row(|| trainer.step(&batch), DeviceLost, &text);
+        t.row(|| trainer.step(&batch.clone().state(state)), DeviceLost, &text);
+        t.row(|| trainer.evaluate(&batch), DeviceLost, &text);
+        t.row(|| trainer.stats(), DeviceLost, &text);
+        t.row(|| trainer.model().zero_grad(), DeviceLost, &text);
+        t.row(|| trainer.model().params()[0].1.set(&[0.0; 24]), DeviceLost, &text);
+        t.row(|| trainer.save(&path), DeviceLost, &text);
+        t.row(|| trainer.load(&path), DeviceLost, &text);
+        t.row(|| LinearConfig::new(1, 1).init(&device, &mut Rng::seed(0)), DeviceLost, &text);
+        t.row(|| MeanSquaredError.loss(&target, &Value::from(&target), None), DeviceLost, &text);
+        t.row(|| device.submit(), DeviceLost, &text);
+        t.row(|| device.synchronize(), DeviceLost, &text);
+        t.finish();
+        drop((lstm, x, target, outcome, y));
+        // The file from before is whole; the adapter itself is not lost.
+        let info = device.info();
+        let fresh = Device::by_name(&format!("{}:{}", info.backend, info.name))?;
+        let model =
+            Sequential::new().push(LstmConfig::new(2, 3).init(&fresh, rng)?).push(LinearConfig::new(3, 1).init(&fresh, rng)?);
+        let mut trainer = Trainer::new(model, MeanSquaredError, AdamW::new(0.1))?;
+        trainer.load(&path)?;
+        assert_eq!((trainer.steps(), trainer.stats()?.steps), (1, 1));
+    }
+    Device::cpu().lose();
+    Ok(())
+}
+
+#[test]
+fn devices_of_the_applications_own() -> Result<()> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let found = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    let adapter = found.first().context("this test needs a wgpu adapter and found none: apt-get install mesa-vulkan-drivers")?;
+    let open = |limits: wgpu::Limits| {
+        let required_limits = limits.using_resolution(adapter.limits());
+        pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor { required_limits, ..Default::default() }))
+    };
+    let (device, queue) = open(wgpu::Limits::default())?;
+    let device = Device::from_wgpu(adapter, device, queue)?;
+    let lstm = LstmConfig::new(2, 3).layers(2).init(&device, &mut Rng::seed(0))?;
+    let (y, ..) = lstm.forward(&zeros(&device, [4, 2, 2])?, None)?;
+    assert!(y.to_vec()?.iter().all(|value| value.is_finite()));
+
+    let mut t = Table::new("from_wgpu");
+    let (device, queue) = open(wgpu::Limits::downlevel_defaults())?;
+    let text = "limit max_storage_buffers_per_shader_stage is 4, expected at least 8; \
+                GATEFOLD_DEVICE=cpu or Device::cpu() runs on the CPU instead";
+    let text = format!("device: {}: {text}", adapter.get_info().name);
+    t.row(|| Device::from_wgpu(adapter, device, queue), Limit, text);
+    t.finish();
+    Ok(())
+}
+
+// ---- files ----
+
+type Parts<'a> = BTreeMap<&'a str, (Dtype, Vec<usize>)>;
+
+/// A file with zeros under these names.
+fn write(path: &std::path::Path, parts: &Parts<'_>, metadata: Option<&Metadata>) -> Result<()> {
+    let zeros = [0; 256];
+    let views = parts.iter().map(|(name, (dtype, shape))| {
+        let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        Ok((*name, TensorView::new(*dtype, shape.clone(), &zeros[..bytes])?))
+    });
+    let views = views.collect::<Result<Vec<_>>>()?;
+    std::fs::write(path, safetensors::serialize(views, metadata.map(|m| m.clone().into_iter().collect()))?)?;
+    Ok(())
+}
+
+#[test]
+fn checkpoint_files() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name);
+    let device = Device::cpu();
+    let linear = LinearConfig::new(2, 1).init(&device, &mut Rng::seed(0))?;
+    let before: Vec<Vec<f32>> = linear.params().iter().map(|(_, p)| p.value().to_vec()).collect::<Result<_, _>>()?;
+    let mut t = Table::new("checkpoint files");
+
+    // Not there, a folder, not this format, cut off anywhere.
+    for name in ["absent", "."] {
+        let path = path(name);
+        let text = format!("{}: {}", path.display(), std::fs::read(&path).unwrap_err());
+        t.row(|| linear.load(&path), Io, format!("Module.load: {text}"));
+        t.row(|| checkpoint::read_metadata(&path), Io, format!("read_metadata: {text}"));
+    }
+    let whole = path("whole");
+    linear.save(&whole)?;
+    let bytes = std::fs::read(&whole)?;
+    let cut = path("cut");
+    let text = format!("Module.load: {}: not a safetensors file: ..", cut.display());
+    for end in 0..bytes.len() {
+        std::fs::write(&cut, &bytes[..end])?;
+        t.row(|| linear.load(&cut), Format, &text);
+    }
+    for content in [&b"not a checkpoint"[..], &[0xff; 64], &[bytes.as_slice(), b"x"].concat()] {
+        std::fs::write(&cut, content)?;
+        t.row(|| linear.load(&cut), Format, &text);
+    }
+
+    // Tensors that do not fit, all named at once.
+    let odd = path("odd");
+    let text = |what: &str| format!("Module.load: {}: {what}", odd.display());
+    let (f32s, weight, bias) = (Dtype::F32, vec![1, 2], vec![1]);
+    let cases: [(Parts<'_>, &str); 4] = [
+        (
+            Parts::from([("weight", (f32s, vec![2, 1])), ("other", (f32s, vec![3])), ("bias_ih", (f32s, vec![1]))]),
+            "weight has shape [2, 1], expected [1, 2]; bias is missing; bias_ih is unexpected; other is unexpected",
+        ),
+        (
+            Parts::from([("weight", (Dtype::I64, weight.clone())), ("bias", (Dtype::F64, bias.clone()))]),
+            "weight has type I64, expected F32, F16 or BF16; bias has type F64, expected F32, F16 or BF16",
+        ),
+        (Parts::new(), "weight is missing; bias is missing"),
+        (
+            Parts::from([("weight", (f32s, weight.clone())), ("bias", (f32s, bias.clone())), ("0.bias", (f32s, bias))]),
+            "0.bias is unexpected",
+        ),
+    ];
+    for (parts, what) in &cases {
+        write(&odd, parts, None)?;
+        t.row(|| linear.load(&odd), Format, text(what));
+    }
+    let after: Vec<Vec<f32>> = linear.params().iter().map(|(_, p)| p.value().to_vec()).collect::<Result<_, _>>()?;
+    assert_eq!(before, after, "a refused file changes nothing");
+
+    // A trainer's files.
+    let make = |rule: Rule| {
+        Trainer::new(Sequential::new().push(LinearConfig::new(2, 1).init(&device, &mut Rng::seed(1))?), MeanSquaredError, rule)
+    };
+    let (mut adamw, mut sgd) = (make(AdamW::new(0.1).into())?, make(Sgd::new(0.1).into())?);
+    let text = |path: &std::path::Path, what: &str| format!("Trainer.load: {}: {what}", path.display());
+    t.row(|| sgd.load(&whole), Format, text(&whole, "gatefold.trainer is missing: not a trainer's file"));
+    t.row(|| sgd.load(path("absent")), Io, text(&path("absent"), ".."));
+    let run = path("run");
+    adamw.save(&run)?;
+    t.row(|| sgd.load(&run), Format, text(&run, "the optimizer is \"adamw\", expected \"sgd\""));
+    let unexpected = "optimizer.control is unexpected; optimizer.first.0.bias is unexpected; ..";
+    let model = Sequential::new().push(LinearConfig::new(2, 1).init(&device, &mut Rng::seed(1))?);
+    t.row(|| model.load(&run), Format, format!("Module.load: {}: {unexpected}", run.display()));
+
+    let meta = |progress: &str| {
+        Metadata::from([("gatefold.trainer".into(), progress.into()), ("gatefold.optimizer".into(), "sgd".into())])
+    };
+    let good = r#"{"seed":0,"step":7}"#;
+    let control = |dtype, words| Parts::from([("optimizer.control", (dtype, vec![words]))]);
+    let cases = [
+        (control(Dtype::U32, 8), "{}", "gatefold.trainer is {}: .."),
+        (control(Dtype::U32, 8), r#"{"seed":-1,"step":7}"#, "gatefold.trainer is {\"seed\":-1,\"step\":7}: .."),
+        (Parts::new(), good, "optimizer.control is missing"),
+        (control(Dtype::U32, 7), good, "optimizer.control is U32 [7], expected U32 [8]"),
+        (control(f32s, 8), good, "optimizer.control is F32 [8], expected U32 [8]"),
+        (
+            control(Dtype::U32, 8),
+            good,
+            "0.weight is missing; 0.bias is missing; optimizer.first.0.weight is missing; optimizer.first.0.bias is missing",
+        ),
+    ];
+    for (parts, progress, what) in &cases {
+        write(&odd, parts, Some(&meta(progress)))?;
+        t.row(|| sgd.load(&odd), Format, text(&odd, what));
+    }
+    assert_eq!(sgd.steps(), 0, "a refused file changes nothing");
+    let own = Metadata::from([("gatefold.trainer".to_owned(), String::new())]);
+    let text = "Trainer.save: a metadata key is \"gatefold.trainer\", expected a name that does not begin with gatefold.";
+    t.row(|| adamw.save_with(&run, &own), Argument, text);
+
+    // Nowhere to write.
+    let nowhere = path("no").join("folder");
+    t.row(|| linear.save(&nowhere), Io, format!("Module.save: {}: ..", nowhere.display()));
+    t.row(|| linear.save(folder.path()), Io, format!("Module.save: {}: ..", folder.path().display()));
+    t.row(|| adamw.save(folder.path()), Io, format!("Trainer.save: {}: ..", folder.path().display()));
+    t.row(|| linear.save(""), Io, "Module.save: : ..");
+    t.finish();
+    Ok(())
+}

@@ -1,0 +1,577 @@
+//! Whole training runs, on the native CPU and on every adapter: PyTorch's trajectories, the f64 oracle's gradients,
+//! submissions, bits, resumed runs, skipped steps, carried state.
+
+mod common;
+
+use anyhow::{Context as _, Result, ensure};
+use common::{adapters, devices};
+use gatefold::nn::{
+    Context, Direction, Dropout, EmbeddingConfig, Input, LastStep, Layer, LinearConfig, LstmConfig, Module, Output, Param,
+    Sequential, Tape, Value,
+};
+use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
+use gatefold::verify::{Comparison, case_file, oracle};
+use gatefold::{Batch, CrossEntropy, Device, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
+
+const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
+const PAD: u32 = 0;
+
+// ---- what the tests share ----
+
+/// Fails unless `computed` lies within `bound` of `expected`, relative to the largest magnitude there; NaN fails.
+fn close(what: impl Into<String>, computed: &[f32], expected: &[f64], bound: f64) -> Result<()> {
+    let comparison = Comparison::new(what, computed, expected, bound);
+    ensure!(comparison.passes(), "{comparison:?}");
+    Ok(())
+}
+
+fn wide(numbers: &[f32]) -> Vec<f64> {
+    numbers.iter().map(|number| f64::from(*number)).collect()
+}
+
+fn bits(numbers: &[f32]) -> Vec<u32> {
+    numbers.iter().map(|number| number.to_bits()).collect()
+}
+
+/// All parameters, one after another.
+fn weights(model: &Sequential) -> Result<Vec<f32>> {
+    let parts = model.params().iter().map(|(_, param)| param.value().to_vec()).collect::<Result<Vec<_>, _>>()?;
+    Ok(parts.concat())
+}
+
+fn normals(rng: &mut Rng, count: usize) -> Vec<f32> {
+    (0..count).map(|_| rng.normal()).collect()
+}
+
+/// A network with every kind of dropout, and batches for it: ids `[6, 5]` over a vocabulary of 9, ragged.
+fn network(device: &Device, seed: u64, p: f32) -> Result<Sequential> {
+    let mut rng = Rng::seed(seed);
+    Ok(Sequential::new()
+        .push(EmbeddingConfig::new(9, 4).padding(PAD).init(device, &mut rng)?)
+        .push(LstmConfig::new(4, 7).layers(2).direction(Direction::Both).dropout(p).init(device, &mut rng)?)
+        .push(Dropout::new(p)?)
+        .push(LinearConfig::new(14, 9).init(device, &mut rng)?))
+}
+
+fn batches(device: &Device, count: usize) -> Result<Vec<Batch>> {
+    let mut rng = Rng::seed(77);
+    let mut ids = || -> Result<Ids> {
+        let ids: Vec<u32> = (0..30).map(|_| rng.below(9) as u32).collect();
+        Ok(Ids::from_slice(device, &ids, [6, 5])?)
+    };
+    let lengths = Lengths::from_slice(device, &[6, 1, 4, 0, 5])?;
+    (0..count).map(|_| Ok(Batch::new(ids()?, ids()?).lengths(lengths.clone()))).collect()
+}
+
+fn trainer(device: &Device, seed: u64, p: f32, rule: impl Into<Rule>) -> Result<Trainer<CrossEntropy>> {
+    Ok(Trainer::new(network(device, seed, p)?, CrossEntropy::ignoring(PAD), rule)?.clip_grad_norm(0.5).seed(11))
+}
+
+/// The losses of one step on each batch, all read after the last.
+fn run<L: Loss>(trainer: &mut Trainer<L>, batches: &[Batch]) -> Result<Vec<f32>> {
+    let outcomes = batches.iter().map(|batch| trainer.step(batch)).collect::<Result<Vec<_>, _>>()?;
+    Ok(outcomes.iter().map(|outcome| outcome.item()).collect::<Result<Vec<_>, _>>()?)
+}
+
+// ---- PyTorch's trajectories ----
+
+struct Fixture(case_file::Tensors);
+
+impl Fixture {
+    fn read(name: &str) -> Result<Self> {
+        Ok(Self(case_file::read_tensors(format!("{FIXTURES}/{name}.safetensors"))?))
+    }
+
+    /// The part of the input `name` that belongs to `step`, and its shape.
+    fn part(&self, name: &str, step: usize) -> (Vec<f64>, Vec<usize>) {
+        let tensor = &self.0[name];
+        let size = tensor.shape[1..].iter().product::<usize>();
+        (tensor.values[step * size..][..size].to_vec(), tensor.shape[1..].to_vec())
+    }
+
+    fn numbers(&self, device: &Device, name: &str, step: usize) -> Result<Tensor> {
+        let (values, shape) = self.part(name, step);
+        Ok(Tensor::from_slice(device, &values.iter().map(|value| *value as f32).collect::<Vec<_>>(), shape)?)
+    }
+
+    fn whole(&self, name: &str, step: usize) -> (Vec<u32>, Vec<usize>) {
+        let (values, shape) = self.part(name, step);
+        (values.iter().map(|value| *value as u32).collect(), shape)
+    }
+
+    fn ids(&self, device: &Device, name: &str, step: usize) -> Result<Ids> {
+        let (ids, shape) = self.whole(name, step);
+        Ok(Ids::from_slice(device, &ids, shape)?)
+    }
+}
+
+/// Takes PyTorch's ten steps on every device. Two runs each: one is read after its end, one is asked for its norms.
+fn trajectory<L: Loss>(
+    name: &str,
+    make: impl Fn(&Device) -> Result<Trainer<L>>,
+    batch: impl Fn(&Fixture, &Device, usize) -> Result<Batch>,
+) -> Result<()> {
+    let fixture = Fixture::read(name)?;
+    // LastStep takes a place in a row of layers that it does not take in PyTorch's.
+    let theirs = |name: &str| if fixture.0.contains_key(name) { name.to_owned() } else { name.replacen("2.", "1.", 1) };
+    let mut first: Option<Vec<f32>> = None;
+    for device in devices()? {
+        let start = || -> Result<Trainer<L>> {
+            let trainer = make(&device)?;
+            for (name, param) in trainer.model().params() {
+                param.set(&fixture.0[&theirs(&name)].to_f32())?;
+            }
+            Ok(trainer)
+        };
+        let steps = (0..10).map(|step| batch(&fixture, &device, step)).collect::<Result<Vec<_>>>()?;
+
+        let mut trainer = start()?;
+        let losses = run(&mut trainer, &steps)?;
+        for (step, (loss, expected)) in losses.iter().zip(&fixture.0["loss"].values).enumerate() {
+            close(format!("{device:?}: loss of step {step}"), &[*loss], &[*expected], 1e-4)?;
+        }
+        for (name, param) in trainer.model().params() {
+            let expected = &fixture.0[&format!("final.{}", theirs(&name))].values;
+            close(format!("{device:?}: {name} at the end"), &param.value().to_vec()?, expected, 1e-4)?;
+        }
+        let last = weights(trainer.model())?;
+        let reference = first.get_or_insert_with(|| last.clone());
+        close(format!("{device:?}: weights against the first device"), &last, &wide(reference), 1e-4)?;
+
+        let (mut trainer, mut clipped) = (start()?, 0);
+        for (step, (batch, expected)) in steps.iter().zip(&fixture.0["grad_norm"].values).enumerate() {
+            trainer.step(batch)?;
+            let stats = trainer.stats()?;
+            close(format!("{device:?}: grad_norm of step {step}"), &[stats.grad_norm], &[*expected], 1e-4)?;
+            clipped += u32::from(name == "torch_training" && *expected > 1.0);
+            assert_eq!((stats.steps, stats.skipped, stats.clipped), (step as u32 + 1, 0, clipped), "{device:?}");
+        }
+        assert_eq!(bits(&weights(trainer.model())?), bits(&last), "{device:?}: waiting changes nothing");
+    }
+    Ok(())
+}
+
+#[test]
+fn pytorch_adamw_with_clipping() -> Result<()> {
+    let make = |device: &Device| {
+        let mut rng = Rng::seed(1);
+        let model = Sequential::new()
+            .push(EmbeddingConfig::new(11, 6).init(device, &mut rng)?)
+            .push(LstmConfig::new(6, 8).layers(2).init(device, &mut rng)?)
+            .push(LinearConfig::new(8, 11).init(device, &mut rng)?);
+        Ok(Trainer::new(model, CrossEntropy::ignoring(PAD), AdamW::new(1e-2))?.clip_grad_norm(1.0))
+    };
+    trajectory("torch_training", make, |fixture, device, step| {
+        Ok(Batch::new(fixture.ids(device, "ids", step)?, fixture.ids(device, "targets", step)?))
+    })
+}
+
+#[test]
+fn pytorch_sgd_on_ragged_rows() -> Result<()> {
+    let make = |device: &Device| {
+        let mut rng = Rng::seed(1);
+        let model = Sequential::new()
+            .push(LstmConfig::new(3, 7).init(device, &mut rng)?)
+            .push(LastStep)
+            .push(LinearConfig::new(7, 2).init(device, &mut rng)?);
+        Ok(Trainer::new(model, MeanSquaredError, Sgd::new(0.1).momentum(0.9))?)
+    };
+    trajectory("torch_training_sgd", make, |fixture, device, step| {
+        let lengths = Lengths::from_slice(device, &fixture.whole("lengths", step).0)?;
+        Ok(Batch::new(fixture.numbers(device, "x", step)?, fixture.numbers(device, "targets", step)?).lengths(lengths))
+    })
+}
+
+// ---- gradients ----
+
+/// A layer that tells the key of its masks.
+#[derive(Clone, Default)]
+struct Spy(std::sync::Arc<std::sync::OnceLock<MaskKey>>);
+
+impl Module for Spy {
+    fn params(&self) -> Vec<(String, &Param)> {
+        Vec::new()
+    }
+
+    fn params_mut(&mut self) -> Vec<(String, &mut Param)> {
+        Vec::new()
+    }
+}
+
+impl Layer for Spy {
+    fn kind(&self) -> &'static str {
+        "spy"
+    }
+
+    fn forward(&self, x: &Value, _: &Context<'_>) -> gatefold::Result<Output> {
+        Ok(Output { y: x.numbers("spy")?.clone(), state: Vec::new() })
+    }
+
+    fn forward_train(&self, x: &Value, context: &Context<'_>) -> gatefold::Result<(Output, Tape)> {
+        self.0.get_or_init(|| context.key.expect("a training pass has a key"));
+        Ok((self.forward(x, context)?, Tape::new(())))
+    }
+
+    fn backward(&self, _: Tape, dy: &Tensor, _: bool) -> gatefold::Result<Option<Tensor>> {
+        Ok(Some(dy.clone()))
+    }
+}
+
+/// What a dropout layer at `place` in a row multiplies ones of `shape` with, and the key that a layer there gets.
+fn mask(device: &Device, key: MaskKey, place: usize, p: f32, shape: [usize; 3]) -> Result<(Vec<f64>, MaskKey)> {
+    let idle = |count: usize| (0..count).try_fold(Sequential::new(), |row, _| anyhow::Ok(row.push(Dropout::new(0.0)?)));
+    let ones = Tensor::from_slice(device, &vec![1.0; shape.iter().product()], shape)?;
+    let (mask, ..) = idle(place)?.push(Dropout::new(p)?).forward_train(&ones, Input::new().key(key))?;
+    let spy = Spy::default();
+    idle(place)?.push(spy.clone()).forward_train(&ones, Input::new().key(key))?;
+    Ok((wide(&mask.to_vec()?), *spy.0.get().context("the spy was not asked")?))
+}
+
+#[test]
+fn gradients_of_a_whole_network_are_the_oracles() -> Result<()> {
+    const P: f32 = 0.4;
+    let (steps, batch, vocabulary, width, hidden) = (6, 5, 9, 4, 7);
+    let lengths = [6, 1, 4, 0, 5];
+    let mut rng = Rng::seed(8);
+    let ids: Vec<u32> = (0..steps * batch).map(|_| rng.below(vocabulary) as u32).collect();
+    let mut targets: Vec<u32> = (0..steps * batch).map(|_| rng.below(vocabulary) as u32).collect();
+    let key = MaskKey::new(3, 9);
+    for device in devices()? {
+        let model = network(&device, 5, P)?;
+        let param = |name: &str| -> Result<Vec<f64>> {
+            let params = model.params();
+            let (_, param) = params.iter().find(|(given, _)| given == name).with_context(|| name.to_owned())?;
+            Ok(wide(&param.value().to_vec()?))
+        };
+        let given = Ids::from_slice(&device, &targets, [steps, batch])?;
+        let ragged = Lengths::from_slice(&device, &lengths)?;
+        let input = Ids::from_slice(&device, &ids, [steps, batch])?;
+        let (y, _, tape) = model.forward_train(input, Input::new().lengths(&ragged).key(key))?;
+        let (loss, dy) = CrossEntropy::ignoring(PAD).loss_and_gradient(&y, &given.into(), Some(&ragged))?;
+        model.backward(tape, &dy)?;
+
+        // The same in f64, under the same masks.
+        let shape = [steps, batch, 2 * hidden];
+        let (_, inside) = mask(&device, key, 1, P, shape)?;
+        let (between, _) = mask(&device, inside, 0, P, shape)?;
+        let (after, _) = mask(&device, key, 2, P, shape)?;
+        let zeros = |mask: &[f64]| mask.iter().filter(|value| **value == 0.0).count() as f64 / mask.len() as f64;
+        assert!((0.3..0.5).contains(&zeros(&between)) && (0.3..0.5).contains(&zeros(&after)) && between != after);
+        for (at, target) in targets.iter_mut().enumerate() {
+            if at / batch >= lengths[at % batch] as usize {
+                *target = PAD;
+            }
+        }
+        let spec = oracle::Recurrent { cell: oracle::Cell::Lstm, input: width, hidden, layers: 2, directions: 2, bias: true };
+        let part = |kind: &str, slot: usize| param(&format!("1.{kind}{}", case_file::suffix(slot / 2, slot % 2)));
+        let lstm = (0..4)
+            .map(|slot| {
+                Ok(oracle::Weights {
+                    weight_ih: part("weight_ih", slot)?,
+                    weight_hh: part("weight_hh", slot)?,
+                    bias_ih: part("bias_ih", slot)?,
+                    bias_hh: part("bias_hh", slot)?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let x = oracle::embedding(&ids, &param("0.weight")?, width);
+        let (nothing, masks) = (vec![0.0; 4 * batch * hidden], [between]);
+        let sizes = lengths.map(|length| length as usize);
+        let run = |dy: &[f64]| {
+            let (state, dstate) = (&[&nothing[..]; 2], &[&nothing[..]; 2]);
+            let lengths = Some(&sizes[..]);
+            spec.forward_backward(&lstm, oracle::RecurrentInput { batch, x: &x, state, lengths, masks: &masks, dy, dstate })
+        };
+        let masked = |values: &[f64]| values.iter().zip(&after).map(|(value, mask)| value * mask).collect::<Vec<_>>();
+        let h = masked(&run(&vec![0.0; steps * batch * 2 * hidden]).y);
+        let (weight, bias) = (param("3.weight")?, param("3.bias")?);
+        let logits = oracle::linear(&h, &weight, Some(&bias), 2 * hidden, vocabulary);
+        let (expected, dlogits) = oracle::cross_entropy(&logits, vocabulary, &targets, Some(PAD));
+        close(format!("{device:?}: y"), &y.to_vec()?, &logits, 1e-5)?;
+        close(format!("{device:?}: loss"), &loss.to_vec()?, &[expected], 1e-5)?;
+
+        let linear = oracle::linear_backward(&h, &weight, &dlogits, 2 * hidden, vocabulary);
+        let back = run(&masked(&linear.dx));
+        let mut table = oracle::embedding_backward(&ids, &back.dx, vocabulary, width);
+        table[..width].fill(0.0); // padding is not trained
+        let mut expected = vec![("0.weight".to_owned(), table)];
+        for (slot, w) in back.dweights.into_iter().enumerate() {
+            let name = |kind: &str| format!("1.{kind}{}", case_file::suffix(slot / 2, slot % 2));
+            expected.push((name("weight_ih"), w.weight_ih));
+            expected.push((name("weight_hh"), w.weight_hh));
+            expected.push((name("bias_ih"), w.bias_ih));
+            expected.push((name("bias_hh"), w.bias_hh));
+        }
+        expected.extend([("3.weight".to_owned(), linear.dweight), ("3.bias".to_owned(), linear.dbias)]);
+        let params = model.params();
+        assert_eq!(params.len(), expected.len());
+        for ((name, param), (wanted, gradient)) in params.iter().zip(&expected) {
+            assert_eq!(name, wanted);
+            close(format!("{device:?}: gradient of {name}"), &param.grad().to_vec()?, gradient, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_add_up_until_a_step_or_zero_grad() -> Result<()> {
+    for device in devices()? {
+        let mut model = network(&device, 5, 0.0)?;
+        let mut optimizer = Optimizer::new(Sgd::new(1.0), model.params_mut())?;
+        let gradients = |model: &Sequential| -> Result<Vec<f32>> {
+            let parts = model.params().iter().map(|(_, param)| param.grad().to_vec()).collect::<Result<Vec<_>, _>>()?;
+            Ok(parts.concat())
+        };
+        let backward = |seed: u64| -> Result<()> {
+            let mut rng = Rng::seed(seed);
+            let ids: Vec<u32> = (0..30).map(|_| rng.below(9) as u32).collect();
+            let (y, _, tape) =
+                model.forward_train(Ids::from_slice(&device, &ids, [6, 5])?, Input::new().key(MaskKey::new(0, 0)))?;
+            Ok(model.backward(tape, &Tensor::from_slice(&device, &normals(&mut rng, y.len()), y.shape())?)?)
+        };
+        let mut alone = Vec::new();
+        for seed in [1, 2] {
+            backward(seed)?;
+            alone.push(gradients(&model)?);
+            model.zero_grad()?;
+            assert!(gradients(&model)?.iter().all(|gradient| *gradient == 0.0), "{device:?}");
+        }
+        backward(1)?;
+        backward(2)?;
+        let sum: Vec<f64> = alone[0].iter().zip(&alone[1]).map(|(a, b)| f64::from(*a) + f64::from(*b)).collect();
+        close(format!("{device:?}: two passes"), &gradients(&model)?, &sum, 1e-6)?;
+        let before = weights(&model)?;
+        optimizer.step()?;
+        let after: Vec<f64> = before.iter().zip(&sum).map(|(value, gradient)| f64::from(*value) - gradient).collect();
+        close(format!("{device:?}: one step"), &weights(&model)?, &after, 1e-6)?;
+        assert!(gradients(&model)?.iter().all(|gradient| *gradient == 0.0), "{device:?}: a step zeroes the gradients");
+    }
+    Ok(())
+}
+
+// ---- how a step runs ----
+
+#[test]
+fn a_step_is_one_submission() -> Result<()> {
+    // Devices of this test's own: nobody else submits to them.
+    for device in adapters()? {
+        let mut trainer = trainer(&device, 1, 0.3, AdamW::new(1e-2))?;
+        let mut outcomes = Vec::new();
+        for (step, batch) in batches(&device, 8)?.iter().enumerate() {
+            let before = device.submissions();
+            outcomes.push(trainer.step(batch)?);
+            assert_eq!(device.submissions(), before + 1, "{device:?}: step {step}");
+        }
+        // All losses are still there, and reading one is a submission of its own.
+        let before = device.submissions();
+        for outcome in &outcomes {
+            ensure!(outcome.item()?.is_finite());
+        }
+        assert_eq!(device.submissions(), before + 8, "{device:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn same_seed_same_bits_and_same_masks_everywhere() -> Result<()> {
+    let mut reference: Option<Vec<f64>> = None;
+    for device in devices()? {
+        let batches = batches(&device, 5)?;
+        let train = |seed: u64| -> Result<(Vec<f32>, Vec<f32>)> {
+            let mut trainer = trainer(&device, 1, 0.3, AdamW::new(1e-2))?.seed(seed);
+            let losses = run(&mut trainer, &batches)?;
+            Ok((losses, weights(trainer.model())?))
+        };
+        let (losses, last) = train(11)?;
+        let (again, last_again) = train(11)?;
+        assert_eq!((bits(&losses), bits(&last)), (bits(&again), bits(&last_again)), "{device:?}");
+        // Other masks would move the first loss far more than the bound.
+        let other = train(12)?.0[0];
+        assert!((losses[0] - other).abs() > 1e-3, "{device:?}: the masks do not depend on the seed");
+        let reference = reference.get_or_insert_with(|| wide(&losses));
+        close(format!("{device:?}: losses against the first device"), &losses, reference, 1e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_resumed_run_continues_to_the_same_bits() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for device in devices()? {
+        let batches = batches(&device, 6)?;
+        for rule in [Rule::from(AdamW::new(1e-2)), Rule::from(Sgd::new(0.5).momentum(0.9).weight_decay(0.01))] {
+            let path = folder.path().join("run.safetensors");
+            let mut whole = trainer(&device, 1, 0.3, rule)?;
+            let expected = run(&mut whole, &batches)?;
+
+            let mut first = trainer(&device, 1, 0.3, rule)?;
+            run(&mut first, &batches[..3])?;
+            first.save(&path)?;
+            drop(first);
+            // Other weights, another seed of masks: all of it must come from the file.
+            let mut second = trainer(&device, 2, 0.3, rule)?.seed(999);
+            second.load(&path)?;
+            assert_eq!(second.steps(), 3);
+            let losses = run(&mut second, &batches[3..])?;
+            assert_eq!(bits(&losses), bits(&expected[3..]), "{device:?} {rule:?}: losses");
+            assert_eq!(bits(&weights(second.model())?), bits(&weights(whole.model())?), "{device:?} {rule:?}: weights");
+            assert_eq!(second.stats()?, whole.stats()?, "{device:?} {rule:?}");
+
+            // On another device it continues too, if not to the same bits.
+            let cpu = Device::cpu();
+            let mut elsewhere = trainer(&cpu, 3, 0.3, rule)?;
+            elsewhere.load(&path)?;
+            let losses = run(&mut elsewhere, &self::batches(&cpu, 6)?[3..])?;
+            close(format!("{device:?} {rule:?}: resumed on the CPU"), &losses, &wide(&expected[3..]), 1e-4)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_step_that_is_not_finite_changes_nothing() -> Result<()> {
+    let batch = |device: &Device, seed: u64, spoil: Option<(usize, f32)>| -> Result<Batch> {
+        let mut rng = Rng::seed(seed);
+        let mut parts = [normals(&mut rng, 4 * 3 * 2), normals(&mut rng, 4 * 3)];
+        if let Some((part, value)) = spoil {
+            parts[part][5] = value;
+        }
+        let x = Tensor::from_slice(device, &parts[0], [4, 3, 2])?;
+        Ok(Batch::new(x, Tensor::from_slice(device, &parts[1], [4, 3, 1])?))
+    };
+    for device in devices()? {
+        let make = |rule: Rule| -> Result<Trainer<MeanSquaredError>> {
+            let mut rng = Rng::seed(4);
+            let model = Sequential::new()
+                .push(LstmConfig::new(2, 5).init(&device, &mut rng)?)
+                .push(LinearConfig::new(5, 1).init(&device, &mut rng)?);
+            Ok(Trainer::new(model, MeanSquaredError, rule)?.clip_grad_norm(0.1))
+        };
+        for rule in [Rule::from(AdamW::new(1e-2)), Rule::from(Sgd::new(0.1).momentum(0.9))] {
+            for spoil in [(0, f32::NAN), (1, f32::NAN), (1, f32::INFINITY)] {
+                let (mut spoilt, mut clean) = (make(rule)?, make(rule)?);
+                spoilt.step(&batch(&device, 1, None)?)?;
+                clean.step(&batch(&device, 1, None)?)?;
+                let loss = spoilt.step(&batch(&device, 2, Some(spoil))?)?;
+                let what = format!("{device:?} {rule:?} {spoil:?}");
+                assert!(!loss.item()?.is_finite(), "{what}: the loss tells");
+                assert_eq!(bits(&weights(spoilt.model())?), bits(&weights(clean.model())?), "{what}");
+                let stats = spoilt.stats()?;
+                assert_eq!((stats.steps, stats.skipped, spoilt.steps()), (1, 1, 2), "{what}");
+                // The moments have not seen it either.
+                let next = batch(&device, 3, None)?;
+                let losses = [spoilt.step(&next)?.item()?, clean.step(&next)?.item()?];
+                assert!(losses[0].is_finite() && losses[0].to_bits() == losses[1].to_bits(), "{what}: {losses:?}");
+                assert_eq!(bits(&weights(spoilt.model())?), bits(&weights(clean.model())?), "{what}: the next step");
+                assert_eq!((spoilt.stats()?.steps, spoilt.stats()?.skipped), (2, 1), "{what}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_refused_batch_changes_nothing() -> Result<()> {
+    for device in devices()? {
+        let batches = batches(&device, 2)?;
+        let (mut refused, mut clean) = (trainer(&device, 1, 0.3, AdamW::new(1e-2))?, trainer(&device, 1, 0.3, AdamW::new(1e-2))?);
+        // The loss refuses after the forward pass.
+        let targets = Ids::from_slice(&device, &[8; 20], [4, 5])?;
+        let short = Batch::new(Ids::from_slice(&device, &[1; 30], [6, 5])?, targets);
+        assert!(refused.step(&short).is_err());
+        assert_eq!(refused.steps(), 0);
+        assert_eq!(bits(&run(&mut refused, &batches)?), bits(&run(&mut clean, &batches)?), "{device:?}");
+    }
+    Ok(())
+}
+
+// ---- state ----
+
+#[test]
+fn carried_state_equals_one_long_pass() -> Result<()> {
+    let mut rng = Rng::seed(6);
+    let (x, targets) = (normals(&mut rng, 12 * 3 * 2), normals(&mut rng, 12 * 3));
+    for device in devices()? {
+        let mut rng = Rng::seed(4);
+        let model = Sequential::new()
+            .push(LinearConfig::new(2, 4).init(&device, &mut rng)?)
+            .push(LstmConfig::new(4, 6).layers(2).init(&device, &mut rng)?)
+            .push(LinearConfig::new(6, 1).init(&device, &mut rng)?);
+        let mut trainer = Trainer::new(model, MeanSquaredError, Sgd::new(0.05))?;
+        let window = |from: usize, to: usize| -> Result<Batch> {
+            let x = Tensor::from_slice(&device, &x[from * 6..to * 6], [to - from, 3, 2])?;
+            Ok(Batch::new(x, Tensor::from_slice(&device, &targets[from * 3..to * 3], [to - from, 3, 1])?))
+        };
+        let long = trainer.evaluate(&window(0, 12)?)?;
+        let (mut state, mut sum) = (None, 0.0);
+        for (from, to) in [(0, 5), (5, 6), (6, 12)] {
+            let outcome = trainer.evaluate(&window(from, to)?.state(state))?;
+            sum += f64::from(outcome.item()?) * (to - from) as f64;
+            state = Some(outcome.state);
+        }
+        close(format!("{device:?}: loss"), &[long.item()?], &[sum / 12.0], 1e-6)?;
+        let state = state.context("three windows ran")?;
+        for (last, expected) in state.layer(1).iter().zip(long.state.layer(1)) {
+            close(format!("{device:?}: state"), &last.to_vec()?, &wide(&expected.to_vec()?), 1e-6)?;
+        }
+        assert_eq!((state.layer(0).len(), state.layer(1).len(), state.layer(2).len(), state.layer(7).len()), (0, 2, 0, 0));
+
+        // Truncated back-propagation: the state goes on from step to step, gradients do not.
+        let mut losses = Vec::new();
+        for _ in 0..10 {
+            let (mut state, mut sum) = (None, 0.0);
+            for (from, to) in [(0, 4), (4, 8), (8, 12)] {
+                let batch = window(from, to)?.state(state);
+                let expected = trainer.evaluate(&batch)?.item()?;
+                let outcome = trainer.step(&batch)?;
+                close(format!("{device:?}: step against evaluate"), &[outcome.item()?], &[f64::from(expected)], 1e-6)?;
+                sum += outcome.item()?;
+                state = Some(outcome.state);
+            }
+            losses.push(sum);
+        }
+        assert!(losses[9] < losses[0], "{device:?}: {losses:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn streaming_equals_a_whole_sequence() -> Result<()> {
+    for device in devices()? {
+        let mut rng = Rng::seed(12);
+        let lstm = LstmConfig::new(3, 6).layers(2).init(&device, &mut rng)?;
+        let data = normals(&mut rng, 7 * 2 * 3);
+        let (y, last) = lstm.forward(&Tensor::from_slice(&device, &data, [7, 2, 3])?, Input::new())?;
+        let (mut state, mut outputs) = (None, Vec::new());
+        for x in data.chunks_exact(6) {
+            let (y, next) = lstm.step(&Tensor::from_slice(&device, x, [2, 3])?, state.as_ref())?;
+            outputs.extend(y.to_vec()?);
+            state = Some(next);
+        }
+        let state = state.context("seven steps ran")?;
+        close(format!("{device:?}: y"), &outputs, &wide(&y.to_vec()?), 1e-6)?;
+        close(format!("{device:?}: h"), &state.h.to_vec()?, &wide(&last.h.to_vec()?), 1e-6)?;
+        close(format!("{device:?}: c"), &state.c.to_vec()?, &wide(&last.c.to_vec()?), 1e-6)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_lstm_overfits_a_ragged_batch() -> Result<()> {
+    const STEPS: usize = 80;
+    let device = Device::cpu();
+    let mut rng = Rng::seed(2);
+    let model = Sequential::new()
+        .push(EmbeddingConfig::new(9, 8).padding(PAD).init(&device, &mut rng)?)
+        .push(LstmConfig::new(8, 24).forget_bias(1.0).init(&device, &mut rng)?)
+        .push(LinearConfig::new(24, 9).init(&device, &mut rng)?);
+    let mut trainer = Trainer::new(model, CrossEntropy::ignoring(PAD), AdamW::new(3e-2).weight_decay(0.0))?.clip_grad_norm(1.0);
+    // Every row begins with another id, so that all targets can be learnt.
+    let ids: Vec<u32> = (0..30).map(|at| 1 + (at % 5 + at / 5 * 3) % 8).collect();
+    let targets: Vec<u32> = (0..30).map(|_| rng.below(9) as u32).collect();
+    let batch = Batch::new(Ids::from_slice(&device, &ids, [6, 5])?, Ids::from_slice(&device, &targets, [6, 5])?)
+        .lengths(Lengths::from_slice(&device, &[6, 1, 4, 0, 5])?);
+    let losses = run(&mut trainer, &vec![batch; STEPS])?;
+    assert!(losses[STEPS - 1] < 0.01 * losses[0], "from {} to {} in {STEPS} steps", losses[0], losses[STEPS - 1]);
+    Ok(())
+}
