@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo run --release --example chars                   # on this crate's own sources, about a minute on a CPU
 //! cargo run --release --example chars -- novel.txt      # on any UTF-8 text
+//! cargo run --release --example chars -- --device vulkan:llvmpipe --steps 40    # software adapters are slow: few steps
 //! cargo run --release --example chars -- --sample out/chars.safetensors --temperature 0.7 --prompt "impl "
 //! ```
 //!

@@ -8,6 +8,8 @@
 //! Trained on 2012 to June 2014 and judged on 2015. The settings below were chosen by the second half of 2014.
 
 mod common;
+#[path = "common/plot.rs"]
+mod plot;
 
 use std::f32::consts::TAU;
 use std::ops::Range;
@@ -19,7 +21,7 @@ use clap::Parser;
 use gatefold::data::{Normalizer, Series, WindowSpec, Windows, shuffled_batches};
 use gatefold::nn::{LastStep, LinearConfig, LstmConfig, Sequential};
 use gatefold::{Batch, Device, MeanSquaredError, Rng, Tensor, Trainer, optim::AdamW};
-use plotters::prelude::*;
+use plot::{BLUE_LINE, Chart, ORANGE_LINE};
 
 const DATA: &str = include_str!("data/seattle-weather.csv");
 const PAST_DAYS: usize = 30;
@@ -182,54 +184,6 @@ fn main() -> Result<()> {
     }
     Ok(())
 }
-
-/// A chart of named lines over `0, 1, ..`, with a label on the x axis at each of `ticks`.
-struct Chart<'a> {
-    file: &'a Path,
-    title: String,
-    x_title: &'a str,
-    y_title: &'a str,
-    ticks: Vec<(usize, String)>,
-    lines: Vec<(&'a str, RGBColor, Vec<f32>)>,
-}
-
-impl Chart<'_> {
-    fn draw(self) -> Result<()> {
-        let Self { file, title, x_title, y_title, ticks, lines } = self;
-        let values = || lines.iter().flat_map(|(.., values)| values.iter().copied());
-        let (low, high) = (values().fold(f32::MAX, f32::min), values().fold(f32::MIN, f32::max));
-        let margin = 0.05 * (high - low).max(0.1);
-        let digits = if high - low < 5.0 { 2 } else { 0 };
-        let number = |value: &f32| format!("{value:.digits$}");
-        let last = lines.iter().map(|(.., values)| values.len()).max().unwrap_or(0).saturating_sub(1).max(1);
-        let label = |at: &usize| ticks.iter().find(|(tick, _)| tick == at).map_or(String::new(), |(_, label)| label.clone());
-
-        let root = SVGBackend::new(file, (1000, 440)).into_drawing_area();
-        root.fill(&WHITE)?;
-        let x_axis = (0..last).with_key_points(ticks.iter().map(|(tick, _)| *tick).collect());
-        let mut chart = ChartBuilder::on(&root)
-            .caption(title, ("sans-serif", 20))
-            .margin(12)
-            .x_label_area_size(46)
-            .y_label_area_size(60)
-            .build_cartesian_2d(x_axis, low - margin..high + margin)?;
-        let mut mesh = chart.configure_mesh();
-        mesh.x_desc(x_title).y_desc(y_title).x_label_formatter(&label).y_label_formatter(&number);
-        mesh.light_line_style(TRANSPARENT).label_style(("sans-serif", 14)).draw()?;
-        for (name, color, values) in lines {
-            let series = LineSeries::new(values.into_iter().enumerate(), color.stroke_width(2));
-            let sample = move |(x, y)| PathElement::new(vec![(x, y), (x + 20, y)], color.stroke_width(2));
-            chart.draw_series(series)?.label(name).legend(sample);
-        }
-        let mut legend = chart.configure_series_labels();
-        legend.position(SeriesLabelPosition::UpperRight).background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.4));
-        legend.label_font(("sans-serif", 14)).draw()?;
-        root.present().with_context(|| format!("writing {}", file.display()))
-    }
-}
-
-const BLUE_LINE: RGBColor = RGBColor(31, 119, 180);
-const ORANGE_LINE: RGBColor = RGBColor(230, 97, 1);
 
 fn plot_forecast(file: &Path, dates: &[String], forecast: &[f32], truth: &[f32], error: f32) -> Result<()> {
     let starts = dates.iter().enumerate().filter(|(_, date)| date.ends_with("/01"));

@@ -28,6 +28,7 @@ struct Inner {
 }
 
 /// The two kinds of device; kernels match on it.
+#[allow(clippy::large_enum_variant, reason = "there is one a device, behind an Arc")]
 pub(crate) enum Backend {
     Native,
     Gpu(Gpu),
@@ -135,7 +136,7 @@ impl Device {
     }
 
     /// `cpu`, a part of an adapter's name (`llvmpipe`), or `backend:part` (`vulkan:llvmpipe`, `gl:`).
-    /// Letter case does not count; of several that fit, the best is taken.
+    /// Letter case does not count; of several that fit, one of exactly that `backend:name` is taken, else the best.
     ///
     /// # Errors
     /// [`ErrorKind::NoDevice`] with the list of what exists, or that the adapter cannot be opened;
@@ -145,7 +146,9 @@ impl Device {
             return Ok(Self::cpu());
         }
         let adapters = adapter::all();
-        match adapters.iter().find(|adapter| adapter::matches(name, &adapter.info)) {
+        let full = |adapter: &&Adapter| format!("{}:{}", adapter::backend_name(adapter.info.backend), adapter.info.name) == name;
+        let part = |adapter: &&Adapter| adapter::matches(name, &adapter.info);
+        match adapters.iter().find(full).or_else(|| adapters.iter().find(part)) {
             Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter)?))),
             None => {
                 let exist = std::iter::once("cpu".to_owned())

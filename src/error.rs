@@ -72,7 +72,7 @@ impl Error {
         Self::new(ErrorKind::Format, format!("{op}: {what}"))
     }
 
-    /// The same error with the one that caused it, for `std::error::Error::source`.
+    /// The same error with the one that caused it, whose text the message holds already.
     pub(crate) fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         self.inner.source = Some(Box::new(source));
         self
@@ -97,7 +97,8 @@ impl fmt::Debug for Error {
 }
 
 impl std::error::Error for Error {
+    /// What lies behind the cause: the cause itself is in the message, and reports that follow sources would repeat it.
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.inner.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static))
+        self.inner.source.as_deref().and_then(std::error::Error::source)
     }
 }

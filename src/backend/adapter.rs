@@ -8,8 +8,11 @@ pub(crate) struct Adapter {
     pub info: wgpu::AdapterInfo,
 }
 
+/// A limit's name, how to read it, and the least that will do.
+type Need = (&'static str, fn(&wgpu::Limits) -> u64, u64);
+
 /// What every kernel of this crate lives within; an adapter that offers less is refused by name.
-const NEEDED: [(&str, fn(&wgpu::Limits) -> u64, u64); 6] = [
+const NEEDED: [Need; 6] = [
     ("max_storage_buffers_per_shader_stage", |l| l.max_storage_buffers_per_shader_stage as u64, 8),
     ("max_compute_invocations_per_workgroup", |l| l.max_compute_invocations_per_workgroup as u64, 256),
     ("max_compute_workgroup_storage_size", |l| l.max_compute_workgroup_storage_size as u64, 16_352),

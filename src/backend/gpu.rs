@@ -191,7 +191,7 @@ impl Gpu {
         let buffer = self.guarded(|| self.device.create_buffer(&descriptor))?;
         match pollster::block_on(scope.pop()) {
             Some(error) => {
-                Err(self.fail(ErrorKind::OutOfMemory, format!("no memory for a buffer of {size} bytes")).with_source(error))
+                Err(self.fail(ErrorKind::OutOfMemory, format!("no memory for a buffer of {size} bytes: {error}")).with_source(error))
             }
             None => Ok(buffer),
         }
@@ -425,7 +425,7 @@ impl Gpu {
         let poll = wgpu::PollType::Wait { submission_index: submission, timeout: None };
         self.guarded(|| self.device.poll(poll))?
             .map(|_| ())
-            .map_err(|error| self.fail(ErrorKind::DeviceLost, "waiting failed").with_source(error))
+            .map_err(|error| self.fail(ErrorKind::DeviceLost, format!("waiting failed: {error}")).with_source(error))
     }
 
     /// Submits what is recorded and waits until all of it ran.

@@ -147,12 +147,6 @@ impl Lanes {
         }
     }
 
-    /// [`exp`] of every lane.
-    #[inline(always)]
-    pub(crate) fn exp(self) -> Self {
-        self.map(exp)
-    }
-
     /// [`tanh`] of every lane.
     #[inline(always)]
     pub(crate) fn tanh(self) -> Self {
@@ -334,7 +328,6 @@ mod tests {
             assert_eq!((a * b).0[i], x * 1.25);
             assert_eq!((b / a).0[i], 1.25 / x);
             assert_eq!((-a).0[i], -x);
-            assert_eq!(a.exp().0[i], exp(x));
             assert_eq!(a.tanh().0[i], tanh(x));
             assert_eq!(a.sigmoid().0[i], sigmoid(x));
         }

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use super::cell_contract::{Block, CellKernel, Site, recurrent_runs};
-use super::gemm;
+use super::{MAX_GROUPS, gemm};
 use super::math::Lanes;
 use crate::backend::params;
 use crate::device::Backend;
@@ -153,7 +153,9 @@ impl Plan<'_> {
 
     /// For lanes of `units` units each.
     fn groups(&self, units: usize) -> [u32; 3] {
-        [self.hidden.div_ceil(units).div_ceil(WORKGROUP) as u32, self.rows.div_ceil(ROWS) as u32, 1]
+        let tiles = self.rows.div_ceil(ROWS);
+        let y = tiles.min(MAX_GROUPS);
+        [self.hidden.div_ceil(units).div_ceil(WORKGROUP) as u32, y as u32, tiles.div_ceil(y) as u32]
     }
 
     fn is_valid(&self, t: usize, row: usize) -> bool {
