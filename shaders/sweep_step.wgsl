@@ -59,11 +59,15 @@ fn is_valid(row: u32) -> bool {
 }
 
 @compute @workgroup_size(LANES)
-fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn forward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
     let unit = group.x * LANES + lane;
-    let row = group.y * ROWS;
+    let row = (group.z * groups.y + group.y) * ROWS; // rows go on in z where y is full
     let H = params.hidden;
-    if unit >= H { return; }
+    if unit >= H || row >= params.rows { return; }
 
     // r[gate] holds ROWS rows. Rows past the end repeat the last one; their results are not stored.
     var r: array<vec4<f32>, GATES>;
@@ -106,12 +110,16 @@ fn step_forward(row: u32, unit: u32, r: Pre, p: Unit) {
 
 // A lane owns UNITS units here, `stride` apart, because only one weight is read for each unit and k.
 @compute @workgroup_size(LANES)
-fn backward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+fn backward(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
     let H = params.hidden;
     let stride = (H + UNITS - 1u) / UNITS;
     let unit = group.x * LANES + lane;
-    let row = group.y * ROWS;
-    if unit >= stride { return; }
+    let row = (group.z * groups.y + group.y) * ROWS;
+    if unit >= stride || row >= params.rows { return; }
 
     // The gradient that comes back through W_hh from the step handled before; units and rows past the end as above.
     var dh0 = vec4<f32>(); var dh1 = vec4<f32>(); var dh2 = vec4<f32>(); var dh3 = vec4<f32>();

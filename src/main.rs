@@ -44,7 +44,7 @@ fn main() -> ExitCode {
         // `gatefold devices | head -1`: the reader has what it wanted.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", text(&error));
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -52,17 +52,6 @@ fn main() -> ExitCode {
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
-}
-
-/// The error and its causes, without those whose text the error before already holds.
-fn text(error: &anyhow::Error) -> String {
-    let mut text = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-    }
-    text
 }
 
 /// The device of this name, or the default one.

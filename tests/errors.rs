@@ -63,8 +63,8 @@ fn everywhere(mut fill: impl FnMut(&mut Table, &Device, &Device) -> Result<()>) 
     Ok(())
 }
 
-fn zeros<const N: usize>(device: &Device, shape: [usize; N]) -> Result<Tensor> {
-    Ok(Tensor::zeros(device, shape)?)
+fn zeros<const N: usize>(device: &Device, shape: [usize; N]) -> gatefold::Result<Tensor> {
+    Tensor::zeros(device, shape)
 }
 
 const STALE: &str = "the tape does not fit: the parameters changed since it was recorded, or it is another layer's";
@@ -128,6 +128,8 @@ fn configurations() -> Result<()> {
             let text = format!("dropout.new: p is {given}, expected in [0, 1)");
             t.row(|| Dropout::new(p), Argument, text);
         }
+        let text = "lstm.init: dropout is 0.5, expected 0 for a single layer: it acts between layers";
+        lstm(t, LstmConfig::new(4, 4).dropout(0.5), text);
         let text = "lstm.init: forget_bias is given, expected biases, which bias(false) removed";
         lstm(t, LstmConfig::new(4, 4).bias(false).forget_bias(1.0), text);
         // Refused before a number is drawn.
@@ -166,10 +168,10 @@ fn recurrent_layers() -> Result<()> {
             t.row(|| lstm.forward(&x, None), Argument, format!("lstm.forward: {text}"));
             t.row(|| lstm.forward_train(&x, None), Argument, format!("lstm.forward_train: {text}"));
         }
-        t.row(|| lstm.forward(&zeros(other, [5, 2, 3]).unwrap(), None), DeviceMismatch, format!("lstm.forward: x {elsewhere}"));
+        t.row(|| lstm.forward(&zeros(other, [5, 2, 3])?, None), DeviceMismatch, format!("lstm.forward: x {elsewhere}"));
         let first = LstmConfig::new(3, 4).batch_first(true).init(device, rng)?;
         let text = "lstm.forward: x has shape [5, 2, 4], expected [batch, seq, 3]";
-        t.row(|| first.forward(&zeros(device, [5, 2, 4]).unwrap(), None), Argument, text);
+        t.row(|| first.forward(&zeros(device, [5, 2, 4])?, None), Argument, text);
 
         for (lengths, text) in [
             (&[1][..], "lstm.forward: lengths has shape [1], expected [batch] = [2]"),
@@ -202,7 +204,7 @@ fn recurrent_layers() -> Result<()> {
         let text = "lstm.step: streaming needs Direction::Forward; the reverse pass needs the whole sequence";
         for direction in [Direction::Both, Direction::Reverse] {
             let lstm = LstmConfig::new(3, 4).direction(direction).init(device, rng)?;
-            t.row(|| lstm.step(&zeros(device, [2, 3]).unwrap(), None), Unsupported, text);
+            t.row(|| lstm.step(&zeros(device, [2, 3])?, None), Unsupported, text);
         }
         for shape in [vec![5, 2, 3], vec![2, 4], vec![3]] {
             let x = Tensor::zeros(device, shape.clone())?;
@@ -218,7 +220,7 @@ fn recurrent_layers() -> Result<()> {
         let text = "lstm.backward: dy has shape [5, 2, 3], expected [seq, batch, output] = [5, 2, 4]";
         t.row(|| lstm.backward(tape()?, &x, None), Argument, text);
         let text = format!("lstm.backward: dy {elsewhere}");
-        t.row(|| lstm.backward(tape()?, &zeros(other, [5, 2, 4]).unwrap(), None), DeviceMismatch, text);
+        t.row(|| lstm.backward(tape()?, &zeros(other, [5, 2, 4])?, None), DeviceMismatch, text);
         let dstate = LstmState { h: good.clone(), c: dy.clone() };
         let text = format!("lstm.backward: dstate.c has shape [5, 2, 4], {expected}");
         t.row(|| lstm.backward(tape()?, &dy, Some(&dstate)), Argument, text);
@@ -286,7 +288,7 @@ fn other_layers() -> Result<()> {
         let dy_there = zeros(other, [2, 1, 4])?;
         t.row(|| embedding.backward(&ids, &dy_there), DeviceMismatch, format!("embedding.backward: dy {elsewhere}"));
         let text = "embedding.backward: dy has shape [2, 4], expected [seq, batch, width] = [2, 1, 4]";
-        t.row(|| embedding.backward(&ids, &zeros(device, [2, 4]).unwrap()), Argument, text);
+        t.row(|| embedding.backward(&ids, &zeros(device, [2, 4])?), Argument, text);
         let text = "embedding.forward: x is numbers, expected token ids [seq, batch]";
         t.row(|| Layer::forward(&embedding, &Value::from(&dy), &Context::default()), Argument, text);
 
@@ -308,7 +310,7 @@ fn other_layers() -> Result<()> {
         let text = "last_step.backward: dy has shape [2, 1, 4], expected [batch, features] = [1, 4]";
         t.row(|| LastStep.backward(tape()?, &dy, true), Argument, text);
         let text = format!("last_step.backward: dy {elsewhere}");
-        t.row(|| LastStep.backward(tape()?, &zeros(other, [1, 4]).unwrap(), true), DeviceMismatch, text);
+        t.row(|| LastStep.backward(tape()?, &zeros(other, [1, 4])?, true), DeviceMismatch, text);
         Ok(())
     })
 }
@@ -321,6 +323,9 @@ fn layers_in_a_row() -> Result<()> {
         let ids = Ids::from_slice(device, &[0, 4], [2, 1])?;
         let x = zeros(device, [2, 1, 3])?;
         t.row(|| Sequential::new().forward(&ids, None), Unsupported, "sequential.forward: there are no layers");
+        let turned = Sequential::new().push(LstmConfig::new(3, 3).batch_first(true).init(device, rng)?);
+        let text = "lstm.forward: batch_first(true) has no place among other layers, which are time-major; give the model [seq, batch, ..]";
+        t.row(|| turned.forward(&zeros(device, [2, 2, 3])?, None), Unsupported, text);
         let text = "Optimizer.new: params is empty, expected at least one parameter";
         t.row(|| Trainer::new(Sequential::new(), MeanSquaredError, Sgd::new(0.1)), Argument, text);
 
@@ -355,10 +360,10 @@ fn losses() -> Result<()> {
     everywhere(|t, device, other| {
         let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
         let ids = |ids: &[u32], shape: &[usize]| Ids::from_slice(device, ids, shape).map(Value::from);
-        let mut both = |t: &mut Table, loss: &dyn Loss, y: &Tensor, target: &Value, lengths: Option<&[u32]>, kind, text: &str| {
-            let lengths = lengths.map(|lengths| Lengths::from_slice(device, lengths).unwrap());
-            t.row(|| loss.loss(y, target, lengths.as_ref()), kind, text);
-            t.row(|| loss.loss_and_gradient(y, target, lengths.as_ref()), kind, text);
+        let both = |t: &mut Table, loss: &dyn Loss, y: &Tensor, target: &Value, lengths: Option<&[u32]>, kind, text: &str| {
+            let lengths = || lengths.map(|lengths| Lengths::from_slice(device, lengths)).transpose();
+            t.row(|| loss.loss(y, target, lengths()?.as_ref()), kind, text);
+            t.row(|| loss.loss_and_gradient(y, target, lengths()?.as_ref()), kind, text);
         };
         let (flat, y, line) = (zeros(device, [2, 3])?, zeros(device, [2, 1, 3])?, zeros(device, [3])?);
         let entropy = &CrossEntropy::new();
@@ -670,7 +675,7 @@ fn checkpoint_files() -> Result<()> {
     // Not there, a folder, not this format, cut off anywhere.
     for name in ["absent", "."] {
         let path = path(name);
-        let text = format!("{}: {}", path.display(), std::fs::read(&path).unwrap_err());
+        let text = format!("{}: {}", path.display(), std::fs::read(&path).expect_err("there is no such file"));
         t.row(|| linear.load(&path), Io, format!("Module.load: {text}"));
         t.row(|| checkpoint::read_metadata(&path), Io, format!("read_metadata: {text}"));
     }
@@ -718,7 +723,7 @@ fn checkpoint_files() -> Result<()> {
     let make = |rule: Rule| {
         Trainer::new(Sequential::new().push(LinearConfig::new(2, 1).init(&device, &mut Rng::seed(1))?), MeanSquaredError, rule)
     };
-    let (mut adamw, mut sgd) = (make(AdamW::new(0.1).into())?, make(Sgd::new(0.1).into())?);
+    let (adamw, mut sgd) = (make(AdamW::new(0.1).into())?, make(Sgd::new(0.1).into())?);
     let text = |path: &std::path::Path, what: &str| format!("Trainer.load: {}: {what}", path.display());
     t.row(|| sgd.load(&whole), Format, text(&whole, "gatefold.trainer is missing: not a trainer's file"));
     t.row(|| sgd.load(path("absent")), Io, text(&path("absent"), ".."));

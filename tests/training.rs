@@ -479,6 +479,10 @@ fn a_refused_batch_changes_nothing() -> Result<()> {
         let targets = Ids::from_slice(&device, &[8; 20], [4, 5])?;
         let short = Batch::new(Ids::from_slice(&device, &[1; 30], [6, 5])?, targets);
         assert!(refused.step(&short).is_err());
+        // The optimizer refuses after the backward pass: its gradients must not reach the next step.
+        refused.set_learning_rate(f64::NAN);
+        assert!(refused.step(&batches[1]).is_err());
+        refused.set_learning_rate(1e-2);
         assert_eq!(refused.steps(), 0);
         assert_eq!(bits(&run(&mut refused, &batches)?), bits(&run(&mut clean, &batches)?), "{device:?}");
     }

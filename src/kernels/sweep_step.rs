@@ -3,8 +3,8 @@
 use std::marker::PhantomData;
 
 use super::cell_contract::{Block, CellKernel, Site, recurrent_runs};
-use super::{MAX_GROUPS, gemm};
 use super::math::Lanes;
+use super::{MAX_GROUPS, gemm};
 use crate::backend::params;
 use crate::device::Backend;
 use crate::error::Result;
@@ -284,6 +284,7 @@ impl<C: CellKernel> pulp::WithSimd for ForwardStep<'_, C> {
             let state_at = |s: usize, slot: usize| ((s * depth + slot) * rows + row) * hidden;
             // SAFETY: here and below: parts of one row of each buffer, which this thread owns, and no two overlap.
             let slots = unsafe { self.slots.slice((t * rows + row) * kept, kept) };
+            // SAFETY: as above.
             let y = unsafe { self.y.slice((t * rows + row) * plan.y_stride + plan.y_offset, hidden) };
             if !plan.is_valid(t, row) {
                 y.fill(0.0);
@@ -437,6 +438,7 @@ fn native_backward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, dstate
                 // The gradient that comes back through W_hh from the step handled before.
                 // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
                 let dr = unsafe { slots.slice((later * rows + first) * kept, count * kept) };
+                // SAFETY: as above.
                 let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
                 for (gate, slot, run) in &runs {
                     let w = &weights[gate * hidden * hidden..];

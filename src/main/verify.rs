@@ -58,6 +58,9 @@ fn check(device: &Device, cases: &[(String, CaseFile)], args: &Args, out: &mut i
     }
     let (mut outputs, mut gradients) = (0.0, 0.0);
     let [output, gradient] = args.tolerance;
+    if let Some(folder) = &args.cases {
+        writeln!(table.out, "  case files of {}", folder.display())?;
+    }
     for (name, case) in cases {
         let report = layers::run_case(device, name, case, (output, gradient));
         for comparison in report.iter().flat_map(|report| &report.comparisons) {

@@ -680,6 +680,10 @@ impl<C: Cell> Recurrent<C> {
         train: bool,
     ) -> Result<(Tensor, C::Value, Option<RecurrentTape>)> {
         let op = self.op(method);
+        if self.config.batch_first {
+            let what = "batch_first(true) has no place among other layers, which are time-major; give the model [seq, batch, ..]";
+            return Err(Error::unsupported(&op, what));
+        }
         let state = match context.state {
             [] => None,
             tensors => Some(C::Value::from_tensors(tensors.to_vec()).ok_or_else(|| {

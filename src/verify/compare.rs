@@ -14,7 +14,7 @@ pub struct Comparison {
 impl Comparison {
     /// Compares numbers that a device computed with the expected ones.
     pub fn new(tensor: impl Into<String>, computed: &[f32], expected: &[f64], bound: f64) -> Self {
-        let mut error = if computed.len() == expected.len() { 0.0 } else { f64::NAN };
+        let mut error = 0.0;
         let largest = expected.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
         // An expected tensor of zeros is compared absolutely.
         let scale = if largest > 0.0 { largest } else { 1.0 };
@@ -27,6 +27,9 @@ impl Comparison {
             if error.is_nan() {
                 break;
             }
+        }
+        if computed.len() != expected.len() {
+            error = f64::NAN;
         }
         Self { tensor: tensor.into(), error, bound }
     }
