@@ -11,7 +11,7 @@ alias Slots = array<f32, SLOTS>;
 alias State = array<f32, STATES>;
 alias Unit = array<f32, PARAMS>;
 
-// Where a unit stands: keys for random masks. t counts from the start of the sequence, whatever window is computed.
+// Where a unit stands: keys for random masks, which the LSTM does not draw. t counts from the start of the sequence, whatever window is computed.
 struct Site { key0: u32, key1: u32, t: u32, row: u32, unit: u32 }
 
 struct Forward { state: State, saved: Slots }

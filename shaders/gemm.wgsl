@@ -1,8 +1,9 @@
 // C = A . B (+ bias) (+ C): A [m, k], B [k, n], C [m, n], bias [n]; each operand a strided window of its buffer.
 //
 // One lane computes ROWS rows of COLUMNS columns in registers: 12 loads feed 32 multiply-adds. Its columns lie `stride`
-// apart, so that neighbouring lanes read and write neighbouring columns and no lane is idle whatever n is. The loads of
-// A are the same for all lanes of a workgroup.
+// apart, so that neighbouring lanes read and write neighbouring columns, and each lane has all of its columns even where n
+// is small. The loads of A are the same for all lanes of a workgroup. No workgroup memory: tiles in it slow software
+// drivers down, and no faster variant has been measured on hardware yet.
 
 struct Gemm {
     m: u32, n: u32, k: u32,
@@ -30,9 +31,12 @@ fn gemm(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let stride = (params.n + COLUMNS - 1u) / COLUMNS;
-    let column = group.x * LANES + lane;
     let row = (group.z * groups.y + group.y) * ROWS; // rows go on in z where y is full
-    if column >= stride || row >= params.m { return; }
+    if row >= params.m { return; }
+    for (var column = group.x * LANES + lane; column < stride; column += groups.x * LANES) { tile(row, column, stride); }
+}
+
+fn tile(row: u32, column: u32, stride: u32) {
 
     // Rows and columns past the end repeat the last one; their results are not stored.
     let last = params.m - 1u;

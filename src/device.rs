@@ -14,8 +14,8 @@ const VARIABLE: &str = "GATEFOLD_DEVICE";
 
 /// Where tensors live and kernels run: a wgpu adapter or the native CPU. Clones are the same device.
 ///
-/// On a GPU, operations queue up and run when something is read back, when a trainer's step ends, or on
-/// [`Device::synchronize`]. On the CPU they run at once.
+/// On a GPU, operations queue up and run when something is read back, when a trainer's step ends, on [`Device::submit`] or
+/// [`Device::synchronize`], or when very many have queued up. On the CPU they run at once.
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
@@ -56,7 +56,7 @@ impl fmt::Display for DeviceInfo {
     /// `NVIDIA H200 (vulkan, discrete, NVIDIA 580.159)`, or `cpu (native, 2 threads)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.backend == "native" {
-            return write!(f, "cpu (native, {} threads)", rayon::current_num_threads());
+            return write!(f, "cpu (native, {} threads)", crate::backend::native::threads());
         }
         write!(f, "{} ({}, {}, {})", self.name, self.backend, self.kind, self.driver)
     }
@@ -146,7 +146,9 @@ impl Device {
             return Ok(Self::cpu());
         }
         let adapters = adapter::all();
-        let full = |adapter: &&Adapter| format!("{}:{}", adapter::backend_name(adapter.info.backend), adapter.info.name) == name;
+        let full = |adapter: &&Adapter| {
+            format!("{}:{}", adapter::backend_name(adapter.info.backend), adapter.info.name).eq_ignore_ascii_case(name)
+        };
         let part = |adapter: &&Adapter| adapter::matches(name, &adapter.info);
         match adapters.iter().find(full).or_else(|| adapters.iter().find(part)) {
             Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter)?))),

@@ -85,6 +85,13 @@ pub use rng::{MaskKey, Rng};
 pub use tensor::{Ids, Lengths, Shape, Tensor};
 pub use trainer::{Batch, Outcome, Trainer};
 
+// Threads may share devices, tensors and layers.
+#[cfg(not(target_arch = "wasm32"))]
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<(Device, Tensor, Ids, nn::Lstm, nn::Sequential, Trainer<CrossEntropy>)>();
+};
+
 // The README's program compiles and runs.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

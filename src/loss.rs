@@ -8,7 +8,8 @@ use crate::tensor::{Lengths, Tensor};
 
 /// Compares a model's output with what was wanted.
 ///
-/// Lengths count where the output has a time dimension `[T, B, ..]`: steps past a row's end do not enter the mean.
+/// Of an output `[T, B, ..]` the steps past a row's end do not enter the mean; of one output a sequence, `[B, ..]`, the rows of
+/// length 0 do not.
 pub trait Loss: Send + Sync {
     /// The mean loss `[1]`.
     ///
@@ -56,7 +57,8 @@ impl CrossEntropy {
                 format!("the shape of y {:?} without its last dimension", y.shape()),
             ));
         };
-        let lengths = time_lengths(op, y, lengths)?;
+        let lengths = counted_lengths(op, y, lengths)?;
+        let lengths = lengths.as_ref();
         let batch = rows[rows.len() - 1];
         let within = |at: usize| lengths.is_none_or(|l| at / batch < l.host()[at % batch] as usize);
         let counts = |(at, id): &(usize, &u32)| Some(**id) != self.ignored && within(*at);
@@ -111,7 +113,8 @@ impl Loss for MeanSquaredError {
         let [.., rows, width] = *y.shape() else {
             return Err(Error::shape(op, "y", y.shape(), "[seq, batch, features] or [batch, features]"));
         };
-        let lengths = time_lengths(op, y, lengths)?;
+        let lengths = counted_lengths(op, y, lengths)?;
+        let lengths = lengths.as_ref();
         let counted = lengths.map_or(y.len(), |l| l.host().iter().map(|length| *length as usize).sum::<usize>() * width);
         if counted == 0 {
             return Err(nothing_counts(op));
@@ -127,14 +130,24 @@ fn nothing_counts(op: &str) -> Error {
     Error::new(ErrorKind::Argument, format!("{op}: nothing counts: every target is ignored or past its row's end"))
 }
 
-/// The lengths, checked, where y has a time dimension; `None` where it has none.
-fn time_lengths<'a>(op: &str, y: &Tensor, lengths: Option<&'a Lengths>) -> Result<Option<&'a Lengths>> {
+/// Which rows of y count. `[T, B, ..]`: the steps before each row's end. `[B, ..]`, one output a sequence: the rows that have
+/// a step at all. `None`: everything.
+fn counted_lengths(op: &str, y: &Tensor, lengths: Option<&Lengths>) -> Result<Option<Lengths>> {
     match (y.shape(), lengths) {
+        (_, None) => Ok(None),
         (&[steps, rows, _], Some(lengths)) => {
             lengths.check(op, y.device(), steps, rows)?;
-            Ok(Some(lengths))
+            Ok(Some(lengths.clone()))
         }
-        (&[_, _], _) | (_, None) => Ok(None),
+        (&[rows, _], Some(lengths)) => {
+            lengths.check(op, y.device(), usize::MAX, rows)?;
+            if lengths.host().iter().all(|length| *length > 0) {
+                return Ok(None);
+            }
+            // To the kernel y is one step of each row.
+            let steps: Vec<u32> = lengths.host().iter().map(|length| (*length).min(1)).collect();
+            Lengths::from_slice(y.device(), &steps).map(Some)
+        }
         (shape, Some(_)) => Err(Error::shape(op, "y", shape, "[seq, batch, ..] or [batch, ..] where there are lengths")),
     }
 }

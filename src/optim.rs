@@ -223,7 +223,7 @@ impl Optimizer {
     }
 
     /// Moves every parameter along its gradient and zeroes the gradients. A gradient that is not finite changes nothing
-    /// and is counted. Does not wait for the device.
+    /// and is counted. Queues up like every operation: [`Device::submit`] hands it to the GPU.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for a learning rate or clip norm out of range; what the device reports.

@@ -77,7 +77,7 @@ impl Rng {
         word
     }
 
-    /// A number in `[low, high)`, uniformly.
+    /// A number from `low` to `high`, uniformly; rounding may give `high` itself.
     pub fn uniform(&mut self, low: f32, high: f32) -> f32 {
         low + (high - low) * unit(self.bits())
     }

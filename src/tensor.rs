@@ -35,13 +35,15 @@ pub struct Tensor {
     shape: Shape,
 }
 
+/// Kernels index with 32 bits, and step over the last element by at most 65535 workgroups of 256 lanes.
+const MAX_ELEMENTS: usize = u32::MAX as usize - 65_535 * 256;
+
 /// The number of elements of `shape`, or an error if `usize` cannot hold it.
 fn elements(op: &str, shape: &[usize]) -> Result<usize> {
     let count = shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
     match count {
-        // Kernels index with 32 bits.
-        Some(count) if count <= u32::MAX as usize => Ok(count),
-        _ => Err(Error::argument(op, "shape", format!("{shape:?}"), "at most 2^32 - 1 elements")),
+        Some(count) if count <= MAX_ELEMENTS => Ok(count),
+        _ => Err(Error::argument(op, "shape", format!("{shape:?}"), format!("at most {MAX_ELEMENTS} elements"))),
     }
 }
 
@@ -49,7 +51,7 @@ impl Tensor {
     /// A copy of `data` on `device`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Argument`] when `data` does not fill `shape`, has a size of 0, or more than 2^32 - 1 elements;
+    /// [`crate::ErrorKind::Argument`] when `data` does not fill `shape`, has a size of 0, or too many elements;
     /// [`crate::ErrorKind::Limit`] or [`crate::ErrorKind::OutOfMemory`] when the device cannot hold it.
     pub fn from_slice(device: &Device, data: &[f32], shape: impl Into<Shape>) -> Result<Self> {
         Self::upload("Tensor.from_slice", device, data, shape.into())
@@ -86,7 +88,7 @@ impl Tensor {
             return Err(Error::argument(op, "shape", format!("{shape:?}"), "every size at least 1"));
         }
         let buffer = match device.backend() {
-            Backend::Native => Buffer::Native(NativeBuffer::new(count, 0)?),
+            Backend::Native => Buffer::Native(NativeBuffer::new(count)?),
             Backend::Gpu(gpu) => Buffer::Gpu(gpu.allocate(count)?),
         };
         let tensor = Self { device: device.clone(), buffer: Arc::new(buffer), offset: 0, shape };
@@ -203,6 +205,11 @@ impl Tensor {
                 Ok(())
             }
         }
+    }
+
+    /// Whether both lie in one block of memory.
+    pub(crate) fn shares_memory(&self, other: &Tensor) -> bool {
+        Arc::ptr_eq(&self.buffer, &other.buffer)
     }
 
     /// For a launch on a GPU: the bytes that the tensor occupies.

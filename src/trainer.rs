@@ -30,7 +30,8 @@ impl Batch {
         Self { input: input.into(), target: target.into(), lengths: None, state: None }
     }
 
-    /// Valid steps of each row; they reach every layer and the loss.
+    /// Valid steps of each row; they reach every layer and the loss. The inputs past a row's end must be finite numbers, such
+    /// as zeros.
     pub fn lengths(self, lengths: impl Into<Option<Lengths>>) -> Self {
         Self { lengths: lengths.into(), ..self }
     }
@@ -126,15 +127,19 @@ impl<L: Loss> Trainer<L> {
     /// third waits for the first.
     ///
     /// # Errors
-    /// What a layer or the loss refuses: nothing has changed then. What the device reports, also of earlier steps.
+    /// What a layer or the loss refuses: nothing has changed then, but that all gradients are zero. What the device reports,
+    /// also of earlier steps.
     pub fn step(&mut self, batch: &Batch) -> Result<Outcome> {
-        let result = self.record(batch);
-        if result.is_err() {
-            // A backward pass may have begun: its gradients are of no use to the next step.
-            self.model.zero_grad()?;
-        }
+        let outcome = match self.record(batch) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                // A backward pass may have begun: its gradients are of no use to the next step. The first error counts.
+                let _ = self.model.zero_grad();
+                return Err(error);
+            }
+        };
         self.optimizer.device().submit()?;
-        result
+        Ok(outcome)
     }
 
     fn record(&mut self, batch: &Batch) -> Result<Outcome> {
@@ -186,7 +191,7 @@ impl<L: Loss> Trainer<L> {
     }
 
     /// Writes everything that a resumed run needs: weights, moments, counters, the masks' seed. Given the same batches
-    /// and settings, the resumed run continues to the same bits on the same device.
+    /// and settings, the resumed run continues to the same bits on the same device (on the CPU: with as many threads).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Io`]; what the device reports.

@@ -539,6 +539,35 @@ fn carried_state_equals_one_long_pass() -> Result<()> {
     Ok(())
 }
 
+/// Padding a batch with rows of length 0 changes neither the loss nor any gradient, also behind LastStep.
+#[test]
+fn empty_rows_do_not_count() -> Result<()> {
+    let mut rng = Rng::seed(8);
+    let (x, targets) = (normals(&mut rng, 5 * 2 * 3), normals(&mut rng, 2));
+    for device in devices()? {
+        let run = |rows: usize, lengths: &[u32]| -> Result<(Vec<f32>, Vec<f32>)> {
+            let rng = &mut Rng::seed(9);
+            let model = Sequential::new()
+                .push(LstmConfig::new(3, 6).init(&device, rng)?)
+                .push(LastStep)
+                .push(LinearConfig::new(6, 1).init(&device, rng)?);
+            let mut trainer = Trainer::new(model, MeanSquaredError, Sgd::new(0.1))?;
+            let of_rows = |values: &[f32], width: usize| -> Vec<f32> {
+                values.chunks(2 * width).flat_map(|step| step[..rows * width].to_vec()).collect()
+            };
+            let x = Tensor::from_slice(&device, &of_rows(&x, 3), [5, rows, 3])?;
+            let target = Tensor::from_slice(&device, &targets[..rows], [rows, 1])?;
+            let lengths = Lengths::from_slice(&device, lengths)?;
+            let loss = trainer.step(&Batch::new(x, target).lengths(lengths))?.item()?;
+            Ok((vec![loss], weights(trainer.model())?))
+        };
+        let ((loss, values), (padded_loss, padded)) = (run(1, &[4])?, run(2, &[4, 0])?);
+        close(format!("{device:?}: loss"), &padded_loss, &wide(&loss), 1e-6)?;
+        close(format!("{device:?}: weights"), &padded, &wide(&values), 1e-6)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn streaming_equals_a_whole_sequence() -> Result<()> {
     for device in devices()? {

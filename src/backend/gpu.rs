@@ -21,8 +21,8 @@ const UNIFORM_STRIDE: usize = 256;
 const IN_FLIGHT: usize = 2;
 /// A recording is submitted early past this many launches and copies, so that a loop that never reads back stays bounded.
 const MAX_COMMANDS: usize = 1 << 18;
-/// Likewise past this many bytes of uploads.
-const MAX_STAGED: usize = 256 << 20;
+/// Uploads are staged in pieces of at most this many bytes in one recording.
+const MAX_STAGED: usize = 64 << 20;
 
 /// Device memory; goes back to the pool when dropped.
 pub(crate) struct GpuBuffer {
@@ -143,8 +143,12 @@ impl Gpu {
         }
     }
 
+    fn prefix(&self) -> String {
+        format!("device: {}: ", self.info.name)
+    }
+
     fn fail(&self, kind: ErrorKind, what: impl std::fmt::Display) -> Error {
-        Error::new(kind, format!("device: {}: {what}", self.info.name))
+        Error::new(kind, format!("{}{what}", self.prefix()))
     }
 
     fn check(&self) -> Result<()> {
@@ -190,9 +194,9 @@ impl Gpu {
         let descriptor = wgpu::BufferDescriptor { label: Some("gatefold"), size, usage, mapped_at_creation: false };
         let buffer = self.guarded(|| self.device.create_buffer(&descriptor))?;
         match pollster::block_on(scope.pop()) {
-            Some(error) => {
-                Err(self.fail(ErrorKind::OutOfMemory, format!("no memory for a buffer of {size} bytes: {error}")).with_source(error))
-            }
+            Some(error) => Err(self
+                .fail(ErrorKind::OutOfMemory, format!("no memory for a buffer of {size} bytes: {error}"))
+                .with_source(error)),
             None => Ok(buffer),
         }
     }
@@ -233,13 +237,21 @@ impl Gpu {
         self.push(&mut state, Command::Launch(Launches { pipeline, bindings: bindings.to_vec(), steps }), count)
     }
 
-    /// Records a copy of `bytes` from the host.
+    /// Records a copy of `bytes` from the host; a large one is submitted piece by piece.
     pub fn upload(&self, bytes: &[u8], to: Range) -> Result<()> {
         self.check()?;
         let mut state = self.state.lock();
-        let offset = state.recording.staged.len() as u64;
-        state.recording.staged.extend_from_slice(bytes);
-        self.push(&mut state, Command::Upload(offset, to), 1)
+        for (index, piece) in bytes.chunks(MAX_STAGED).enumerate() {
+            if state.recording.staged.len() + piece.len() > MAX_STAGED {
+                self.submit_locked(&mut state)?;
+            }
+            let from = state.recording.staged.len() as u64;
+            state.recording.staged.extend_from_slice(piece);
+            let offset = to.offset + (index * MAX_STAGED) as u64;
+            let to = Range { buffer: to.buffer.clone(), offset, size: piece.len() as u64 };
+            self.push(&mut state, Command::Upload(from, to), 1)?;
+        }
+        Ok(())
     }
 
     /// Records a copy between two buffers.
@@ -257,7 +269,7 @@ impl Gpu {
     fn push(&self, state: &mut State, command: Command, count: usize) -> Result<()> {
         state.recording.commands.push(command);
         state.recording.count += count;
-        if state.recording.count > MAX_COMMANDS || state.recording.staged.len() > MAX_STAGED {
+        if state.recording.count > MAX_COMMANDS {
             self.submit_locked(state)?;
         }
         Ok(())
@@ -281,7 +293,9 @@ impl Gpu {
         let recording = std::mem::take(&mut state.recording);
         self.submit_recording(state, &recording).inspect_err(|error| {
             // The recorded work is gone: nothing that follows may pretend that it ran.
-            self.fault.lock().get_or_insert((error.kind(), error.to_string()));
+            let message = error.to_string();
+            let bare = message.strip_prefix(&self.prefix()).unwrap_or(&message).to_owned();
+            self.fault.lock().get_or_insert((error.kind(), bare));
         })
     }
 
@@ -312,7 +326,7 @@ impl Gpu {
         if bytes.is_empty() {
             return Ok(None);
         }
-        let size = (bytes.len() as u64).next_power_of_two().max(1 << 16);
+        let size = (bytes.len() as u64).next_power_of_two().max(1 << 16).min(self.limits.max_buffer_size);
         let buffer = match slot.take() {
             Some(buffer) if buffer.size() >= bytes.len() as u64 => buffer,
             _ => self.create(size, usage)?,
@@ -464,4 +478,18 @@ fn size_class(bytes: u64) -> u64 {
     let bytes = bytes.max(256);
     let step = (bytes.next_power_of_two() / 16).max(256);
     bytes.div_ceil(step) * step
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn size_classes_hold_their_bytes_and_waste_little() {
+        for bytes in (1..4096).chain([65_537, 1 << 20, (1 << 20) + 1, 100_000_001]) {
+            let size = size_class(bytes);
+            assert!(size >= bytes && size.is_multiple_of(256) && size == size_class(size), "{bytes}: {size}");
+            assert!(size <= bytes.max(4096) + bytes.max(4096) / 8, "{bytes}: {size}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Matrix product: `C = A . B (+ bias) (+ C)` on strided windows, every transposition by strides.
 
-use super::{MAX_GROUPS, READ, READ_WRITE, transpose};
-use crate::backend::{Kernel, params};
+use super::{MAX_GROUPS, READ, READ_WRITE};
+use crate::backend::{Kernel, native, params};
 use crate::device::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -63,20 +63,16 @@ impl<'a> Matrix<'a> {
 }
 
 /// `C [m, n] = A [m, k] . B [k, n] (+ bias [n]) (+ C)`. C's columns are contiguous and C shares no memory with the others.
+/// Fast where B's columns lie side by side: lanes, and the native vectors, run along them.
 pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) -> Result<()> {
     debug_assert!(a.rows == c.rows && b.cols == c.cols && a.cols == b.rows && c.col == 1);
     let (m, n, k) = (a.rows, b.cols, a.cols);
     match c.tensor.device().backend() {
         Backend::Native => {
-            native(a, b, bias, c, accumulate);
+            multiply_native(a, b, bias, c, accumulate);
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            // Lanes run along B's columns. Where those do not lie side by side, a transposed copy pays from a few rows on.
-            if b.col != 1 && b.row == 1 && b.offset == 0 && b.tensor.len() == k * n && m > ROWS {
-                let copy = transpose::matrix(b.tensor, n, k)?;
-                return gemm(a, Matrix::new(&copy, k, n), bias, c, accumulate);
-            }
             let params = Gemm {
                 m: m as u32,
                 n: n as u32,
@@ -94,7 +90,8 @@ pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
             };
             let tiles = m.div_ceil(ROWS);
             let y = tiles.min(MAX_GROUPS);
-            let groups = [n.div_ceil(COLUMNS).div_ceil(LANES) as u32, y as u32, tiles.div_ceil(y) as u32];
+            let x = n.div_ceil(COLUMNS).div_ceil(LANES).min(MAX_GROUPS);
+            let groups = [x as u32, y as u32, tiles.div_ceil(y) as u32];
             // Without a bias, something must still be bound in its place.
             let bias = bias.unwrap_or(a.tensor);
             gpu.launch(&GEMM, &params, &[a.tensor.range(), b.tensor.range(), bias.range(), c.tensor.range()], groups)
@@ -102,7 +99,7 @@ pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
     }
 }
 
-fn native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) {
+fn multiply_native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) {
     let (lhs, rhs) = (a.tensor.native::<f32>(), b.tensor.native::<f32>());
     let mut out = c.tensor.native_mut::<f32>();
     if let Some(bias) = bias {
@@ -120,46 +117,51 @@ fn native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, ac
         (&rhs[b.offset..], b.row, b.col),
         (&mut out[c.offset..], c.row),
         accumulate || bias.is_some(),
-        true,
+        native::threads(),
     );
 }
 
 /// `C = A . B (+ C)` for sizes `[m, n, k]`; A and B are slices with their row and column strides, C with its row stride.
-/// On several threads where that is allowed and pays.
+/// On at most `threads` threads, which share the rows or the columns of C.
 pub(crate) fn multiply(
     [m, n, k]: [usize; 3],
     (a, a_row, a_col): (&[f32], usize, usize),
     (b, b_row, b_col): (&[f32], usize, usize),
     (c, c_row): (&mut [f32], usize),
     accumulate: bool,
-    threads: bool,
+    threads: usize,
 ) {
     let last = |rows: usize, cols: usize, row: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
     assert!(last(m, k, a_row, a_col) < a.len() && last(k, n, b_row, b_col) < b.len() && last(m, n, c_row, 1) < c.len());
-    // Below this, waking the threads costs more than they save.
-    let threads = if threads && m * n * k >= 1 << 18 { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
-    // SAFETY: the assertion keeps every element inside its slice, and `c` is borrowed apart from `a` and `b`.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.as_mut_ptr(),
-            1,
-            c_row as isize,
-            accumulate,
-            a.as_ptr(),
-            a_col as isize,
-            a_row as isize,
-            b.as_ptr(),
-            b_col as isize,
-            b_row as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            threads,
-        );
-    }
+    let c = native::Shared::new(c);
+    // Below this, starting a thread costs more than it saves.
+    let threads = if m * n * k < 1 << 22 { 1 } else { threads };
+    native::for_parts(m.max(n), threads, |first, count| {
+        let (row, col, m, n) = if m >= n { (first, 0, count, n) } else { (0, first, m, count) };
+        // SAFETY: the assertion keeps every element inside its slice; `c` is borrowed apart from `a` and `b`, and each part
+        // writes rows or columns of its own.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                c.pointer(row * c_row + col),
+                1,
+                c_row as isize,
+                accumulate,
+                a[row * a_row..].as_ptr(),
+                a_col as isize,
+                a_row as isize,
+                b[col * b_col..].as_ptr(),
+                b_col as isize,
+                b_row as isize,
+                1.0,
+                1.0,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+    });
 }

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use super::cell_contract::{Block, CellKernel, Site, recurrent_runs};
 use super::math::Lanes;
 use super::{MAX_GROUPS, gemm};
+use crate::backend::native::{Shared, for_parts, threads};
 use crate::backend::params;
 use crate::device::Backend;
 use crate::error::Result;
@@ -73,8 +74,8 @@ pub(crate) use backward_kernel;
 const WORKGROUP: usize = 64;
 const ROWS: usize = 4;
 const UNITS: usize = 4;
-/// Fewer units than this in a step are computed by one thread.
-const PARALLEL: usize = 1 << 9;
+/// A sweep of fewer multiply-adds than this runs on one thread.
+const PARALLEL: usize = 1 << 23;
 /// Units that [`Lanes`] hold.
 const LANES: usize = Lanes::COUNT;
 
@@ -162,6 +163,12 @@ impl Plan<'_> {
         self.lengths.is_none_or(|lengths| t < lengths.host()[row] as usize)
     }
 
+    /// Parts of the batch that are worth a thread each.
+    fn parts<C: CellKernel>(&self) -> usize {
+        let work = self.steps * self.rows * self.hidden * self.hidden * C::Pre::LEN;
+        if work < PARALLEL { 1 } else { threads() }
+    }
+
     #[inline(always)]
     fn site(&self, t: usize, row: usize, unit: usize) -> Site {
         Site { key: self.key.words(), t: t as u32, row: row as u32, unit: unit as u32 }
@@ -214,44 +221,6 @@ pub(crate) fn backward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, ds
             });
             gpu.launch_each(C::BACKWARD, &bindings, steps)
         }
-    }
-}
-
-/// Calls `work(first row, rows)` for parts of the batch, each on a thread of its own where that pays. Rows never meet: a part
-/// runs through all of its steps without waiting for another.
-fn for_parts(plan: &Plan<'_>, work: impl Fn(usize, usize) + Sync) {
-    let parts = if plan.rows * plan.hidden < PARALLEL { 1 } else { rayon::current_num_threads().min(plan.rows) };
-    let size = plan.rows.div_ceil(parts);
-    rayon::scope(|scope| {
-        for first in (size..plan.rows).step_by(size) {
-            let work = &work;
-            scope.spawn(move |_| work(first, size.min(plan.rows - first)));
-        }
-        work(0, size);
-    });
-}
-
-/// Memory that several threads write at places that differ from thread to thread.
-struct Shared<'a>(*mut f32, usize, PhantomData<&'a mut [f32]>);
-
-// SAFETY: a thread touches only the rows that `for_parts` gave it, and rows do not overlap.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    fn new(slice: &'a mut [f32]) -> Self {
-        Self(slice.as_mut_ptr(), slice.len(), PhantomData)
-    }
-
-    /// The `len` numbers from `start` on.
-    ///
-    /// # Safety
-    /// No other thread may use them, nor may this one through another slice that is still alive.
-    #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "each caller owns the rows that it asks for")]
-    unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
-        assert!(start <= self.1 && len <= self.1 - start);
-        // SAFETY: inside the allocation, by the assertion; alone, by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }
 
@@ -341,13 +310,13 @@ fn native_forward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, depth: 
     let (mut slots, mut y) = (buffers.slots.native_mut::<f32>(), buffers.y.native_mut::<f32>());
     let (slots, states, y) = (Shared::new(&mut slots), Shared::new(&mut states), Shared::new(&mut y));
     let (unit, arch) = (&*unit, pulp::Arch::new());
-    for_parts(plan, |first, count| {
+    // Rows never meet: a part runs through all of its steps without waiting for another.
+    for_parts(rows, plan.parts::<C>(), |first, count| {
         let mut product = vec![0.0f32; count * gates];
         for step @ (_, before, _) in plan.order(depth) {
             // SAFETY: rows of this part alone, and nothing else of the states is borrowed.
             let h = unsafe { states.slice((before * rows + first) * hidden, count * hidden) };
-            let threads = count == rows;
-            gemm::multiply([count, gates, hidden], (h, hidden, 1), (&weights, gates, 1), (&mut product, gates), false, threads);
+            gemm::multiply([count, gates, hidden], (h, hidden, 1), (&weights, gates, 1), (&mut product, gates), false, 1);
             let (rows, product, cell) = ((first, count), &*product, PhantomData::<C>);
             arch.dispatch(ForwardStep { plan, depth, step, rows, product, unit, slots: &slots, states: &states, y: &y, cell });
         }
@@ -431,7 +400,8 @@ fn native_backward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, dstate
     let (slots, dstates) = (Shared::new(&mut slots), Shared::new(&mut dstates));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
     let runs = recurrent_runs::<C>();
-    for_parts(plan, |first, count| {
+    // Rows never meet: a part runs through all of its steps without waiting for another.
+    for_parts(rows, plan.parts::<C>(), |first, count| {
         let mut later = None;
         for (t, before, _) in plan.order(plan.steps + 1).rev() {
             if let Some(later) = later {
@@ -444,7 +414,7 @@ fn native_backward<C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'_>, dstate
                     let w = &weights[gate * hidden * hidden..];
                     let sizes = [count, hidden, run * hidden];
                     let dr = &dr[slot * hidden..];
-                    gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, count == rows);
+                    gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
                 }
             }
             later = Some(t);

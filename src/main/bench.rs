@@ -1,5 +1,5 @@
-//! `gatefold bench`: times the same work, in the same way and the same JSON lines, as the benchmarks of other libraries
-//! that the comparison in `benches/` runs.
+//! `gatefold bench`: times the same work, in the same way and the same JSON lines, as benchmarks of other libraries, so
+//! that their lines can be put side by side (`benches/record`).
 
 use std::io::Write;
 use std::path::Path;

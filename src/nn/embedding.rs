@@ -1,6 +1,6 @@
 //! [`Embedding`]: ids to vectors.
 
-use super::{Context, Layer, Module, Output, Param, Tape, Value};
+use super::{Context, Layer, Module, Output, Param, Tape, Value, expect_apart};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::gather;
@@ -79,6 +79,7 @@ impl Embedding {
         let [vocabulary, width] = [table.shape()[0], table.shape()[1]];
         table.device().expect_same(op, "ids", ids.device())?;
         table.device().expect_same(op, "dy", dy.device())?;
+        expect_apart(op, "dy", dy, [&self.weight])?;
         ids.expect_below(op, "ids", vocabulary, "the vocabulary")?;
         let shape: Vec<usize> = ids.shape().iter().copied().chain([width]).collect();
         dy.expect_shape(op, "dy", &shape, "[seq, batch, width]")?;

@@ -1,6 +1,6 @@
 //! [`Linear`]: y = x W^T + b.
 
-use super::{Context, Layer, Module, Output, Param, Tape, Value, Version, rows_of};
+use super::{Context, Layer, Module, Output, Param, Tape, Value, Version, expect_apart, rows_of};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::column_sum::column_sum;
@@ -86,6 +86,7 @@ impl Linear {
         let (op, [output, input]) = ("linear.backward", self.sizes());
         for (argument, tensor) in [("x", x), ("dy", dy)] {
             self.weight.value().device().expect_same(op, argument, tensor.device())?;
+            expect_apart(op, argument, tensor, [&self.weight].into_iter().chain(&self.bias))?;
         }
         let rows = rows_of(op, x, input)?;
         let mut shape = x.shape().to_vec();

@@ -106,7 +106,8 @@ impl<'a, S> Input<'a, S> {
         Self::default()
     }
 
-    /// The valid steps of each row: any order, 0 allowed. Past its end a row keeps its state and outputs zeros.
+    /// The valid steps of each row: any order, 0 allowed. Past its end a row keeps its state and outputs zeros. The values of x
+    /// there do not matter, but must be finite: the gradient of the weights multiplies them by zero.
     pub fn lengths(self, lengths: impl Into<Option<&'a Lengths>>) -> Self {
         Self { lengths: lengths.into(), ..self }
     }
@@ -210,6 +211,17 @@ pub trait Layer: Module + Send + Sync {
 fn stale_tape(op: &str) -> Error {
     let what = "the tape does not fit: the parameters changed since it was recorded, or it is another layer's";
     Error::new(ErrorKind::Argument, format!("{op}: {what}"))
+}
+
+/// `op: argument is ..` where `tensor` is memory of one of the parameters: kernels write those, or bind them in another way.
+fn expect_apart<'a>(op: &str, argument: &str, tensor: &Tensor, params: impl IntoIterator<Item = &'a Param>) -> Result<()> {
+    match params.into_iter().find(|param| tensor.shares_memory(param.value()) || tensor.shares_memory(param.grad())) {
+        None => Ok(()),
+        Some(param) => {
+            let given = format!("the memory of {}", param.name());
+            Err(Error::argument(op, argument, given, "a tensor of its own (Tensor.to_device makes a copy)"))
+        }
+    }
 }
 
 /// `op: x has shape .., expected [.., features]`; gives the number of rows before the last dimension.

@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version};
+use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
@@ -259,6 +259,9 @@ impl<C: Cell> Recurrent<C> {
         if dropout > 0.0 && layers == 1 {
             return Err(Error::argument(&op, "dropout", dropout, "0 for a single layer: it acts between layers"));
         }
+        if let Some(bias) = config.forget_bias.filter(|bias| !bias.is_finite()) {
+            return Err(Error::argument(&op, "forget_bias", bias, "a finite number"));
+        }
         if config.forget_bias.is_some() && !config.bias {
             return Err(Error::argument(&op, "forget_bias", "given", "biases, which bias(false) removed"));
         }
@@ -423,6 +426,9 @@ impl<C: Cell> Recurrent<C> {
         let op = self.op(method);
         let RecurrentConfig { hidden, layers, dropout, batch_first, .. } = self.config;
         self.device.expect_same(&op, "x", x.device())?;
+        if train {
+            expect_apart(&op, "x", x, self.weights.iter().flat_map(Weights::params))?;
+        }
         let order = if batch_first { "batch, seq" } else { "seq, batch" };
         let expected = || format!("[{order}, {}]", self.config.input);
         let (&[a, b, features], 3) = (x.shape(), x.shape().len()) else {
@@ -539,6 +545,7 @@ impl<C: Cell> Recurrent<C> {
             return Err(super::stale_tape(&op));
         }
         self.device.expect_same(&op, "dy", dy.device())?;
+        expect_apart(&op, "dy", dy, self.weights.iter().flat_map(Weights::params))?;
         if batch_first {
             dy.expect_shape(&op, "dy", &[rows, steps, self.output()], "[batch, seq, output]")?;
         } else {
