@@ -589,6 +589,31 @@ fn streaming_equals_a_whole_sequence() -> Result<()> {
     Ok(())
 }
 
+/// Kernels wait with buffers locked: a worker that took up another of these tasks meanwhile would wait for itself.
+#[test]
+fn an_application_may_call_from_its_own_thread_pool() -> Result<()> {
+    use rayon::prelude::*;
+    let device = Device::cpu();
+    let (shape, tasks) = ([16, 32, 64], 24);
+    let lstm = LstmConfig::new(64, 64).init(&device, &mut Rng::seed(3))?;
+    let x = Tensor::from_slice(&device, &normals(&mut Rng::seed(4), shape.iter().product()), shape)?;
+    let train = || -> gatefold::Result<()> {
+        let (y, _, tape) = lstm.forward_train(&x, None)?;
+        lstm.backward(tape, &y, None).map(|_| ())
+    };
+    train()?;
+    let gradients = || lstm.params().into_iter().map(|(_, param)| param.grad().to_vec()).collect::<gatefold::Result<Vec<_>>>();
+    let once = gradients()?;
+    lstm.zero_grad()?;
+    // One task a piece, so that there is always one more to take up.
+    (0..tasks).into_par_iter().with_max_len(1).try_for_each(|_| train())?;
+    for (all, one) in gradients()?.iter().zip(&once) {
+        let expected: Vec<f64> = one.iter().map(|value| f64::from(*value) * f64::from(tasks)).collect();
+        close("the sum over all tasks", all, &expected, 1e-5)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn an_lstm_overfits_a_ragged_batch() -> Result<()> {
     const STEPS: usize = 80;

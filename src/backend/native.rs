@@ -5,6 +5,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
 use crate::error::{Error, ErrorKind, Result};
 
 /// A block of 32-bit words that kernels lock while they run.
@@ -39,19 +41,37 @@ pub(crate) fn threads() -> usize {
     *THREADS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
-/// Calls `work(first, count)` for at most `parts` parts of `0..rows`, each on a thread of its own.
+/// The threads themselves; `None` where the system gives none.
+fn pool() -> Option<&'static ThreadPool> {
+    static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
+    let name = |index| format!("gatefold-{index}");
+    POOL.get_or_init(|| ThreadPoolBuilder::new().num_threads(threads()).thread_name(name).build().ok()).as_ref()
+}
+
+/// Calls `work(first, count)` for at most `parts` parts of `0..rows`, at once on several threads.
 ///
-/// Plain threads and no pool, because a kernel waits with its buffers locked: a pool's worker would take up other work of
-/// the application's while it waits, which may want the same buffers. Callers make the parts large enough to pay for it.
+/// A kernel waits here with its buffers locked, so that its thread must not take up other work meanwhile, which may want the
+/// same buffers. A worker of an application's rayon pool would: there a plain thread waits in its place.
 pub(crate) fn for_parts(rows: usize, parts: usize, work: impl Fn(usize, usize) + Sync) {
     let size = rows.div_ceil(parts.clamp(1, rows));
-    std::thread::scope(|scope| {
-        for first in (size..rows).step_by(size) {
-            let work = &work;
-            scope.spawn(move || work(first, size.min(rows - first)));
-        }
-        work(0, size);
-    });
+    let (Some(pool), true) = (pool(), size < rows) else {
+        return work(0, rows);
+    };
+    let run = || {
+        pool.in_place_scope(|scope| {
+            for first in (size..rows).step_by(size) {
+                let work = &work;
+                scope.spawn(move |_| work(first, size.min(rows - first)));
+            }
+            work(0, size);
+        });
+    };
+    match rayon::current_thread_index() {
+        None => run(),
+        Some(_) => std::thread::scope(|scope| {
+            scope.spawn(run);
+        }),
+    }
 }
 
 /// Memory that several threads write at places that differ from thread to thread.
