@@ -11,8 +11,8 @@ use common::{adapters, devices};
 use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
-    Context, Direction, Dropout, EmbeddingConfig, Input, LastStep, Layer, LinearConfig, LstmConfig, LstmState, Module, Param,
-    Sequential, Tape, Value,
+    Context, Direction, Dropout, EmbeddingConfig, Input, LastStep, Layer, LinearConfig, LstmConfig, LstmState, Module, Output,
+    Param, Sequential, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
@@ -110,6 +110,37 @@ fn tensors() -> Result<()> {
         t.row(|| param.set(&[0.0; 3]), Argument, "Param.set: weight has shape [3], expected [2, 2]");
         Ok(())
     })
+}
+
+/// Passes everything on, and no gradient back.
+struct NoGradient;
+
+impl Module for NoGradient {
+    fn params(&self) -> Vec<(String, &Param)> {
+        Vec::new()
+    }
+
+    fn params_mut(&mut self) -> Vec<(String, &mut Param)> {
+        Vec::new()
+    }
+}
+
+impl Layer for NoGradient {
+    fn kind(&self) -> &'static str {
+        "no_gradient"
+    }
+
+    fn forward(&self, x: &Value, _: &Context<'_>) -> gatefold::Result<Output> {
+        Ok(Output { y: x.numbers("no_gradient.forward")?.clone(), state: Vec::new() })
+    }
+
+    fn forward_train(&self, x: &Value, context: &Context<'_>) -> gatefold::Result<(Output, Tape)> {
+        Ok((self.forward(x, context)?, Tape::new(())))
+    }
+
+    fn backward(&self, _: Tape, _: &Tensor, _: bool) -> gatefold::Result<Option<Tensor>> {
+        Ok(None)
+    }
 }
 
 #[test]
@@ -347,6 +378,18 @@ fn layers_in_a_row() -> Result<()> {
         let text = "x is numbers, expected token ids [seq, batch]";
         t.row(|| late.forward(&x, None), Argument, format!("embedding.forward: {text}"));
         t.row(|| late.forward_train(&x, Input::new().key(key)), Argument, format!("embedding.forward_train: {text}"));
+
+        // Only a layer that gives no dx although it is not the first one gets this far.
+        let stuck = Sequential::new().push(LinearConfig::new(3, 3).init(device, rng)?).push(NoGradient);
+        let text = "sequential.backward: layer 1 (no_gradient) takes ids and must be the first";
+        t.row(
+            || {
+                let (y, _, tape) = stuck.forward_train(&x, None)?;
+                stuck.backward(tape, &y)
+            },
+            Unsupported,
+            text,
+        );
 
         let linear_last =
             Sequential::new().push(LstmConfig::new(3, 3).init(device, rng)?).push(LinearConfig::new(3, 3).init(device, rng)?);

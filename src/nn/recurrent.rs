@@ -665,16 +665,15 @@ impl<C: Cell> Layer for Recurrent<C> {
     }
 
     fn forward_train(&self, x: &Value, context: &Context<'_>) -> Result<(Output, Tape)> {
-        let (y, state, tape) = self.run_layer("forward_train", x, context, true)?;
-        Ok((Output { y, state: state.tensors().into_iter().cloned().collect() }, Tape::new(tape)))
+        match self.run_layer("forward_train", x, context, true)? {
+            (y, state, Some(tape)) => Ok((Output { y, state: state.tensors().into_iter().cloned().collect() }, Tape::new(tape))),
+            (.., None) => unreachable!("a training run records a tape"),
+        }
     }
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = self.op("backward");
-        match tape.open::<Option<RecurrentTape>>(&op)? {
-            Some(tape) => Ok(self.run_backward(tape, dy, None, needs_dx)?.0),
-            None => Err(Error::argument(&op, "tape", "empty", "the tape of this layer's forward_train")),
-        }
+        Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
     }
 }
 
