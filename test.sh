@@ -11,7 +11,9 @@ have() { command -v "$1" > /dev/null; }
 
 # Whether the Vulkan loader and at least one driver (a JSON file) are installed.
 have_vulkan() {
-  { ldconfig -p 2> /dev/null || /sbin/ldconfig -p; } | grep -q 'libvulkan\.so\.1' || return 1
+  local libraries
+  libraries=$(ldconfig -p 2> /dev/null || /sbin/ldconfig -p) # no pipe: grep -q would break it, and pipefail call that a miss
+  grep -q 'libvulkan\.so\.1' <<< "$libraries" || return 1
   local listed=${VK_DRIVER_FILES:-${VK_ICD_FILENAMES:-}}
   if [ -n "$listed" ]; then
     local place
