@@ -86,6 +86,11 @@ struct Pipeline {
     uniform_size: NonZeroU64,
 }
 
+/// The text of an error of the adapter `name`.
+fn message(name: &str, what: impl std::fmt::Display) -> String {
+    format!("device: {name}: {what}")
+}
+
 /// The first failure that wgpu reported outside of a call; everything after it fails with the same words.
 type Fault = Arc<Mutex<Option<(ErrorKind, String)>>>;
 
@@ -118,16 +123,19 @@ impl Gpu {
 
     pub fn from_wgpu(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue) -> Self {
         let fault = Fault::default();
-        let (lost, failed) = (fault.clone(), fault.clone());
-        device.set_device_lost_callback(move |reason, message| {
-            lost.lock().get_or_insert((ErrorKind::DeviceLost, format!("the device was lost ({reason:?}): {message}")));
+        let (lost, failed) = ((fault.clone(), info.name.clone()), (fault.clone(), info.name.clone()));
+        device.set_device_lost_callback(move |reason, what| {
+            let (fault, name) = &lost;
+            let what = format!("the device was lost ({reason:?}): {what}");
+            fault.lock().get_or_insert((ErrorKind::DeviceLost, message(name, what)));
         });
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             let kind = match error {
                 wgpu::Error::OutOfMemory { .. } => ErrorKind::OutOfMemory,
                 _ => ErrorKind::DeviceLost,
             };
-            failed.lock().get_or_insert((kind, error.to_string()));
+            let (fault, name) = &failed;
+            fault.lock().get_or_insert((kind, message(name, error)));
         }));
         let state =
             State { recording: Recording::default(), uniforms: None, staging: None, in_flight: VecDeque::new(), submissions: 0 };
@@ -143,17 +151,13 @@ impl Gpu {
         }
     }
 
-    fn prefix(&self) -> String {
-        format!("device: {}: ", self.info.name)
-    }
-
     fn fail(&self, kind: ErrorKind, what: impl std::fmt::Display) -> Error {
-        Error::new(kind, format!("{}{what}", self.prefix()))
+        Error::new(kind, message(&self.info.name, what))
     }
 
     fn check(&self) -> Result<()> {
         match &*self.fault.lock() {
-            Some((kind, message)) => Err(self.fail(*kind, message)),
+            Some((kind, message)) => Err(Error::new(*kind, message.as_str())),
             None => Ok(()),
         }
     }
@@ -293,9 +297,7 @@ impl Gpu {
         let recording = std::mem::take(&mut state.recording);
         self.submit_recording(state, &recording).inspect_err(|error| {
             // The recorded work is gone: nothing that follows may pretend that it ran.
-            let message = error.to_string();
-            let bare = message.strip_prefix(&self.prefix()).unwrap_or(&message).to_owned();
-            self.fault.lock().get_or_insert((error.kind(), bare));
+            self.fault.lock().get_or_insert((error.kind(), error.to_string()));
         })
     }
 

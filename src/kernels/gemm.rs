@@ -134,7 +134,7 @@ pub(crate) fn multiply(
     let last = |rows: usize, cols: usize, row: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
     assert!(last(m, k, a_row, a_col) < a.len() && last(k, n, b_row, b_col) < b.len() && last(m, n, c_row, 1) < c.len());
     let c = native::Shared::new(c);
-    // Below this, starting a thread costs more than it saves.
+    // Below this, waking a thread costs more than it saves.
     let threads = if m * n * k < 1 << 22 { 1 } else { threads };
     native::for_parts(m.max(n), threads, |first, count| {
         let (row, col, m, n) = if m >= n { (first, 0, count, n) } else { (0, first, m, count) };
