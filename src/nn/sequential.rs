@@ -90,7 +90,7 @@ impl Sequential {
     fn run<T>(
         &self,
         x: Value,
-        Input { lengths, state, key }: Input<'_, State>,
+        Input { lengths, state, key, teacher }: Input<'_, State>,
         call: impl Fn(&dyn Layer, &Value, &Context<'_>) -> Result<(Output, T)>,
     ) -> Result<(Tensor, State, Vec<T>)> {
         if let Some(state) = state.filter(|state| state.layers.len() != self.layers.len()) {
@@ -100,7 +100,7 @@ impl Sequential {
         let (mut value, mut states, mut extras) = (x, Vec::new(), Vec::new());
         for (index, layer) in self.layers.iter().enumerate() {
             let key = key.map(|key| key.layer(index));
-            let context = Context { lengths, state: state.map_or(&[], |state| state.layer(index)), key };
+            let context = Context { lengths, state: state.map_or(&[], |state| state.layer(index)), key, teacher };
             let (output, extra) = call(layer.as_ref(), &value, &context)?;
             if state.is_some() && context.state.len() != output.state.len() {
                 let (argument, given) = (format!("state of layer {index} ({})", layer.kind()), context.state.len());

@@ -139,7 +139,21 @@ impl Sweep {
         let lengths = run.lengths(self.lengths.as_deref())?;
         let (y_stride, y_offset) = (hidden + 8, 5);
         let key = MaskKey::new(0, 0);
-        let plan = Plan { steps, rows, hidden, reverse, lengths: lengths.as_ref(), y_stride, y_offset, key };
+        let plan = Plan {
+            steps,
+            rows,
+            hidden,
+            reverse,
+            lengths: lengths.as_ref(),
+            output: true,
+            y_stride,
+            y_offset,
+            key,
+            start: 0,
+            random: false,
+            zoneout: [0.0; 2],
+            clip: 0.0,
+        };
         let slots = Tensor::from_slice(run.device, &self.x, [steps, rows, 4, hidden])?;
         let block = rows * hidden;
         let states = Tensor::uninitialized(run.device, [2, depth, rows, hidden])?;
@@ -153,7 +167,7 @@ impl Sweep {
         let forward_weights = run.input("weights", &turned, [hidden, 4 * hidden])?;
         let y = run.window_of_y(self, None)?;
         let buffers = Buffers { slots: &slots, states: &states, weights: &forward_weights, unit: &unit, y: &y.tensor };
-        sweep_step::forward::<LstmCell>(&plan, &buffers)?;
+        sweep_step::forward(&LstmCell::default(), &plan, &buffers)?;
         check(run, &Launched { plan, slots: &slots, states: &states, y: &y, weights: &weights, unit: &unit })
     }
 }
@@ -176,7 +190,7 @@ impl Launched<'_> {
         run.input_words("states", self.states, &self.states.read_back::<u32>()?);
         let dstates = Tensor::from_slice(run.device, &sweep.dlast, [2, sweep.rows, sweep.hidden])?;
         let buffers = Buffers { slots: self.slots, states: self.states, weights: self.weights, unit: self.unit, y: &dy.tensor };
-        sweep_step::backward::<LstmCell>(&self.plan, &buffers, &dstates)?;
+        sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?;
         Ok(dstates)
     }
 }
