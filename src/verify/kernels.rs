@@ -4,6 +4,7 @@
 //! runs with each other, and inputs afterwards with what they were. Windows lie in larger tensors of NaN words, which
 //! a kernel must neither use nor touch.
 
+use super::autodiff::sigmoid;
 use super::oracle::{self, Cell, Recurrent, RecurrentInput};
 use super::{Comparison, Report};
 use crate::device::Device;
@@ -944,68 +945,51 @@ impl Sweep {
         }
     }
 
-    /// The textbook: step by step, row by row, unit by unit.
+    /// The textbook: a layer that takes its gates' input parts as they are.
     fn expected(&self) -> Swept {
-        let (rows, hidden, depth) = (self.rows, self.hidden, self.steps + 1);
-        let state_at = |s: usize, slot: usize, row: usize, unit: usize| ((s * depth + slot) * rows + row) * hidden + unit;
-        let slot_at = |line: usize, gate: usize, unit: usize| (line * 4 + gate) * hidden + unit;
-        let w = |gate: usize, to: usize, from: usize| f64::from(self.weights[(gate * hidden + to) * hidden + from]);
-        let places = || (0..rows).flat_map(|row| (0..hidden).map(move |unit| (row, unit)));
-        let mut states = vec![0.0; 2 * depth * rows * hidden];
-        for s in 0..2 {
-            for (row, unit) in places() {
-                let first = if self.reverse { self.steps } else { 0 };
-                states[state_at(s, first, row, unit)] = self.initial[(s * rows + row) * hidden + unit].into();
+        let (rows, gates) = (self.rows, 4 * self.hidden);
+        let block = rows * self.hidden;
+        let identity = (0..gates * gates).map(|at| if at % gates == at / gates { 1.0 } else { 0.0 });
+        let parts = [("weight_ih", identity.collect()), ("weight_hh", wide(&self.weights)), ("bias_hh", wide(&self.bias))];
+        let weights = [parts.map(|(name, part)| (name.to_owned(), part)).into()];
+        let (x, initial, dlast) = (wide(&self.x), wide(&self.initial), wide(&self.dlast));
+        let lengths: Option<Vec<usize>> = self.lengths.as_ref().map(|lengths| lengths.iter().map(|n| *n as usize).collect());
+        let spec = Recurrent { first_reverse: self.reverse, ..Recurrent::new(Cell::LSTM, gates, self.hidden) };
+        let want = spec.forward_backward(
+            &weights,
+            RecurrentInput {
+                batch: rows,
+                x: &x,
+                state: &[&initial[..block], &initial[block..]],
+                lengths: lengths.as_deref(),
+                dy: &wide(&self.dy),
+                dstate: &[&dlast[..block], &dlast[block..]],
+                ..RecurrentInput::default()
+            },
+        );
+        // The states before the first step lie at its end of time.
+        let states = want.states[0]
+            .iter()
+            .zip(initial.chunks_exact(block))
+            .map(|(after, first)| if self.reverse { [after, first].concat() } else { [first, after].concat() });
+        let states: Vec<f64> = states.collect::<Vec<_>>().concat();
+        let mut saved = vec![0.0; x.len()];
+        for (t, before, _) in self.order() {
+            let r = oracle::linear(&states[before * block..][..block], &weights[0]["weight_hh"], None, self.hidden, gates);
+            for (n, r) in r.into_iter().enumerate() {
+                let at = t * rows * gates + n;
+                let sum = x[at] + r + f64::from(self.bias[n % gates]);
+                saved[at] = if n % gates / self.hidden == 2 { sum.tanh() } else { sigmoid(sum) };
             }
         }
-        let mut y = vec![0.0; self.dy.len()];
-        let (mut r, mut saved, mut dslots) = (vec![0.0; self.x.len()], vec![0.0; self.x.len()], vec![0.0; self.x.len()]);
-        let x_of = |line, unit| [0, 1, 2, 3].map(|gate| f64::from(self.x[slot_at(line, gate, unit)]));
-        for (t, before, after) in self.order() {
-            for (row, unit) in places() {
-                let line = t * rows + row;
-                let previous = [0, 1].map(|s| states[state_at(s, before, row, unit)]);
-                let mut next = previous.to_vec();
-                if within(self.lengths.as_deref(), rows, line) {
-                    let x = x_of(line, unit);
-                    let product = [0, 1, 2, 3].map(|gate| {
-                        let h = (0..hidden).map(|k| w(gate, unit, k) * states[state_at(0, before, row, k)]);
-                        h.sum::<f64>() + f64::from(self.bias[gate * hidden + unit])
-                    });
-                    for gate in 0..4 {
-                        let sum = x[gate] + product[gate];
-                        r[slot_at(line, gate, unit)] = product[gate];
-                        saved[slot_at(line, gate, unit)] = if gate == 2 { sum.tanh() } else { oracle::sigmoid(sum) };
-                    }
-                    next = Cell::Lstm.forward(&x, &product, &previous);
-                    y[line * hidden + unit] = next[0];
-                }
-                (0..2).for_each(|s| states[state_at(s, after, row, unit)] = next[s]);
-            }
+        // The sweep leaves the first step's product to whoever asks for the gradient of h.
+        let mut dstates = want.dstate.concat();
+        if let Some((t, ..)) = self.order().first() {
+            let dslots = &want.dx[t * rows * gates..][..rows * gates];
+            let product = oracle::matmul(dslots, &weights[0]["weight_hh"], rows, self.hidden, gates, false, false);
+            dstates.iter_mut().zip(product).for_each(|(d, product)| *d -= product);
         }
-        let mut d = wide(&self.dlast);
-        let mut later: Option<usize> = None;
-        for (t, before, _) in self.order().into_iter().rev() {
-            for (row, unit) in places() {
-                if let Some(later) = later {
-                    let part = |gate| (0..hidden).map(move |to| (gate, to));
-                    let terms =
-                        (0..4).flat_map(part).map(|(gate, to)| dslots[slot_at(later * rows + row, gate, to)] * w(gate, to, unit));
-                    d[row * hidden + unit] += terms.sum::<f64>();
-                }
-            }
-            later = Some(t);
-            for (row, unit) in places().filter(|(row, _)| within(self.lengths.as_deref(), rows, t * rows + row)) {
-                let (line, [h, c]) = (t * rows + row, [0, 1].map(|s| (s * rows + row) * hidden + unit));
-                d[h] += f64::from(self.dy[line * hidden + unit]);
-                let product = [0, 1, 2, 3].map(|gate| r[slot_at(line, gate, unit)]);
-                let previous = [0, 1].map(|s| states[state_at(s, before, row, unit)]);
-                let gradients = Cell::Lstm.backward(&x_of(line, unit), &product, &previous, &[d[h], d[c]]);
-                (0..4).for_each(|gate| dslots[slot_at(line, gate, unit)] = gradients.x[gate]);
-                (d[h], d[c]) = (gradients.previous[0], gradients.previous[1]);
-            }
-        }
-        Swept { y, states, saved, dslots, dstates: d }
+        Swept { y: want.y, states, saved, dslots: want.dx, dstates }
     }
 
     /// The kernels on `run`'s device; `check` gets what forward made, and what backward made of it.
@@ -1239,47 +1223,44 @@ fn check_layers(cases: &mut Cases<'_>, rng: &mut Rng, layers: Layers) -> Result<
     let sizes: Vec<usize> = of.params().iter().map(|(_, param)| param.value().len()).collect();
     let values: Vec<Vec<f32>> = sizes.iter().map(|n| normal(rng, *n).into_iter().map(|w| w * scale).collect()).collect();
 
-    // The oracle knows no reverse direction alone: it gets each row's steps in the opposite order.
-    let turned = |values: &[f64], width: usize| -> Vec<f64> {
-        if direction == Direction::Reverse { reverse_rows(values, width, steps, rows, lengths) } else { values.to_vec() }
-    };
     let key = MaskKey::new(5, 6);
     let masks: Vec<Vec<f64>> = (0..layers.layers - 1)
         .filter(|_| dropout > 0.0)
-        .map(|layer| turned(&wide(&mask(steps, rows, width, dropout, key.layer(layer))), width))
+        .map(|layer| wide(&mask(steps, rows, width, dropout, key.layer(layer))))
         .collect();
+    let reverse = direction == Direction::Reverse;
+    let spec = Recurrent {
+        layers: layers.layers,
+        directions,
+        bias,
+        first_reverse: reverse,
+        ..Recurrent::new(Cell::LSTM, input, hidden)
+    };
     let mut at = values.iter().map(|values| wide(values));
-    let mut next = |given: bool| if given { at.next().unwrap_or_default() } else { Vec::new() };
     let weights: Vec<oracle::Weights> = (0..slots)
-        .map(|_| oracle::Weights { weight_ih: next(true), weight_hh: next(true), bias_ih: next(bias), bias_hh: next(bias) })
+        .map(|slot| spec.parts(slot / directions).into_iter().map(|(name, _)| name.to_owned()).zip(at.by_ref()).collect())
         .collect();
     let oracle_lengths: Option<Vec<usize>> = lengths.map(|lengths| lengths.iter().map(|n| *n as usize).collect());
     let [h64, c64, dh64, dc64] = [&h0, &c0, &dh, &dc].map(|state| wide(state));
-    let spec = Recurrent { cell: Cell::Lstm, input, hidden, layers: layers.layers, directions, bias };
     let want = spec.forward_backward(
         &weights,
         RecurrentInput {
             batch: rows,
-            x: &turned(&wide(&x), input),
+            x: &wide(&x),
             state: &[&h64, &c64],
             lengths: oracle_lengths.as_deref(),
             masks: &masks,
-            dy: &turned(&wide(&dy), width),
+            dy: &wide(&dy),
             dstate: &[&dh64, &dc64],
+            ..RecurrentInput::default()
         },
     );
-    let gradients: Vec<&Vec<f64>> = want
-        .dweights
-        .iter()
-        .flat_map(|w| [&w.weight_ih, &w.weight_hh, &w.bias_ih, &w.bias_hh])
-        .filter(|gradient| !gradient.is_empty())
-        .collect();
+    // In the order of the layer's parameters.
+    let gradient = |slot: usize| spec.parts(slot / directions).into_iter().map(move |(name, _)| (slot, name));
+    let gradients: Vec<&Vec<f64>> = (0..slots).flat_map(gradient).map(|(slot, name)| &want.dweights[slot][name]).collect();
     // [T, B, ..] as the layer has it.
     let edge32 = |values: &[f32], width: usize| if batch_first { swap(values, width, steps, rows) } else { values.to_vec() };
-    let edge = |values: &[f64], width: usize| {
-        let values = turned(values, width);
-        if batch_first { swap(&values, width, steps, rows) } else { values }
-    };
+    let edge = |values: &[f64], width: usize| if batch_first { swap(values, width, steps, rows) } else { values.to_vec() };
     let (y, dx) = (edge(&want.y, width), edge(&want.dx, input));
     let shape = |width: usize| if batch_first { [rows, steps, width] } else { [steps, rows, width] };
 
@@ -1331,17 +1312,6 @@ fn check_layers(cases: &mut Cases<'_>, rng: &mut Rng, layers: Layers) -> Result<
         }
         Ok(())
     })
-}
-
-/// `[steps, rows, width]` with each row's valid steps in the opposite order.
-fn reverse_rows(values: &[f64], width: usize, steps: usize, rows: usize, lengths: Option<&[u32]>) -> Vec<f64> {
-    let line = |line: usize| {
-        let (t, row) = (line / rows, line % rows);
-        let length = lengths.map_or(steps, |lengths| lengths[row] as usize);
-        let from = if t < length { length - 1 - t } else { t };
-        &values[(from * rows + row) * width..][..width]
-    };
-    (0..steps * rows).flat_map(line).copied().collect()
 }
 
 /// `[rows, steps, width]` from `[steps, rows, width]`.
