@@ -88,47 +88,44 @@ fn check_layers(cases: &mut Cases<'_>, rng: &mut Rng, layers: Layers) -> Result<
     let sizes: Vec<usize> = of.params().iter().map(|(_, param)| param.value().len()).collect();
     let values: Vec<Vec<f32>> = sizes.iter().map(|n| normal(rng, *n).into_iter().map(|w| w * scale).collect()).collect();
 
-    // The oracle knows no reverse direction alone: it gets each row's steps in the opposite order.
-    let turned = |values: &[f64], width: usize| -> Vec<f64> {
-        if direction == Direction::Reverse { reverse_rows(values, width, steps, rows, lengths) } else { values.to_vec() }
-    };
     let key = MaskKey::new(5, 6);
     let masks: Vec<Vec<f64>> = (0..layers.layers - 1)
         .filter(|_| dropout > 0.0)
-        .map(|layer| turned(&wide(&mask(steps, rows, width, dropout, key.layer(layer))), width))
+        .map(|layer| wide(&mask(steps, rows, width, dropout, key.layer(layer))))
         .collect();
+    let reverse = direction == Direction::Reverse;
+    let spec = Recurrent {
+        layers: layers.layers,
+        directions,
+        bias,
+        first_reverse: reverse,
+        ..Recurrent::new(Cell::LSTM, input, hidden)
+    };
     let mut at = values.iter().map(|values| wide(values));
-    let mut next = |given: bool| if given { at.next().unwrap_or_default() } else { Vec::new() };
     let weights: Vec<oracle::Weights> = (0..slots)
-        .map(|_| oracle::Weights { weight_ih: next(true), weight_hh: next(true), bias_ih: next(bias), bias_hh: next(bias) })
+        .map(|slot| spec.parts(slot / directions).into_iter().map(|(name, _)| name.to_owned()).zip(at.by_ref()).collect())
         .collect();
     let oracle_lengths: Option<Vec<usize>> = lengths.map(|lengths| lengths.iter().map(|n| *n as usize).collect());
     let [h64, c64, dh64, dc64] = [&h0, &c0, &dh, &dc].map(|state| wide(state));
-    let spec = Recurrent { cell: Cell::Lstm, input, hidden, layers: layers.layers, directions, bias };
     let want = spec.forward_backward(
         &weights,
         RecurrentInput {
             batch: rows,
-            x: &turned(&wide(&x), input),
+            x: &wide(&x),
             state: &[&h64, &c64],
             lengths: oracle_lengths.as_deref(),
             masks: &masks,
-            dy: &turned(&wide(&dy), width),
+            dy: &wide(&dy),
             dstate: &[&dh64, &dc64],
+            ..RecurrentInput::default()
         },
     );
-    let gradients: Vec<&Vec<f64>> = want
-        .dweights
-        .iter()
-        .flat_map(|w| [&w.weight_ih, &w.weight_hh, &w.bias_ih, &w.bias_hh])
-        .filter(|gradient| !gradient.is_empty())
-        .collect();
+    // In the order of the layer's parameters.
+    let gradient = |slot: usize| spec.parts(slot / directions).into_iter().map(move |(name, _)| (slot, name));
+    let gradients: Vec<&Vec<f64>> = (0..slots).flat_map(gradient).map(|(slot, name)| &want.dweights[slot][name]).collect();
     // [T, B, ..] as the layer has it.
     let edge32 = |values: &[f32], width: usize| if batch_first { swap(values, width, steps, rows) } else { values.to_vec() };
-    let edge = |values: &[f64], width: usize| {
-        let values = turned(values, width);
-        if batch_first { swap(&values, width, steps, rows) } else { values }
-    };
+    let edge = |values: &[f64], width: usize| if batch_first { swap(values, width, steps, rows) } else { values.to_vec() };
     let (y, dx) = (edge(&want.y, width), edge(&want.dx, input));
     let shape = |width: usize| if batch_first { [rows, steps, width] } else { [steps, rows, width] };
 
@@ -180,17 +177,6 @@ fn check_layers(cases: &mut Cases<'_>, rng: &mut Rng, layers: Layers) -> Result<
         }
         Ok(())
     })
-}
-
-/// `[steps, rows, width]` with each row's valid steps in the opposite order.
-fn reverse_rows(values: &[f64], width: usize, steps: usize, rows: usize, lengths: Option<&[u32]>) -> Vec<f64> {
-    let line = |line: usize| {
-        let (t, row) = (line / rows, line % rows);
-        let length = lengths.map_or(steps, |lengths| lengths[row] as usize);
-        let from = if t < length { length - 1 - t } else { t };
-        &values[(from * rows + row) * width..][..width]
-    };
-    (0..steps * rows).flat_map(line).copied().collect()
 }
 
 /// `[rows, steps, width]` from `[steps, rows, width]`.

@@ -6,7 +6,8 @@ use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::sweep_step::{self, Buffers, Plan};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{POISON, Tensor};
-use crate::verify::oracle::{self, Cell};
+use crate::verify::autodiff::sigmoid;
+use crate::verify::oracle::{self, Cell, Recurrent, RecurrentInput};
 
 /// One direction of one layer, `[T, B, .., H]`.
 #[derive(Clone)]
@@ -64,68 +65,51 @@ impl Sweep {
         }
     }
 
-    /// The textbook: step by step, row by row, unit by unit.
+    /// The textbook: a layer that takes its gates' input parts as they are.
     fn expected(&self) -> Swept {
-        let (rows, hidden, depth) = (self.rows, self.hidden, self.steps + 1);
-        let state_at = |s: usize, slot: usize, row: usize, unit: usize| ((s * depth + slot) * rows + row) * hidden + unit;
-        let slot_at = |line: usize, gate: usize, unit: usize| (line * 4 + gate) * hidden + unit;
-        let w = |gate: usize, to: usize, from: usize| f64::from(self.weights[(gate * hidden + to) * hidden + from]);
-        let places = || (0..rows).flat_map(|row| (0..hidden).map(move |unit| (row, unit)));
-        let mut states = vec![0.0; 2 * depth * rows * hidden];
-        for s in 0..2 {
-            for (row, unit) in places() {
-                let first = if self.reverse { self.steps } else { 0 };
-                states[state_at(s, first, row, unit)] = self.initial[(s * rows + row) * hidden + unit].into();
+        let (rows, gates) = (self.rows, 4 * self.hidden);
+        let block = rows * self.hidden;
+        let identity = (0..gates * gates).map(|at| if at % gates == at / gates { 1.0 } else { 0.0 });
+        let parts = [("weight_ih", identity.collect()), ("weight_hh", wide(&self.weights)), ("bias_hh", wide(&self.bias))];
+        let weights = [parts.map(|(name, part)| (name.to_owned(), part)).into()];
+        let (x, initial, dlast) = (wide(&self.x), wide(&self.initial), wide(&self.dlast));
+        let lengths: Option<Vec<usize>> = self.lengths.as_ref().map(|lengths| lengths.iter().map(|n| *n as usize).collect());
+        let spec = Recurrent { first_reverse: self.reverse, ..Recurrent::new(Cell::LSTM, gates, self.hidden) };
+        let want = spec.forward_backward(
+            &weights,
+            RecurrentInput {
+                batch: rows,
+                x: &x,
+                state: &[&initial[..block], &initial[block..]],
+                lengths: lengths.as_deref(),
+                dy: &wide(&self.dy),
+                dstate: &[&dlast[..block], &dlast[block..]],
+                ..RecurrentInput::default()
+            },
+        );
+        // The states before the first step lie at its end of time.
+        let states = want.states[0]
+            .iter()
+            .zip(initial.chunks_exact(block))
+            .map(|(after, first)| if self.reverse { [after, first].concat() } else { [first, after].concat() });
+        let states: Vec<f64> = states.collect::<Vec<_>>().concat();
+        let mut saved = vec![0.0; x.len()];
+        for (t, before, _) in self.order() {
+            let r = oracle::linear(&states[before * block..][..block], &weights[0]["weight_hh"], None, self.hidden, gates);
+            for (n, r) in r.into_iter().enumerate() {
+                let at = t * rows * gates + n;
+                let sum = x[at] + r + f64::from(self.bias[n % gates]);
+                saved[at] = if n % gates / self.hidden == 2 { sum.tanh() } else { sigmoid(sum) };
             }
         }
-        let mut y = vec![0.0; self.dy.len()];
-        let (mut r, mut saved, mut dslots) = (vec![0.0; self.x.len()], vec![0.0; self.x.len()], vec![0.0; self.x.len()]);
-        let x_of = |line, unit| [0, 1, 2, 3].map(|gate| f64::from(self.x[slot_at(line, gate, unit)]));
-        for (t, before, after) in self.order() {
-            for (row, unit) in places() {
-                let line = t * rows + row;
-                let previous = [0, 1].map(|s| states[state_at(s, before, row, unit)]);
-                let mut next = previous.to_vec();
-                if within(self.lengths.as_deref(), rows, line) {
-                    let x = x_of(line, unit);
-                    let product = [0, 1, 2, 3].map(|gate| {
-                        let h = (0..hidden).map(|k| w(gate, unit, k) * states[state_at(0, before, row, k)]);
-                        h.sum::<f64>() + f64::from(self.bias[gate * hidden + unit])
-                    });
-                    for gate in 0..4 {
-                        let sum = x[gate] + product[gate];
-                        r[slot_at(line, gate, unit)] = product[gate];
-                        saved[slot_at(line, gate, unit)] = if gate == 2 { sum.tanh() } else { oracle::sigmoid(sum) };
-                    }
-                    next = Cell::Lstm.forward(&x, &product, &previous);
-                    y[line * hidden + unit] = next[0];
-                }
-                (0..2).for_each(|s| states[state_at(s, after, row, unit)] = next[s]);
-            }
+        // The sweep leaves the first step's product to whoever asks for the gradient of h.
+        let mut dstates = want.dstate.concat();
+        if let Some((t, ..)) = self.order().first() {
+            let dslots = &want.dx[t * rows * gates..][..rows * gates];
+            let product = oracle::matmul(dslots, &weights[0]["weight_hh"], rows, self.hidden, gates, false, false);
+            dstates.iter_mut().zip(product).for_each(|(d, product)| *d -= product);
         }
-        let mut d = wide(&self.dlast);
-        let mut later: Option<usize> = None;
-        for (t, before, _) in self.order().into_iter().rev() {
-            for (row, unit) in places() {
-                if let Some(later) = later {
-                    let part = |gate| (0..hidden).map(move |to| (gate, to));
-                    let terms =
-                        (0..4).flat_map(part).map(|(gate, to)| dslots[slot_at(later * rows + row, gate, to)] * w(gate, to, unit));
-                    d[row * hidden + unit] += terms.sum::<f64>();
-                }
-            }
-            later = Some(t);
-            for (row, unit) in places().filter(|(row, _)| within(self.lengths.as_deref(), rows, t * rows + row)) {
-                let (line, [h, c]) = (t * rows + row, [0, 1].map(|s| (s * rows + row) * hidden + unit));
-                d[h] += f64::from(self.dy[line * hidden + unit]);
-                let product = [0, 1, 2, 3].map(|gate| r[slot_at(line, gate, unit)]);
-                let previous = [0, 1].map(|s| states[state_at(s, before, row, unit)]);
-                let gradients = Cell::Lstm.backward(&x_of(line, unit), &product, &previous, &[d[h], d[c]]);
-                (0..4).for_each(|gate| dslots[slot_at(line, gate, unit)] = gradients.x[gate]);
-                (d[h], d[c]) = (gradients.previous[0], gradients.previous[1]);
-            }
-        }
-        Swept { y, states, saved, dslots, dstates: d }
+        Swept { y: want.y, states, saved, dslots: want.dx, dstates }
     }
 
     /// The kernels on `run`'s device; `check` gets what forward made, and what backward made of it.
