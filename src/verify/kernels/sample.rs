@@ -39,9 +39,11 @@ fn step(run: &mut Run<'_>, logits: &[f32], rows: usize, choice: &Choice) -> Resu
 }
 
 fn greedy(cases: &mut Cases<'_>) -> Result<()> {
-    let (tiny, most) = (f32::from_bits(1), f32::MAX);
-    // A row's background, what stands in it, and the choice.
-    let table: [(usize, f32, &[(usize, f32)], u32); 22] = [
+    const TINY: f32 = f32::from_bits(1);
+    const MOST: f32 = f32::MAX;
+    // A row's size, its background, what stands in it, and the choice.
+    type Row = (usize, f32, &'static [(usize, f32)], u32);
+    let table: [Row; 22] = [
         (1, -3.0, &[], 0),
         (1, -INF, &[], 0),
         (1, INF, &[], 0),
@@ -53,13 +55,13 @@ fn greedy(cases: &mut Cases<'_>) -> Result<()> {
         (65, -1.0, &[(64, -0.0), (0, 0.0)], 0),
         (130, 2.0, &[(127, 7.0), (66, 7.0), (129, 7.0)], 66),
         (130, 2.0, &[(3, 7.0), (67, 7.0), (2, 7.0)], 2),
-        (200, 0.0, &[(150, tiny), (151, tiny)], 150),
-        (200, -0.0, &[(150, -tiny), (0, -tiny)], 1),
-        (200, -tiny, &[(77, -2.0 * tiny), (0, -1.0)], 1),
-        (100, -INF, &[(99, -most)], 99),
+        (200, 0.0, &[(150, TINY), (151, TINY)], 150),
+        (200, -0.0, &[(150, -TINY), (0, -TINY)], 1),
+        (200, -TINY, &[(77, -2.0 * TINY), (0, -1.0)], 1),
+        (100, -INF, &[(99, -MOST)], 99),
         (100, -INF, &[], 0),
-        (100, most, &[(70, INF), (90, INF)], 70),
-        (100, -most, &[(50, -1e38), (51, -1e37)], 51),
+        (100, MOST, &[(70, INF), (90, INF)], 70),
+        (100, -MOST, &[(50, -1e38), (51, -1e37)], 51),
         (1000, -0.1, &[(777, -0.099_999)], 777),
         (1000, 5.0, &[(0, 4.0), (1, 4.0)], 2),
         (70_000, 1e-3, &[(69_999, 1.001e-3)], 69_999),
