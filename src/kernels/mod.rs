@@ -19,6 +19,8 @@ pub(crate) mod mean_squared_error;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod reduce;
+#[cfg_attr(not(feature = "verify"), expect(dead_code, reason = "the decode loop that uses it is still to come"))]
+pub(crate) mod sample;
 pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;
 pub(crate) mod transpose;
@@ -57,6 +59,7 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &optimizer::SGD,
         &optimizer::ADAMW,
         &dropout::DROPOUT,
+        &sample::SAMPLE,
         &math_probe::PROBE,
         &output_step::TEACH,
         &output_step::OUTPUT,

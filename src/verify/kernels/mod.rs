@@ -9,8 +9,10 @@ mod harness;
 mod layers;
 mod losses;
 mod math;
+mod networks;
 mod optimizers;
 mod products;
+mod sample;
 mod sums;
 mod sweeps;
 
@@ -44,7 +46,7 @@ impl KernelCheck {
 
 /// Every kernel family, then LSTM layers as a whole.
 pub fn all() -> Vec<KernelCheck> {
-    let families: [(_, Family); 15] = [
+    let families: Vec<(_, Family)> = vec![
         ("math", math::math),
         ("gemm", products::gemm),
         ("transpose", products::transpose),
@@ -57,9 +59,12 @@ pub fn all() -> Vec<KernelCheck> {
         ("sgd", optimizers::sgd),
         ("adamw", optimizers::adamw),
         ("dropout", dropout::dropout),
+        ("sample", sample::sample),
         ("lstm_sweep", sweeps::lstm_sweep),
         ("lstm_layers", layers::lstm_layers),
         ("lstm_properties", layers::lstm_properties),
+        ("networks", networks::networks),
+        ("jordan", networks::jordan),
     ];
-    families.map(|(name, cases)| KernelCheck { name, cases }).to_vec()
+    families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
 }
