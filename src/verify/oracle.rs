@@ -16,6 +16,7 @@ use std::rc::Rc;
 /// The activation functions of ONNX's recurrent operators, by the definitions there.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the formulas name the fields")]
 pub enum Activation {
     /// `tanh x`
     Tanh,
@@ -24,26 +25,20 @@ pub enum Activation {
     /// `max(0, x)`; its derivative at 0 is 0.
     Relu,
     /// `min(max(alpha x + beta, 0), 1)`
-    #[allow(missing_docs, reason = "the formula says it")]
     HardSigmoid { alpha: f64, beta: f64 },
     /// `x` if `x >= 0`, else `alpha x`
-    #[allow(missing_docs, reason = "the formula says it")]
     LeakyRelu { alpha: f64 },
     /// `x` if `x >= 0`, else `alpha (e^x - 1)`
-    #[allow(missing_docs, reason = "the formula says it")]
     Elu { alpha: f64 },
     /// `x / (1 + |x|)`
     Softsign,
     /// `ln(1 + e^x)`
     Softplus,
     /// `alpha tanh(beta x)`
-    #[allow(missing_docs, reason = "the formula says it")]
     ScaledTanh { alpha: f64, beta: f64 },
     /// `alpha x + beta`
-    #[allow(missing_docs, reason = "the formula says it")]
     Affine { alpha: f64, beta: f64 },
     /// `x` if `x >= alpha`, else 0
-    #[allow(missing_docs, reason = "the formula says it")]
     ThresholdedRelu { alpha: f64 },
 }
 
@@ -79,13 +74,13 @@ pub enum Reset {
 /// `W_hh h + b_hh`; products of vectors are elementwise; an old state has a prime. State 0 is h.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the formulas name the fields")]
 pub enum Cell {
     /// Elman 1990; one gate, state h:
     ///
     /// ```text
     /// h = activation(x + r)
     /// ```
-    #[allow(missing_docs, reason = "the formula says it")]
     Rnn { activation: Activation },
     /// Gated recurrent unit, Cho et al. 2014; gates r, z, n, state h:
     ///
@@ -94,7 +89,6 @@ pub enum Cell {
     /// n = candidate(x_n + r (W_hn h' + b_hn))      Reset::After
     /// n = candidate(x_n + W_hn (r h') + b_hn)      Reset::Before
     /// ```
-    #[allow(missing_docs, reason = "the formula says it")]
     Gru { reset: Reset, gate: Activation, candidate: Activation },
     /// Long short-term memory, Hochreiter and Schmidhuber 1997, Gers et al. 2000; gates i, f, g, o, states h, c:
     ///
@@ -120,7 +114,6 @@ pub enum Cell {
     /// ```text
     /// h = activation(x + u h' + b_hh)
     /// ```
-    #[allow(missing_docs, reason = "the formula says it")]
     IndRnn { activation: Activation },
     /// The scalar LSTM of xLSTM, Beck et al. 2024, stabilized, with an exponential input gate and full recurrent matrices; gates
     /// i, f, z, o, states h, c, n, m:
@@ -662,15 +655,17 @@ impl<'t> Step<'_, 't> {
         if !self.spec.layer_norm {
             return products;
         }
-        // Gates that are normalized together.
-        let groups = if matches!(self.spec.cell, Cell::Gru { .. }) { vec![0..2, 2..3] } else { vec![0..G] };
+        // How many gates are normalized together.
+        let groups = if matches!(self.spec.cell, Cell::Gru { .. }) { vec![2, 1] } else { vec![G] };
         let mut normalized = products;
-        for group in groups {
-            let rows = self.rows(group.start).start..self.rows(group.end).start;
-            let all = layer_norm(self.tape.concat(&products[group.clone()]), self.parts[gain].slice(rows));
-            for gate in group.clone() {
-                normalized[gate] = all.slice(self.rows(gate - group.start));
+        let mut first = 0;
+        for count in groups {
+            let gains = self.parts[gain].slice(self.rows(first).start..self.rows(first + count).start);
+            let all = layer_norm(self.tape.concat(&products[first..first + count]), gains);
+            for gate in 0..count {
+                normalized[first + gate] = all.slice(self.rows(gate));
             }
+            first += count;
         }
         normalized
     }
@@ -1396,11 +1391,35 @@ mod tests {
         };
         assert_eq!(zoned(0.0), free);
         assert_eq!(zoned(1.0), state.repeat(steps));
+        let quarter = zoned(0.25);
+        let before = [&state[..], &quarter].concat();
+        for (t, previous) in before.chunks(batch * 2).take(steps).enumerate() {
+            let one = RecurrentInput { x: line(&x, t, batch * 2), state: &[previous], ..given };
+            let new = spec.forward_backward(&weights[..1], one).y;
+            let expected: Vec<f64> = previous.iter().zip(new).map(|(previous, new)| 0.25 * previous + 0.75 * new).collect();
+            assert_eq!(line(&quarter, t, batch * 2), expected);
+        }
         let masked =
             spec.forward_backward(&weights[..1], RecurrentInput { recurrent_masks: &[vec![0.0; 3 * batch * 2]], ..given }).y;
         let mut unconnected = weights[0].clone();
         unconnected.insert("weight_hh".into(), vec![0.0; 6 * 2]);
         assert_eq!(masked, spec.forward_backward(&[unconnected], given).y);
+
+        // A reset gate before the product acts on what the product takes, not on what it gives.
+        let cell = Cell::Gru { reset: Reset::Before, gate: Activation::Sigmoid, candidate: Activation::Tanh };
+        let w = &weights[0];
+        let y = Recurrent { cell, ..spec }.forward_backward(&weights[..1], RecurrentInput { x: &x[..batch * 2], ..given }).y;
+        for (row, (x, h)) in x.chunks(2).zip(state.chunks(2)).enumerate() {
+            let (x, u) =
+                (linear(x, &w["weight_ih"], Some(&w["bias_ih"]), 2, 6), linear(h, &w["weight_hh"], Some(&w["bias_hh"]), 2, 6));
+            let reset: [f64; 2] = from_fn(|j| sigmoid(x[j] + u[j]) * h[j]);
+            let u_n = linear(&reset, &w["weight_hh"][4 * 2..], Some(&w["bias_hh"][4..]), 2, 2);
+            for j in 0..2 {
+                let z = sigmoid(x[2 + j] + u[2 + j]);
+                let expected = (1.0 - z) * (x[4 + j] + u_n[j]).tanh() + z * h[j];
+                assert!((y[row * 2 + j] - expected).abs() <= 1e-15);
+            }
+        }
 
         // With its own outputs as targets a layer does what it does anyway; other targets are other previous states.
         let teach = |targets: &[f64]| {
@@ -1412,7 +1431,7 @@ mod tests {
         assert_eq!(teach(&targets)[2 * batch * 2..], spec.forward_backward(&weights[..1], last).y);
         assert_eq!(teach(&targets)[..batch * 2], free[..batch * 2]);
 
-        // A clip of the pre-activations is the same as hard bounds of the activation: Rnn with a identity in place of tanh.
+        // A clip of the pre-activations is the same as hard bounds of the activation: an RNN with the identity in place of tanh.
         let identity = Cell::Rnn { activation: Activation::Affine { alpha: 1.0, beta: 0.0 } };
         let spec = Recurrent { pre_clip: Some(0.5), ..Recurrent::new(identity, 2, 2) };
         let weights = make(&spec, &mut numbers);
