@@ -4,6 +4,8 @@
 //! runs with each other, and inputs afterwards with what they were. Windows lie in larger tensors of NaN words, which
 //! a kernel must neither use nor touch.
 
+mod pooling;
+
 use super::oracle::{self, Cell, Recurrent, RecurrentInput};
 use super::{Comparison, Report};
 use crate::device::Device;
@@ -52,7 +54,7 @@ impl KernelCheck {
 
 /// Every kernel family, then LSTM layers as a whole.
 pub fn all() -> Vec<KernelCheck> {
-    let families: [(_, Family); 15] = [
+    let families: [(_, Family); 18] = [
         ("math", math),
         ("gemm", gemm),
         ("transpose", transpose),
@@ -65,6 +67,9 @@ pub fn all() -> Vec<KernelCheck> {
         ("sgd", sgd),
         ("adamw", adamw),
         ("dropout", dropout),
+        ("pooling", pooling::pooling),
+        ("elementwise", pooling::elementwise),
+        ("columns", pooling::columns),
         ("lstm_sweep", lstm_sweep),
         ("lstm_layers", lstm_layers),
         ("lstm_properties", lstm_properties),
