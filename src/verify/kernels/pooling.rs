@@ -136,8 +136,10 @@ pub(super) fn pooling(cases: &mut Cases<'_>) -> Result<()> {
 
 pub(super) fn elementwise(cases: &mut Cases<'_>) -> Result<()> {
     let mut rng = Rng::seed(21);
-    for (rows, period) in [(1, 1), (1, 63), (1, 64), (3, 65), (70, 1), (9, 5), (1, MANY), (2, MANY / 2 + 1)] {
-        let (a, b, factor) = (mixed(&mut rng, rows * period), mixed(&mut rng, period), rng.normal());
+    for (rows, period) in [(1, 1), (1, 63), (2, 64), (3, 65), (70, 1), (9, 5), (1, MANY), (2, MANY / 2 + 1)] {
+        // Large numbers hide errors in the others: only some cases have them.
+        let draw = if rows % 2 == 1 { mixed } else { normal };
+        let (a, b, factor) = (draw(&mut rng, rows * period), draw(&mut rng, period), rng.normal());
         let with = |f: fn(f64, f64) -> f64| -> Vec<f64> {
             a.iter().enumerate().map(|(at, a)| f(f64::from(*a), f64::from(b[at % period]))).collect()
         };
