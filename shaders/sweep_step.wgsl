@@ -1,6 +1,7 @@
 // One time step of any cell in one dispatch: the product with W_hh for a tile of rows x units, all gates, then the cell.
-// Composed with cell_contract.wgsl and one cell file. The host launches forward for each step in the direction's order,
-// backward for each step in the opposite order.
+// Composed with cell_contract.wgsl, one cell file and hold.wgsl. The host launches forward for each step in the direction's
+// order, backward for each step in the opposite order. Where something comes between the product and the cell (see
+// src/kernels/sweep_split.rs) the host launches `forward_split`, which is given the product, and backward without one.
 //
 // A lane owns one unit with all its gates and ROWS rows of the batch: 4 rows and 4 gates make 16 multiply-adds of 8 loads.
 // Neighbouring lanes read neighbouring weights, and no lane needs another's results, so there are no barriers.
@@ -16,20 +17,32 @@ struct Sweep {
     recurrent: u32, // backward: 1 where there is such a step
     ragged: u32, // 1: steps past lengths[row] hold the state and output zeros
     keep: u32,   // forward: 1: store what backward needs
+    output: u32, // 1: y is this state 0 (backward: dy is its gradient); 0: y is made of it elsewhere
     y_stride: u32,
     y_offset: u32,
     key0: u32,
     key1: u32,
+    start: u32,     // steps of the sequence before step 0
+    random: u32,    // 1: zoneout draws; 0: it takes its mean
+    zoneout_h: f32, // probabilities, of state 0 and of the others
+    zoneout_c: f32,
+    clip: f32,      // backward: a bound for each element of the gradient that later steps give; 0: none
 }
 
 @group(0) @binding(0) var<uniform> params: Sweep;
 @group(0) @binding(1) var<storage, read_write> slots: array<f32>;   // [T, B, SLOTS, H]: input part in, saved out, gradients out
 @group(0) @binding(2) var<storage, read_write> states: array<f32>;  // [STATES, depth, B, H]
 @group(0) @binding(3) var<storage, read> weights: array<f32>;       // forward: W_hh transposed [H, GATES * H]; backward: W_hh [GATES * H, H]
-@group(0) @binding(4) var<storage, read> unit_params: array<f32>;   // [PARAMS, H]
+@group(0) @binding(4) var<storage, read> unit_values: array<f32>;   // [unit_params, H]
 @group(0) @binding(5) var<storage, read> lengths: array<u32>;       // [B]
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
-@group(0) @binding(7) var<storage, read_write> dstates: array<f32>; // [STATES, B, H]: gradient of the state, from later steps to earlier ones
+// What goes from later steps to earlier ones: the gradient of the state [STATES, B, H]; then, where the cell or the clip needs
+// them, sums for each tile of ROWS rows [tiles, SUMS, H]: the gradients of the unit parameters from BIASES on, and how often
+// the clip acted.
+@group(0) @binding(7) var<storage, read_write> dstates: array<f32>;
+@group(0) @binding(8) var<storage, read> products: array<f32>; // forward_split: [B, GATES, H]
+
+override sums: bool = false; // whether dstates has room for the sums
 
 const LANES = 64u;
 const ROWS = 4u;  // of a lane, written out below as the components of a vector
@@ -49,8 +62,20 @@ fn load_state(slot: u32, row: u32, unit: u32) -> State {
 
 fn load_unit(unit: u32) -> Unit {
     var p: Unit;
-    for (var i = 0u; i < PARAMS; i++) { p[i] = unit_params[i * params.hidden + unit]; }
+    for (var i = 0u; i < PARAMS; i++) {
+        p[i] = 0.0;
+        if i < unit_params { p[i] = unit_values[i * params.hidden + unit]; }
+    }
     return p;
+}
+
+fn site_of(row: u32, unit: u32) -> Site {
+    return Site(params.key0, params.key1, params.start + params.t, row, unit);
+}
+
+// What part of state s is held back.
+fn held(site: Site, s: u32) -> f32 {
+    return hold_factor(site, s, select(params.zoneout_c, params.zoneout_h, s == 0u), params.random == 1u);
 }
 
 fn is_valid(row: u32) -> bool {
@@ -79,7 +104,7 @@ fn forward(
     let at2 = (h0 + min(row + 2u, last)) * H;
     let at3 = (h0 + min(row + 3u, last)) * H;
     var w = unit;
-    for (var k = 0u; k < H; k++) {
+    for (var k = 0u; PRODUCT && k < H; k++) {
         let h = vec4(states[at0 + k], states[at1 + k], states[at2 + k], states[at3 + k]);
         for (var g = 0u; g < GATES; g++) { r[g] += h * weights[w + g * H]; }
         w += GATES * H;
@@ -93,19 +118,46 @@ fn forward(
     }
 }
 
+// The same for one row and unit a lane, with the product given.
+@compute @workgroup_size(LANES)
+fn forward_split(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let unit = group.x * LANES + lane;
+    let row = group.z * groups.y + group.y;
+    if unit >= params.hidden || row >= params.rows { return; }
+    var product: Pre;
+    for (var g = 0u; g < GATES; g++) { product[g] = products[(row * GATES + g) * params.hidden + unit]; }
+    step_forward(row, unit, product, load_unit(unit));
+}
+
 fn step_forward(row: u32, unit: u32, r: Pre, p: Unit) {
     var x: Pre;
     for (var g = 0u; g < GATES; g++) { x[g] = slots[slot_at(params.t, row, g, unit)]; }
     let previous = load_state(params.before, row, unit);
     let valid = is_valid(row);
-    let out = cell_forward(Site(params.key0, params.key1, params.t, row, unit), x, r, previous, p);
+    let site = site_of(row, unit);
+    let out = cell_forward(site, x, r, previous, p);
+    var state = out.state;
+    if zoneout {
+        for (var s = 0u; s < STATES; s++) {
+            let k = held(site, s);
+            state[s] = k * previous[s] + (1.0 - k) * state[s];
+        }
+    }
     for (var s = 0u; s < STATES; s++) {
-        states[((s * params.depth + params.after) * params.rows + row) * params.hidden + unit] = select(previous[s], out.state[s], valid);
+        states[((s * params.depth + params.after) * params.rows + row) * params.hidden + unit] = select(previous[s], state[s], valid);
     }
     if params.keep == 1u {
         for (var s = 0u; s < SLOTS; s++) { slots[slot_at(params.t, row, s, unit)] = out.saved[s]; }
     }
-    y[(params.t * params.rows + row) * params.y_stride + params.y_offset + unit] = select(0.0, out.state[0], valid);
+    if params.output == 1u { y[y_at(row, unit)] = select(0.0, state[0], valid); }
+}
+
+fn y_at(row: u32, unit: u32) -> u32 {
+    return (params.t * params.rows + row) * params.y_stride + params.y_offset + unit;
 }
 
 // A lane owns UNITS units here, `stride` apart, because only one weight is read for each unit and k.
@@ -123,7 +175,7 @@ fn backward(
 
     // The gradient that comes back through W_hh from the step handled before; units and rows past the end as above.
     var dh0 = vec4<f32>(); var dh1 = vec4<f32>(); var dh2 = vec4<f32>(); var dh3 = vec4<f32>();
-    if params.recurrent == 1u {
+    if PRODUCT && params.recurrent == 1u {
         let last = params.rows - 1u;
         let units = min(vec4(unit) + vec4(0u, 1u, 2u, 3u) * stride, vec4(H - 1u));
         for (var g = 0u; g < GATES; g++) {
@@ -145,25 +197,62 @@ fn backward(
     for (var i = 0u; i < UNITS && unit + i * stride < H; i++) {
         let p = load_unit(unit + i * stride);
         let dh = vec4(dh0[i], dh1[i], dh2[i], dh3[i]);
-        for (var j = 0u; j < ROWS && row + j < params.rows; j++) { step_backward(row + j, unit + i * stride, dh[j], p); }
+        var dunit: Unit;
+        for (var j = 0u; j < PARAMS; j++) { dunit[j] = 0.0; }
+        var clipped = 0u;
+        for (var j = 0u; j < ROWS && row + j < params.rows; j++) {
+            let step = step_backward(row + j, unit + i * stride, dh[j], p);
+            for (var k = BIASES; k < PARAMS; k++) { dunit[k] += step.dunit[k]; }
+            clipped += step.clipped;
+        }
+        if sums { add_sums(row / ROWS, unit + i * stride, dunit, clipped); }
     }
 }
 
-fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) {
+fn add_sums(tile: u32, unit: u32, dunit: Unit, clipped: u32) {
+    let counts = unit_params - BIASES; // the line of the counts, after those of the unit parameters
+    let at = STATES * params.rows * params.hidden + tile * (counts + 1u) * params.hidden + unit;
+    for (var k = BIASES; k < PARAMS; k++) {
+        if k < unit_params { dstates[at + (k - BIASES) * params.hidden] += dunit[k]; }
+    }
+    dstates[at + counts * params.hidden] += f32(clipped);
+}
+
+struct StepBackward { dunit: Unit, clipped: u32 }
+
+fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
+    var result: StepBackward;
     var d: State;
     for (var s = 0u; s < STATES; s++) { d[s] = dstates[(s * params.rows + row) * params.hidden + unit]; }
     d[0] += dh;
     var dslots: Slots;
     for (var s = 0u; s < SLOTS; s++) { dslots[s] = 0.0; }
     if is_valid(row) {
-        d[0] += y[(params.t * params.rows + row) * params.y_stride + params.y_offset + unit];
+        for (var s = 0u; s < STATES; s++) {
+            let kept = clip_to(params.clip, d[s]);
+            result.clipped += select(0u, 1u, kept != d[s] && !is_nan_bits(kept));
+            d[s] = kept;
+        }
+        if params.output == 1u { d[0] += y[y_at(row, unit)]; }
         var saved: Slots;
         for (var s = 0u; s < SLOTS; s++) { saved[s] = slots[slot_at(params.t, row, s, unit)]; }
         let previous = load_state(params.before, row, unit);
-        let out = cell_backward(Site(params.key0, params.key1, params.t, row, unit), saved, previous, p, d);
+        let site = site_of(row, unit);
+        var held_back: State; // its gradient passes the cell by
+        if zoneout {
+            for (var s = 0u; s < STATES; s++) {
+                let k = held(site, s);
+                held_back[s] = k * d[s];
+                d[s] -= held_back[s];
+            }
+        }
+        let out = cell_backward(site, saved, previous, p, d);
         dslots = out.dslots;
         d = out.dprevious;
+        if zoneout { for (var s = 0u; s < STATES; s++) { d[s] += held_back[s]; } }
+        result.dunit = out.dunit;
     }
     for (var s = 0u; s < SLOTS; s++) { slots[slot_at(params.t, row, s, unit)] = dslots[s]; }
     for (var s = 0u; s < STATES; s++) { dstates[(s * params.rows + row) * params.hidden + unit] = d[s]; }
+    return result;
 }

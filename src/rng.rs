@@ -39,7 +39,12 @@ impl MaskKey {
 
     /// A key of its own for the `index`-th layer.
     pub(crate) fn layer(self, index: usize) -> Self {
-        let [a, b, ..] = philox(self.key, [index as u32, 0, 0, 0x6c61_7965]);
+        self.draw(0, index)
+    }
+
+    /// A key of its own for one of the things that the `index`-th layer draws.
+    pub(crate) fn draw(self, what: u32, index: usize) -> Self {
+        let [a, b, ..] = philox(self.key, [index as u32, what, 0, 0x6c61_7965]);
         Self { key: [a, b] }
     }
 

@@ -262,28 +262,24 @@ fn gradients_of_a_whole_network_are_the_oracles() -> Result<()> {
                 *target = PAD;
             }
         }
-        let spec = oracle::Recurrent { cell: oracle::Cell::Lstm, input: width, hidden, layers: 2, directions: 2, bias: true };
-        let part = |kind: &str, slot: usize| param(&format!("1.{kind}{}", case_file::suffix(slot / 2, slot % 2)));
+        let base = oracle::Recurrent::new(oracle::Cell::LSTM, width, hidden);
+        let spec = oracle::Recurrent { layers: 2, directions: 2, ..base };
+        let name = |kind: &str, slot: usize| format!("1.{kind}{}", case_file::suffix(slot / 2, slot % 2));
         let lstm = (0..4)
             .map(|slot| {
-                Ok(oracle::Weights {
-                    weight_ih: part("weight_ih", slot)?,
-                    weight_hh: part("weight_hh", slot)?,
-                    bias_ih: part("bias_ih", slot)?,
-                    bias_hh: part("bias_hh", slot)?,
-                })
+                let kinds = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"];
+                kinds.into_iter().map(|kind| Ok((kind.to_owned(), param(&name(kind, slot))?))).collect()
             })
-            .collect::<Result<Vec<_>>>()?;
+            .collect::<Result<Vec<oracle::Weights>>>()?;
         let x = oracle::embedding(&ids, &param("0.weight")?, width);
-        let (nothing, masks) = (vec![0.0; 4 * batch * hidden], [between]);
+        let masks = [between];
         let sizes = lengths.map(|length| length as usize);
         let run = |dy: &[f64]| {
-            let (state, dstate) = (&[&nothing[..]; 2], &[&nothing[..]; 2]);
-            let lengths = Some(&sizes[..]);
-            spec.forward_backward(&lstm, oracle::RecurrentInput { batch, x: &x, state, lengths, masks: &masks, dy, dstate })
+            let (lengths, rest) = (Some(&sizes[..]), oracle::RecurrentInput::default());
+            spec.forward_backward(&lstm, oracle::RecurrentInput { batch, x: &x, lengths, masks: &masks, dy, ..rest })
         };
         let masked = |values: &[f64]| values.iter().zip(&after).map(|(value, mask)| value * mask).collect::<Vec<_>>();
-        let h = masked(&run(&vec![0.0; steps * batch * 2 * hidden]).y);
+        let h = masked(&run(&[]).y);
         let (weight, bias) = (param("3.weight")?, param("3.bias")?);
         let logits = oracle::linear(&h, &weight, Some(&bias), 2 * hidden, vocabulary);
         let (expected, dlogits) = oracle::cross_entropy(&logits, vocabulary, &targets, Some(PAD));
@@ -296,11 +292,9 @@ fn gradients_of_a_whole_network_are_the_oracles() -> Result<()> {
         table[..width].fill(0.0); // padding is not trained
         let mut expected = vec![("0.weight".to_owned(), table)];
         for (slot, w) in back.dweights.into_iter().enumerate() {
-            let name = |kind: &str| format!("1.{kind}{}", case_file::suffix(slot / 2, slot % 2));
-            expected.push((name("weight_ih"), w.weight_ih));
-            expected.push((name("weight_hh"), w.weight_hh));
-            expected.push((name("bias_ih"), w.bias_ih));
-            expected.push((name("bias_hh"), w.bias_hh));
+            // In the order of the layer's parameters.
+            let parts = spec.parts(slot / 2).into_iter();
+            expected.extend(parts.map(|(kind, _)| (name(kind, slot), w[kind].clone())));
         }
         expected.extend([("3.weight".to_owned(), linear.dweight), ("3.bias".to_owned(), linear.dbias)]);
         let params = model.params();

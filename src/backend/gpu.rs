@@ -103,6 +103,9 @@ struct State {
     submissions: u64,
 }
 
+/// A kernel's name and the bits of its constants.
+type PipelineKey = (&'static str, Vec<u64>);
+
 /// An open wgpu device.
 pub(crate) struct Gpu {
     pub info: wgpu::AdapterInfo,
@@ -110,7 +113,7 @@ pub(crate) struct Gpu {
     device: wgpu::Device,
     queue: wgpu::Queue,
     pool: Arc<Pool>,
-    pipelines: Mutex<HashMap<&'static str, Arc<Pipeline>>>,
+    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
     state: Mutex<State>,
     fault: Fault,
 }
@@ -213,20 +216,22 @@ impl Gpu {
         bindings: &[Range],
         groups: [u32; 3],
     ) -> Result<()> {
-        self.launch_each(kernel, bindings, std::iter::once((*params, groups)))
+        self.launch_each(kernel, &[], bindings, std::iter::once((*params, groups)))
     }
 
-    /// Records a launch for each of `steps`, one after another, all on the same buffers.
+    /// Records a launch for each of `steps`, one after another, all on the same buffers. `constants`: values of the shader's
+    /// `override`s, by name; each set of values is a pipeline of its own.
     pub fn launch_each<P: bytemuck::Pod>(
         &self,
         kernel: &'static Kernel,
+        constants: &[(&'static str, f64)],
         bindings: &[Range],
         steps: impl Iterator<Item = (P, [u32; 3])>,
     ) -> Result<()> {
         self.check()?;
         debug_assert_eq!(size_of::<P>(), kernel.params.size, "{}: params", kernel.name);
         debug_assert_eq!(bindings.len(), kernel.bindings.len(), "{}: bindings", kernel.name);
-        let pipeline = self.pipeline(kernel)?;
+        let pipeline = self.pipeline(kernel, constants)?;
         let mut state = self.state.lock();
         let uniforms = &mut state.recording.uniforms;
         let steps: Vec<_> = steps
@@ -387,20 +392,21 @@ impl Gpu {
         self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
     }
 
-    /// Builds the pipeline of `kernel` once.
-    fn pipeline(&self, kernel: &'static Kernel) -> Result<Arc<Pipeline>> {
-        if let Some(pipeline) = self.pipelines.lock().get(kernel.name) {
+    /// Builds the pipeline of `kernel` with these constants once.
+    fn pipeline(&self, kernel: &'static Kernel, constants: &[(&'static str, f64)]) -> Result<Arc<Pipeline>> {
+        let key = (kernel.name, constants.iter().map(|(_, value)| value.to_bits()).collect());
+        if let Some(pipeline) = self.pipelines.lock().get(&key) {
             return Ok(pipeline.clone());
         }
         let uniform_size = NonZeroU64::new(kernel.params.size as u64)
             .ok_or_else(|| self.fail(ErrorKind::DeviceLost, format!("{}: empty params", kernel.name)))?;
-        let pipeline = self.guarded(|| self.build(kernel, uniform_size))?;
+        let pipeline = self.guarded(|| self.build(kernel, constants, uniform_size))?;
         let pipeline = Arc::new(pipeline);
-        self.pipelines.lock().insert(kernel.name, pipeline.clone());
+        self.pipelines.lock().insert(key, pipeline.clone());
         Ok(pipeline)
     }
 
-    fn build(&self, kernel: &'static Kernel, uniform_size: NonZeroU64) -> Pipeline {
+    fn build(&self, kernel: &'static Kernel, constants: &[(&'static str, f64)], uniform_size: NonZeroU64) -> Pipeline {
         let label = Some(kernel.name);
         let entry = |binding, ty, has_dynamic_offset, min_binding_size| wgpu::BindGroupLayoutEntry {
             binding,
@@ -429,6 +435,7 @@ impl Gpu {
             entry_point: Some(kernel.entry),
             // Zeroing would cost a store and a barrier; no shader reads workgroup memory that it did not write.
             compilation_options: wgpu::PipelineCompilationOptions {
+                constants,
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },

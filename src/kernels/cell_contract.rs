@@ -1,6 +1,6 @@
 //! What a cell and a sweep know of each other: `shaders/cell_contract.wgsl` in Rust.
 //!
-//! The native half of a cell computes sixteen units at once, in [`Lanes`].
+//! The native half of a cell computes sixteen units at once, in [`Lanes`]. A cell is a value: its options are its fields.
 
 use super::math::Lanes;
 use crate::backend::Kernel;
@@ -42,41 +42,75 @@ impl<const N: usize> Block for [Lanes; N] {
     }
 }
 
+/// What a cell's backward gives.
+#[derive(Clone, Copy)]
+pub struct Backward<C: CellKernel> {
+    /// The first ones are the gradients of x, gate by gate; [`CellKernel::recurrent_slot`] says where those of r lie.
+    pub slots: C::Slots,
+    /// The direct part of the previous state's gradient: without what comes through the product.
+    pub previous: C::State,
+    /// Those of the unit's own parameters; only the ones from [`CellKernel::BIASES`] on count.
+    pub unit: C::Unit,
+}
+
+/// The three entry points of a cell composed with `sweep_step.wgsl`.
+#[derive(Debug)]
+pub struct StepKernels {
+    /// Product and cell.
+    pub forward: Kernel,
+    /// The cell, given the product.
+    pub forward_split: Kernel,
+    /// Product (where there is a later step) and cell.
+    pub backward: Kernel,
+}
+
 /// A recurrent cell: pointwise, it knows neither sweeps nor products. See `shaders/cell_contract.wgsl`.
-pub trait CellKernel: 'static {
+pub trait CellKernel: Copy + Send + Sync + 'static {
     /// Input and recurrent part of each gate.
     type Pre: Block;
     /// Values kept for each unit and step; at least as many as gates.
     type Slots: Block;
     /// The state; the first is h.
     type State: Block;
-    /// The unit's own parameters, the recurrent bias first.
+    /// The unit's own parameters: the recurrent bias of each gate, then those whose gradient the sweep sums.
     type Unit: Block;
 
-    /// The cell composed with `sweep_step.wgsl`.
-    const FORWARD: &'static Kernel;
-    /// Its backward.
-    const BACKWARD: &'static Kernel;
+    /// How many of the unit's parameters are recurrent biases.
+    const BIASES: usize;
+    /// Whether there is a recurrent product at all.
+    const PRODUCT: bool;
+    /// The cell on the GPU.
+    const KERNELS: &'static StepKernels;
 
+    /// How many of the unit's parameters this cell has; the others are zero.
+    fn unit_params(&self) -> usize {
+        Self::BIASES
+    }
+    /// The shader's `override`s that tell its options.
+    fn constants(&self) -> Vec<(&'static str, f64)> {
+        Vec::new()
+    }
     /// The slot that gets the gradient of the gate's recurrent part.
-    fn recurrent_slot(gate: usize) -> usize;
+    fn recurrent_slot(&self, gate: usize) -> usize {
+        gate
+    }
     /// The new state, and what backward needs.
-    fn forward(site: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots);
-    /// From the gradient `d` of the new state: the gradients of x and r, and the direct part of the previous state's.
-    fn backward(
-        site: Site,
-        saved: Self::Slots,
-        previous: Self::State,
-        p: Self::Unit,
-        d: Self::State,
-    ) -> (Self::Slots, Self::State);
+    fn forward(&self, site: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit)
+    -> (Self::State, Self::Slots);
+    /// From the gradient `d` of the new state.
+    fn backward(&self, site: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self>;
+
+    /// Unit parameters that are no biases: the sweep sums their gradients.
+    fn extras(&self) -> usize {
+        self.unit_params() - Self::BIASES
+    }
 }
 
 /// Gates whose recurrent gradients lie in neighbouring slots, as `(first gate, first slot, count)`: each run is one product.
-pub(crate) fn recurrent_runs<C: CellKernel>() -> Vec<(usize, usize, usize)> {
+pub(crate) fn recurrent_runs<C: CellKernel>(cell: &C) -> Vec<(usize, usize, usize)> {
     let mut runs: Vec<(usize, usize, usize)> = Vec::new();
-    for gate in 0..C::Pre::LEN {
-        let slot = C::recurrent_slot(gate);
+    for gate in 0..if C::PRODUCT { C::Pre::LEN } else { 0 } {
+        let slot = cell.recurrent_slot(gate);
         match runs.last_mut() {
             Some((_, first, count)) if *first + *count == slot => *count += 1,
             _ => runs.push((gate, slot, 1)),
@@ -84,3 +118,12 @@ pub(crate) fn recurrent_runs<C: CellKernel>() -> Vec<(usize, usize, usize)> {
     }
     runs
 }
+
+/// An activation as the constants `kind`, `alpha` and `beta`, each behind a prefix; a macro, because names are static.
+macro_rules! activation_constants {
+    ($activation:expr, $kind:literal, $alpha:literal, $beta:literal) => {{
+        let [kind, alpha, beta] = $activation.constants();
+        [($kind, kind), ($alpha, alpha), ($beta, beta)]
+    }};
+}
+pub(crate) use activation_constants;

@@ -1,52 +1,110 @@
 //! Long short-term memory: `shaders/cell_lstm.wgsl` and its native half.
 
-use super::cell_contract::{CellKernel, Site};
+use super::activation::{Activation, clip_to};
+use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
 use super::math::Lanes;
-use super::sweep_step;
-use crate::backend::Kernel;
+use super::sweep_step::step_kernels;
 
-pub(crate) static FORWARD: Kernel = sweep_step::forward_kernel!("lstm_step_forward", "cell_lstm.wgsl");
-pub(crate) static BACKWARD: Kernel = sweep_step::backward_kernel!("lstm_step_backward", "cell_lstm.wgsl");
+pub(crate) static KERNELS: StepKernels = step_kernels!("lstm", "cell_lstm.wgsl");
 
 /// The cell of Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000); gates in PyTorch's order:
 /// `i, f, o = sigmoid(x + r + b)`, `g = tanh(x + r + b)`, `c = f c' + i g`, `h = o tanh(c)`.
-#[derive(Clone, Copy, Debug)]
-pub enum LstmCell {}
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LstmCell {
+    /// Of i, f and o.
+    pub(crate) gate: Activation,
+    /// Of g.
+    pub(crate) candidate: Activation,
+    /// Of c on its way to h.
+    pub(crate) output: Activation,
+    /// Whether i and f see c', and o sees c.
+    pub(crate) peepholes: bool,
+    /// Whether f = 1 - i.
+    pub(crate) coupled: bool,
+    /// A bound for each pre-activation; 0: none.
+    pub(crate) clip: f32,
+    /// A bound for c; 0: none.
+    pub(crate) cell_clip: f32,
+}
+
+impl Default for LstmCell {
+    fn default() -> Self {
+        let (gate, tanh) = (Activation::Sigmoid, Activation::Tanh);
+        Self { gate, candidate: tanh, output: tanh, peepholes: false, coupled: false, clip: 0.0, cell_clip: 0.0 }
+    }
+}
 
 impl CellKernel for LstmCell {
     type Pre = [Lanes; 4]; // i, f, g, o
     type Slots = [Lanes; 4]; // the same, after their functions
     type State = [Lanes; 2]; // h, c
-    type Unit = [Lanes; 4]; // b_hh of i, f, g, o
+    type Unit = [Lanes; 7]; // b_hh of i, f, g, o; peepholes of i, f, o
 
-    const FORWARD: &'static Kernel = &FORWARD;
-    const BACKWARD: &'static Kernel = &BACKWARD;
+    const BIASES: usize = 4;
+    const PRODUCT: bool = true;
+    const KERNELS: &'static StepKernels = &KERNELS;
 
-    fn recurrent_slot(gate: usize) -> usize {
-        gate
+    fn unit_params(&self) -> usize {
+        if self.peepholes { 7 } else { 4 }
+    }
+
+    fn constants(&self) -> Vec<(&'static str, f64)> {
+        let mut constants = vec![
+            ("unit_params", self.unit_params() as f64),
+            ("coupled", f64::from(u8::from(self.coupled))),
+            ("clip", f64::from(self.clip)),
+            ("cell_clip", f64::from(self.cell_clip)),
+        ];
+        constants.extend(activation_constants!(self.gate, "gate_kind", "gate_alpha", "gate_beta"));
+        constants.extend(activation_constants!(self.candidate, "candidate_kind", "candidate_alpha", "candidate_beta"));
+        constants.extend(activation_constants!(self.output, "output_kind", "output_alpha", "output_beta"));
+        constants
     }
 
     #[inline(always)]
-    fn forward(_: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
-        let i = (x[0] + (r[0] + p[0])).sigmoid();
-        let f = (x[1] + (r[1] + p[1])).sigmoid();
-        let g = (x[2] + (r[2] + p[2])).tanh();
-        let o = (x[3] + (r[3] + p[3])).sigmoid();
-        let c = f * previous[1] + i * g;
-        ([o * c.tanh(), c], [i, f, g, o])
+    fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
+        let c_before = previous[1];
+        let gate = |at: usize| x[at] + (r[at] + p[at]);
+        let (i, f, g) = if *self == Self::default() {
+            (gate(0).sigmoid(), gate(1).sigmoid(), gate(2).tanh())
+        } else {
+            let i = self.gate.apply(clip_to(self.clip, gate(0) + p[4] * c_before));
+            let f = match self.coupled {
+                true => Lanes::splat(1.0) - i,
+                false => self.gate.apply(clip_to(self.clip, gate(1) + p[5] * c_before)),
+            };
+            (i, f, self.candidate.apply(clip_to(self.clip, gate(2))))
+        };
+        let c = clip_to(self.cell_clip, f * c_before + i * g);
+        let o = self.gate.apply(clip_to(self.clip, gate(3) + p[6] * c));
+        ([o * self.output.apply(c), c], [i, f, g, o])
     }
 
     #[inline(always)]
-    fn backward(_: Site, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> (Self::Slots, Self::State) {
-        let one = Lanes::splat(1.0);
+    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self> {
         let [i, f, g, o] = saved;
+        let c_before = previous[1];
         // Computed again, not read from the stored state: a sweep may have held that one back.
-        let tanh_c = (f * previous[1] + i * g).tanh();
-        let dc = d[1] + d[0] * o * (one - tanh_c * tanh_c);
-        let di = dc * g * i * (one - i);
-        let df = dc * previous[1] * f * (one - f);
-        let dg = dc * i * (one - g * g);
-        let d_out = d[0] * tanh_c * o * (one - o);
-        ([di, df, dg, d_out], [Lanes::splat(0.0), dc * f])
+        let free = f * c_before + i * g;
+        let c = clip_to(self.cell_clip, free);
+        let y = self.output.apply(c);
+        let gate_slope = |y: Lanes| self.gate.clipped_slope(self.clip, y);
+        let d_out = d[0] * y * gate_slope(o);
+        let mut dc = d[1] + d[0] * o * self.output.slope(y) + d_out * p[6];
+        if self.cell_clip > 0.0 {
+            dc = dc.zip(free, |dc, free| if free.abs() > self.cell_clip { 0.0 } else { dc });
+        }
+        let (mut di, mut df) = (dc * g, dc * c_before);
+        if self.coupled {
+            (di, df) = (di - df, Lanes::splat(0.0));
+        }
+        (di, df) = (di * gate_slope(i), df * gate_slope(f));
+        let dg = dc * i * self.candidate.clipped_slope(self.clip, g);
+        let zero = Lanes::splat(0.0);
+        Backward {
+            slots: [di, df, dg, d_out],
+            previous: [zero, dc * f + di * p[4] + df * p[5]],
+            unit: [zero, zero, zero, zero, di * c_before, df * c_before, d_out * c],
+        }
     }
 }

@@ -160,7 +160,7 @@ impl Lanes {
     }
 
     #[inline(always)]
-    fn map(mut self, f: impl Fn(f32) -> f32) -> Self {
+    pub(crate) fn map(mut self, f: impl Fn(f32) -> f32) -> Self {
         for lane in &mut self.0 {
             *lane = f(*lane);
         }
@@ -168,7 +168,7 @@ impl Lanes {
     }
 
     #[inline(always)]
-    fn zip(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+    pub(crate) fn zip(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         for (lane, value) in self.0.iter_mut().zip(other.0) {
             *lane = f(*lane, value);
         }

@@ -4,8 +4,11 @@
 //! Layouts are row-major and time-major; shapes stand beside each buffer. Outputs never share memory with inputs unless
 //! the contract says so. Callers have checked shapes and devices: kernels only debug-assert.
 
+pub(crate) mod activation;
 pub(crate) mod cell_contract;
+pub(crate) mod cell_gru;
 pub(crate) mod cell_lstm;
+pub(crate) mod cell_rnn;
 pub(crate) mod column_sum;
 pub(crate) mod columns;
 pub(crate) mod cross_entropy;
@@ -16,8 +19,12 @@ pub(crate) mod gemm;
 pub(crate) mod math;
 pub(crate) mod mean_squared_error;
 pub(crate) mod optimizer;
+pub(crate) mod output_step;
 pub(crate) mod pooling;
 pub(crate) mod reduce;
+#[cfg_attr(not(feature = "verify"), expect(dead_code, reason = "the decode loop that uses it is still to come"))]
+pub(crate) mod sample;
+pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;
 pub(crate) mod transpose;
 
@@ -40,7 +47,8 @@ fn grid(count: usize) -> [u32; 3] {
 /// Every kernel, for the tests that need no GPU.
 #[cfg(feature = "verify")]
 pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
-    vec![
+    let cells = [&cell_lstm::KERNELS, &cell_gru::KERNELS, &cell_rnn::KERNELS];
+    let mut kernels: Vec<&'static crate::backend::Kernel> = vec![
         &gemm::GEMM,
         &transpose::TRANSPOSE,
         &gather::GATHER,
@@ -64,8 +72,13 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &optimizer::SGD,
         &optimizer::ADAMW,
         &dropout::DROPOUT,
+        &sample::SAMPLE,
         &math_probe::PROBE,
-        &cell_lstm::FORWARD,
-        &cell_lstm::BACKWARD,
-    ]
+        &output_step::TEACH,
+        &output_step::OUTPUT,
+        &output_step::OUTPUT_BACKWARD,
+        &output_step::TEACH_BACKWARD,
+    ];
+    kernels.extend(cells.iter().flat_map(|cell| [&cell.forward, &cell.forward_split, &cell.backward]));
+    kernels
 }

@@ -12,6 +12,7 @@ mod sequential;
 
 use std::any::Any;
 
+pub use crate::kernels::activation::Activation;
 pub use dropout::Dropout;
 pub use embedding::{Embedding, EmbeddingConfig};
 pub use linear::{Linear, LinearConfig};
@@ -19,7 +20,8 @@ pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Cell, CellState, Direction, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig, RecurrentTape,
+    Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig,
+    RecurrentTape, Reset, Rnn, RnnConfig,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};
@@ -86,6 +88,7 @@ pub struct Input<'a, S> {
     lengths: Option<&'a Lengths>,
     state: Option<&'a S>,
     key: Option<MaskKey>,
+    teacher: Option<(&'a Tensor, f32)>,
 }
 
 impl<S> Clone for Input<'_, S> {
@@ -98,7 +101,7 @@ impl<S> Copy for Input<'_, S> {}
 
 impl<S> Default for Input<'_, S> {
     fn default() -> Self {
-        Self { lengths: None, state: None, key: None }
+        Self { lengths: None, state: None, key: None, teacher: None }
     }
 }
 
@@ -119,9 +122,17 @@ impl<'a, S> Input<'a, S> {
         Self { state: state.into(), ..self }
     }
 
-    /// The key of this pass's dropout masks; a layer with dropout needs one to train.
+    /// The key of this pass's random masks; a layer with dropout, zoneout or the like needs one to train.
     pub fn key(self, key: impl Into<Option<MaskKey>>) -> Self {
         Self { key: key.into(), ..self }
+    }
+
+    /// Teacher forcing, for networks whose recurrence goes through the output only: in each row and step the recurrence sees, with
+    /// this probability, the target of the step before in place of the layer's own output. With 1 nothing recurs: all steps run
+    /// at once, without back-propagation through time (Williams & Zipser 1989); with 0 the network runs free; between them it is
+    /// scheduled sampling (Bengio et al. 2015), which needs a key. `targets [seq, batch, outputs]`.
+    pub fn teacher(self, targets: &'a Tensor, probability: f32) -> Self {
+        Self { teacher: Some((targets, probability)), ..self }
     }
 }
 
@@ -146,6 +157,8 @@ pub struct Context<'a> {
     pub state: &'a [Tensor],
     /// Key of this pass's random masks; needed where a layer draws one.
     pub key: Option<MaskKey>,
+    /// Targets in place of a layer's own outputs in its recurrence, and the probability of each: see [`Input::teacher`].
+    pub teacher: Option<(&'a Tensor, f32)>,
 }
 
 /// What a layer gives back.

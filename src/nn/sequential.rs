@@ -134,13 +134,13 @@ impl Sequential {
 
     /// What each layer gets of a state for all.
     fn open<'a>(&self, op: &str, input: Input<'a, State>) -> Result<(States<'a>, Context<'a>)> {
-        let Input { lengths, state, key } = input;
+        let Input { lengths, state, key, teacher } = input;
         if let Some(state) = state.filter(|state| state.layers.len() != self.layers.len()) {
             let (given, expected) = (state.layers.len(), self.layers.len());
             return Err(Error::argument(op, "state", format!("of {given} layers"), expected));
         }
         let states = state.map(|state| state.layers.iter().map(Vec::as_slice).collect());
-        Ok((states, Context { lengths, state: &[], key }))
+        Ok((states, Context { lengths, state: &[], key, teacher }))
     }
 
     /// The same where the tensors of all layers come one after another.

@@ -1,6 +1,7 @@
 //! The built-in checks: every kernel against an independent f64 oracle, and whole layers against case files that PyTorch
 //! wrote. One body for `cargo test`, the `gatefold verify` command, and other platforms' runs.
 
+pub mod autodiff;
 pub mod case_file;
 mod compare;
 pub mod kernels;

@@ -1,11 +1,12 @@
 //! Cases of `pooling`, and of what wrapped layers are joined with: `elementwise` and `columns`.
 
-use super::{Cases, Comparison, MANY, NAN, Run, TIGHT, mixed, normal, pad, ragged, wide};
+use super::harness::{Cases, MANY, NAN, Run, TIGHT, mixed, normal, pad, ragged, wide};
 use crate::error::Result;
 use crate::kernels::columns::copy_columns;
 use crate::kernels::elementwise as arithmetic;
 use crate::kernels::pooling::{self as kernels, Sequences};
 use crate::rng::Rng;
+use crate::verify::Comparison;
 
 /// The valid steps of number `cell` of `[batch, width]`.
 fn valid(lengths: Option<&[u32]>, steps: usize, width: usize, cell: usize) -> usize {

@@ -1,0 +1,75 @@
+//! The gated recurrent unit: `shaders/cell_gru.wgsl` and its native half.
+
+use super::activation::{Activation, clip_to};
+use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
+use super::math::Lanes;
+use super::sweep_step::step_kernels;
+
+pub(crate) static KERNELS: StepKernels = step_kernels!("gru", "cell_gru.wgsl");
+
+/// The cell of Cho et al. (2014), gates in PyTorch's order: `r, z = sigmoid(x + r + b)`, `n = tanh(x + q)`,
+/// `h = (1 - z) n + z h'`; `q = r (W_hn h' + b_hn)`, or, with the reset before the product, `q = W_hn (r h') + b_hn`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GruCell {
+    /// Of r and z.
+    pub(crate) gate: Activation,
+    /// Of n.
+    pub(crate) candidate: Activation,
+    /// Whether the reset gate acts before the product.
+    pub(crate) reset_before: bool,
+    /// A bound for each pre-activation; 0: none.
+    pub(crate) clip: f32,
+}
+
+impl Default for GruCell {
+    fn default() -> Self {
+        Self { gate: Activation::Sigmoid, candidate: Activation::Tanh, reset_before: false, clip: 0.0 }
+    }
+}
+
+impl CellKernel for GruCell {
+    type Pre = [Lanes; 3]; // r, z, n
+    type Slots = [Lanes; 4]; // the same, after their functions; after: W_hn h' + b_hn, before: r h'
+    type State = [Lanes; 1]; // h
+    type Unit = [Lanes; 3]; // b_hh of r, z, n
+
+    const BIASES: usize = 3;
+    const PRODUCT: bool = true;
+    const KERNELS: &'static StepKernels = &KERNELS;
+
+    fn constants(&self) -> Vec<(&'static str, f64)> {
+        let mut constants = vec![("reset_before", f64::from(u8::from(self.reset_before))), ("clip", f64::from(self.clip))];
+        constants.extend(activation_constants!(self.gate, "gate_kind", "gate_alpha", "gate_beta"));
+        constants.extend(activation_constants!(self.candidate, "candidate_kind", "candidate_alpha", "candidate_beta"));
+        constants
+    }
+
+    fn recurrent_slot(&self, gate: usize) -> usize {
+        if gate == 2 && !self.reset_before { 3 } else { gate }
+    }
+
+    #[inline(always)]
+    fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
+        let gate = |at: usize| self.gate.apply(clip_to(self.clip, x[at] + (r[at] + p[at])));
+        let (reset, z) = (gate(0), gate(1));
+        let q = r[2] + p[2];
+        let part = if self.reset_before { q } else { reset * q };
+        let n = self.candidate.apply(clip_to(self.clip, x[2] + part));
+        let kept = if self.reset_before { reset * previous[0] } else { q };
+        ([(Lanes::splat(1.0) - z) * n + z * previous[0]], [reset, z, n, kept])
+    }
+
+    #[inline(always)]
+    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Backward<Self> {
+        let [reset, z, n, q] = saved;
+        let gate_slope = |y: Lanes| self.gate.clipped_slope(self.clip, y);
+        let dn = d[0] * (Lanes::splat(1.0) - z) * self.candidate.clipped_slope(self.clip, n);
+        let dz = d[0] * (previous[0] - n) * gate_slope(z);
+        // With the reset before the product, its gradient follows from that of the product: see gru_reset.
+        let slots = match self.reset_before {
+            true => [reset, dz, dn, q],
+            false => [dn * q * gate_slope(reset), dz, dn, dn * reset],
+        };
+        Backward { slots, previous: [d[0] * z], unit: [Lanes::splat(0.0); 3] }
+    }
+}

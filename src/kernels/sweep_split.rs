@@ -1,0 +1,109 @@
+//! The sweep over time for what comes between the recurrent product and the cell, or after the cell: each step is a row of
+//! launches, the same on every device. Slower than `sweep_step`, which does without any of it.
+
+use super::cell_contract::{Block, CellKernel, recurrent_runs};
+use super::gemm::{Matrix, gemm};
+use super::output_step::{self, Teacher};
+use super::sweep_step::{self, Buffers, Plan};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// What a step does beside its cell.
+#[derive(Default)]
+pub(crate) struct Extras<'a> {
+    /// The output product `o = W_hr m + b`: o and not the cell's own output m is what the recurrence and y see.
+    pub output: Option<OutputProduct<'a>>,
+    /// Targets in place of o in the recurrence.
+    pub teacher: Option<&'a Teacher>,
+}
+
+/// An output product: a projection, or a Jordan network's output.
+pub(crate) struct OutputProduct<'a> {
+    /// R.
+    pub width: usize,
+    /// Forward: W_hr transposed `[H, R]`. Backward: W_hr.
+    pub weights: &'a Tensor,
+    /// `[R]`
+    pub bias: Option<&'a Tensor>,
+    /// o of each step, laid out as the states: `[depth, B, R]`.
+    pub outputs: &'a Tensor,
+    /// Backward: `[T, B, R]`, the gradient of each o.
+    pub douts: Option<&'a Tensor>,
+    /// Backward: `[B, R]`. The gradient of the final o comes in, that of the initial one goes out.
+    pub carried: Option<&'a Tensor>,
+    /// As [`Buffers::y`] without an output product.
+    pub y: &'a Tensor,
+}
+
+/// As [`sweep_step::forward`]; with an output product [`Buffers::weights`] is `[R, GATES * H]` and [`Plan::output`] false.
+pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, extras: &Extras<'_>) -> Result<()> {
+    let (rows, hidden) = (plan.rows, plan.hidden);
+    let gates = C::Pre::LEN * hidden;
+    let product = Tensor::uninitialized(buffers.slots.device(), [rows, gates])?;
+    let depth = plan.depth::<C>(buffers.states);
+    for step @ (_, before, after) in plan.order(depth) {
+        if let (Some(teacher), Some(output)) = (extras.teacher, &extras.output) {
+            output_step::teach(plan, teacher, output.width, output.outputs, step)?;
+        }
+        let h = state_of(plan, buffers, extras, before);
+        gemm(h, Matrix::new(buffers.weights, h.cols, gates), None, Matrix::new(&product, rows, gates), false)?;
+        sweep_step::forward_split(cell, plan, buffers, &product, step)?;
+        if let Some(output) = &extras.output {
+            let m = Matrix::window(buffers.states, after * rows * hidden, rows, hidden, hidden);
+            let o = Matrix::window(output.outputs, after * rows * output.width, rows, output.width, output.width);
+            gemm(m, Matrix::new(output.weights, hidden, output.width), output.bias, o, false)?;
+            output_step::output(plan, output.width, output.outputs, output.y, buffers.unit, step)?;
+        }
+    }
+    Ok(())
+}
+
+/// As [`sweep_step::backward`], but the initial state's gradient is whole: in `dstates`, or, that of o, in
+/// [`OutputProduct::carried`].
+pub(crate) fn backward<C: CellKernel>(
+    cell: &C,
+    plan: &Plan<'_>,
+    buffers: &Buffers<'_>,
+    extras: &Extras<'_>,
+    dstates: &Tensor,
+) -> Result<()> {
+    let (rows, hidden) = (plan.rows, plan.hidden);
+    let kept = C::Slots::LEN * hidden;
+    for step @ (t, ..) in plan.order(plan.steps + 1).rev() {
+        let dm = Matrix::window(dstates, 0, rows, hidden, hidden);
+        if let Some((output, carried, douts)) = extras.backward_output() {
+            output_step::output_backward(plan, output.width, output.y, carried, douts, buffers.unit, step)?;
+            let dout = Matrix::window(douts, t * rows * output.width, rows, output.width, output.width);
+            gemm(dout, Matrix::new(output.weights, output.width, hidden), None, dm, false)?;
+        }
+        sweep_step::backward_split(cell, plan, buffers, dstates, step)?;
+        let target = match extras.backward_output() {
+            Some((output, carried, _)) => Matrix::new(carried, rows, output.width),
+            None => dm,
+        };
+        for (gate, slot, run) in recurrent_runs(cell) {
+            let dr = Matrix::window(buffers.slots, t * rows * kept + slot * hidden, rows, run * hidden, kept);
+            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, run * hidden, target.cols, target.cols);
+            gemm(dr, w, None, target, true)?;
+        }
+        if let (Some(teacher), Some((output, carried, _))) = (extras.teacher, extras.backward_output()) {
+            output_step::teach_backward(plan, teacher, output.width, carried, step)?;
+        }
+    }
+    Ok(())
+}
+
+impl Extras<'_> {
+    fn backward_output(&self) -> Option<(&OutputProduct<'_>, &Tensor, &Tensor)> {
+        self.output.as_ref().and_then(|output| Some((output, output.carried?, output.douts?)))
+    }
+}
+
+/// What the recurrence sees of a slot of the states, `[B, R]`.
+fn state_of<'a>(plan: &Plan<'_>, buffers: &Buffers<'a>, extras: &Extras<'a>, slot: usize) -> Matrix<'a> {
+    let (tensor, width) = match &extras.output {
+        Some(output) => (output.outputs, output.width),
+        None => (buffers.states, plan.hidden),
+    };
+    Matrix::window(tensor, slot * plan.rows * width, plan.rows, width, width)
+}

@@ -1,0 +1,951 @@
+//! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
+
+mod config;
+mod state;
+mod weights;
+
+pub use config::{Direction, GruConfig, LstmConfig, RecurrentConfig, Reset, RnnConfig};
+pub use state::{CellState, HiddenState, LstmState};
+use weights::Weights;
+
+use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
+use crate::kernels::cell_gru::GruCell;
+use crate::kernels::cell_lstm::LstmCell;
+use crate::kernels::cell_rnn::RnnCell;
+use crate::kernels::column_sum::column_sum;
+use crate::kernels::gather;
+use crate::kernels::gemm::{Matrix, gemm};
+use crate::kernels::output_step::Teacher;
+use crate::kernels::sweep_split::{self, Extras, OutputProduct};
+use crate::kernels::sweep_step::{self, Buffers, Plan};
+use crate::kernels::{dropout, transpose};
+use crate::rng::{MaskKey, Rng};
+use crate::tensor::{Ids, Lengths, Tensor};
+
+/// A recurrent cell. The crate's own kernels implement it.
+pub trait Cell: CellKernel + Default + std::fmt::Debug {
+    /// Its name in errors: `lstm`.
+    const NAME: &'static str;
+    /// The name of the unit parameters that are no biases.
+    const EXTRA: &'static str = "";
+    /// Its state as a user meets it.
+    type Value: CellState;
+    /// Whether its options are in their ranges.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] for one that is not.
+    fn check(&self, op: &str) -> Result<()>;
+}
+
+impl Cell for LstmCell {
+    const NAME: &'static str = "lstm";
+    const EXTRA: &'static str = "weight_peephole";
+    type Value = LstmState;
+
+    fn check(&self, op: &str) -> Result<()> {
+        for (name, activation) in [("gate", self.gate), ("candidate", self.candidate), ("output", self.output)] {
+            config::check_activation(op, &format!("the {name} activation"), activation)?;
+        }
+        config::check_limit(op, "gate_clip", self.clip)?;
+        config::check_limit(op, "cell_clip", self.cell_clip)
+    }
+}
+
+impl Cell for GruCell {
+    const NAME: &'static str = "gru";
+    type Value = HiddenState;
+
+    fn check(&self, op: &str) -> Result<()> {
+        config::check_activation(op, "the gate activation", self.gate)?;
+        config::check_activation(op, "the candidate activation", self.candidate)?;
+        config::check_limit(op, "gate_clip", self.clip)
+    }
+}
+
+impl Cell for RnnCell {
+    const NAME: &'static str = "rnn";
+    type Value = HiddenState;
+
+    fn check(&self, op: &str) -> Result<()> {
+        config::check_activation(op, "activation", self.activation)?;
+        config::check_limit(op, "gate_clip", self.clip)
+    }
+}
+
+/// Layers x directions of a recurrent cell.
+#[derive(Debug)]
+pub struct Recurrent<C: Cell> {
+    config: RecurrentConfig<C>,
+    device: Device,
+    /// Layer by layer, in each layer by direction.
+    weights: Vec<Weights>,
+}
+
+/// Long short-term memory, with the equations, gate order and parameter names of PyTorch's `nn.LSTM`.
+///
+/// ```
+/// # fn main() -> gatefold::Result<()> {
+/// use gatefold::{Device, Rng, Tensor, nn::LstmConfig};
+/// let device = Device::cpu();
+/// let lstm = LstmConfig::new(3, 8).layers(2).init(&device, &mut Rng::seed(0))?;
+/// let x = Tensor::zeros(&device, [5, 2, 3])?; // seq, batch, input
+/// let (y, state) = lstm.forward(&x, None)?;
+/// assert_eq!((y.shape(), state.h.shape()), (&[5, 2, 8][..], &[2, 2, 8][..]));
+/// # Ok(()) }
+/// ```
+pub type Lstm = Recurrent<LstmCell>;
+/// The gated recurrent unit, with the equations, gate order and parameter names of PyTorch's `nn.GRU`.
+pub type Gru = Recurrent<GruCell>;
+/// The vanilla recurrent network, with the equations and parameter names of PyTorch's `nn.RNN`: `h(t) = tanh(b + W h(t-1) + U x(t))`.
+/// [`RnnConfig::jordan`] makes it one whose recurrence goes through the output only.
+pub type Rnn = Recurrent<RnnCell>;
+
+/// What [`Recurrent::forward_train`] keeps for [`Recurrent::backward`]. Dropping it truncates back-propagation here.
+#[derive(Debug)]
+pub struct RecurrentTape {
+    steps: usize,
+    rows: usize,
+    lengths: Option<Lengths>,
+    key: Option<MaskKey>,
+    teacher: Option<(Tensor, f32)>,
+    layers: Vec<LayerTape>,
+    /// Whose tape it is, and of which of its parameters' values.
+    owner: Version,
+    version: u64,
+}
+
+/// The tape of an [`Lstm`].
+pub type LstmTape = RecurrentTape;
+
+#[derive(Debug)]
+struct LayerTape {
+    /// The layer's input [T, B, I].
+    x: Tensor,
+    /// For each direction.
+    passes: Vec<PassTape>,
+}
+
+/// What one direction of one layer leaves for its backward pass.
+#[derive(Debug)]
+struct PassTape {
+    /// [T, B, SLOTS, H]
+    slots: Tensor,
+    /// [STATES, T + 1, B, H]
+    states: Tensor,
+    /// With an output product: o of each step [T + 1, B, R].
+    outputs: Option<Tensor>,
+    /// With DropConnect: W_hh as the products saw it [G * H, R].
+    weights: Option<Tensor>,
+}
+
+/// What one direction of one layer takes and gives beside its parameters.
+struct Pass<'a> {
+    plan: Plan<'a>,
+    /// Layer and direction, as states have them.
+    index: usize,
+    key: Option<MaskKey>,
+    teacher: Option<&'a Teacher>,
+}
+
+/// What draws under one key, for masks that differ.
+mod draws {
+    pub const CELL: u32 = 0x6365_6c6c;
+    pub const WEIGHTS: u32 = 0x7765_6967;
+    pub const TEACHER: u32 = 0x7465_6163;
+}
+
+impl<C: Cell> Recurrent<C> {
+    fn init(config: RecurrentConfig<C>, device: &Device, rng: &mut Rng) -> Result<Self> {
+        let mut weights = Vec::new();
+        for layer in 0..config.layers {
+            let inputs = if layer == 0 { config.input } else { config.directions().saturating_mul(config.width()) };
+            for reverse in config.direction.passes() {
+                let suffix = format!("_l{layer}{}", if *reverse { "_reverse" } else { "" });
+                weights.push(Weights::init(&config, inputs, &suffix, device, rng)?);
+            }
+        }
+        Ok(Self { config, device: device.clone(), weights })
+    }
+
+    /// Numbers in an input row.
+    pub fn input(&self) -> usize {
+        self.config.input
+    }
+
+    /// Units of a layer and direction.
+    pub fn hidden(&self) -> usize {
+        self.config.hidden
+    }
+
+    /// Numbers in an output row: directions x hidden, or x the width of the output product.
+    pub fn output(&self) -> usize {
+        self.config.directions() * self.config.width()
+    }
+
+    /// Outputs and final state for x `[seq, batch, input]`: y `[seq, batch, directions * hidden]`, zero past a row's
+    /// end, and the state after each row's own last step. Without dropout and without a tape.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for an x, lengths or state that do not fit; what the
+    /// device reports.
+    pub fn forward<'a>(&self, x: &Tensor, input: impl Into<Input<'a, C::Value>>) -> Result<(Tensor, C::Value)>
+    where
+        C::Value: 'a,
+    {
+        let (y, state, _) = self.run("forward", x, input.into(), false)?;
+        Ok((y, state))
+    }
+
+    /// One step of a stream: x `[batch, input]` and the state so far give y `[batch, hidden]` and the next state.
+    ///
+    /// # Errors
+    /// As [`Recurrent::forward`]; [`crate::ErrorKind::Unsupported`] where time is not read forward: the reverse pass needs the
+    /// whole sequence.
+    pub fn step<'a>(&self, x: &Tensor, input: impl Into<Input<'a, C::Value>>) -> Result<(Tensor, C::Value)>
+    where
+        C::Value: 'a,
+    {
+        let op = self.op("step");
+        if self.config.direction != Direction::Forward {
+            return Err(Error::unsupported(&op, "streaming needs Direction::Forward; the reverse pass needs the whole sequence"));
+        }
+        let &[rows, features] = x.shape() else {
+            return Err(Error::shape(&op, "x", x.shape(), format!("[batch, {}]", self.config.input)));
+        };
+        if features != self.config.input {
+            return Err(Error::shape(&op, "x", x.shape(), format!("[batch, {}]", self.config.input)));
+        }
+        let sequence = if self.config.batch_first { [rows, 1, features] } else { [1, rows, features] };
+        let (y, state, _) = self.run("step", &x.reshape(sequence)?, input.into(), false)?;
+        Ok((y.reshape([rows, self.output()])?, state))
+    }
+
+    /// As [`Recurrent::forward`], with dropout, and a tape for [`Recurrent::backward`].
+    ///
+    /// # Errors
+    /// As [`Recurrent::forward`]; [`crate::ErrorKind::Argument`] where dropout has no key.
+    pub fn forward_train<'a>(
+        &self,
+        x: &Tensor,
+        input: impl Into<Input<'a, C::Value>>,
+    ) -> Result<(Tensor, C::Value, RecurrentTape)>
+    where
+        C::Value: 'a,
+    {
+        match self.run("forward_train", x, input.into(), true)? {
+            (y, state, Some(tape)) => Ok((y, state, tape)),
+            (.., None) => unreachable!("a training run records a tape"),
+        }
+    }
+
+    /// Back-propagation through time: from dy (the shape of y) and the gradient of the final state (`None`: zeros) to the
+    /// gradients of x and of the initial state; adds to those of the parameters.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
+    /// changed since the tape was recorded; what the device reports.
+    pub fn backward(&self, tape: RecurrentTape, dy: &Tensor, dstate: Option<&C::Value>) -> Result<(Tensor, C::Value)> {
+        match self.run_backward(tape, dy, dstate, true)? {
+            (Some(dx), dstate) => Ok((dx, dstate)),
+            (None, _) => unreachable!("dx was asked for"),
+        }
+    }
+
+    /// How often [`RecurrentConfig::gradient_clip`] acted on an element of a gradient, in all backward passes so far. Waits for the
+    /// device.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn clipped_gradients(&self) -> Result<u64> {
+        let mut total = 0.0;
+        for counts in self.weights.iter().filter_map(|weights| weights.clipped.as_ref()) {
+            total += counts.to_vec()?.into_iter().map(f64::from).sum::<f64>();
+        }
+        Ok(total as u64)
+    }
+
+    fn op(&self, method: &str) -> String {
+        format!("{}.{method}", C::NAME)
+    }
+
+    /// What tells this layer from every other.
+    fn owner(&self) -> &Version {
+        self.weights[0].weight_ih.version()
+    }
+
+    fn version(&self) -> u64 {
+        self.weights.iter().flat_map(Weights::params).map(|param| param.version().get()).sum()
+    }
+
+    /// The width of state `s`: h is as wide as the output.
+    fn width_of(&self, s: usize) -> usize {
+        if s == 0 { self.config.width() } else { self.config.hidden }
+    }
+
+    fn check_state(&self, op: &str, argument: &str, state: &C::Value, rows: usize) -> Result<()> {
+        for (s, (name, tensor)) in C::Value::NAMES.iter().zip(state.tensors()).enumerate() {
+            let argument = format!("{argument}.{name}");
+            self.device.expect_same(op, &argument, tensor.device())?;
+            let shape = [self.weights.len(), rows, self.width_of(s)];
+            tensor.expect_shape(op, &argument, &shape, "[layers * directions, batch, hidden]")?;
+        }
+        Ok(())
+    }
+
+    /// Uninitialised tensors of a state.
+    fn new_state(&self, rows: usize) -> Result<Vec<Tensor>> {
+        let state = |s| Tensor::uninitialized(&self.device, [self.weights.len(), rows, self.width_of(s)]);
+        (0..C::State::LEN).map(state).collect()
+    }
+
+    fn state(&self, tensors: Vec<Tensor>) -> C::Value {
+        match C::Value::from_tensors(tensors) {
+            Some(state) => state,
+            None => unreachable!("a cell and its state have as many tensors"),
+        }
+    }
+
+    /// The key of the mask between `layer` and the next; `None` where there is no mask.
+    fn mask_key(&self, key: Option<MaskKey>, layer: usize) -> Option<MaskKey> {
+        let masked = self.config.dropout > 0.0 && layer + 1 < self.config.layers;
+        key.filter(|_| masked).map(|key| key.layer(layer))
+    }
+
+    /// The teacher of a run, after checks; one that always teaches makes all steps independent.
+    fn teacher(
+        &self,
+        op: &str,
+        teacher: Option<(&Tensor, f32)>,
+        key: Option<MaskKey>,
+        shape: [usize; 2],
+    ) -> Result<Option<Teacher>> {
+        let Some((targets, probability)) = teacher else { return Ok(None) };
+        let jordan = self.config.output.is_some() && C::State::LEN == 1;
+        if !jordan || self.config.layers > 1 || self.config.direction != Direction::Forward {
+            let what = "a teacher needs recurrence through the output only, one layer, and time read forward (RnnConfig::jordan)";
+            return Err(Error::unsupported(op, what));
+        }
+        if !(0.0..=1.0).contains(&probability) {
+            return Err(Error::argument(op, "the teacher's probability", probability, "in [0, 1]"));
+        }
+        self.device.expect_same(op, "the teacher's targets", targets.device())?;
+        let [steps, rows] = shape;
+        targets.expect_shape(op, "the teacher's targets", &[steps, rows, self.config.width()], "[seq, batch, outputs]")?;
+        if probability > 0.0 && probability < 1.0 && key.is_none() {
+            return Err(Error::argument(
+                op,
+                "key",
+                "not given",
+                format!("a MaskKey, which a teacher of probability {probability} needs"),
+            ));
+        }
+        let key = key.map_or(MaskKey::new(0, 0), |key| key.draw(draws::TEACHER, 0));
+        Ok(Some(Teacher { targets: targets.clone(), probability, key }))
+    }
+
+    fn plan<'a>(&self, [steps, rows]: [usize; 2], index: usize, lengths: Option<&'a Lengths>, key: Option<MaskKey>) -> Plan<'a> {
+        let direction = index % self.config.directions();
+        Plan {
+            steps,
+            rows,
+            hidden: self.config.hidden,
+            reverse: self.config.direction.passes()[direction],
+            lengths,
+            output: self.config.output.is_none(),
+            y_stride: self.output(),
+            y_offset: direction * self.config.width(),
+            key: key.map_or(MaskKey::new(0, 0), |key| key.draw(draws::CELL, index)),
+            start: 0,
+            random: key.is_some(),
+            zoneout: self.config.zoneout,
+            clip: self.config.gradient_clip,
+        }
+    }
+
+    /// Whether something comes between the recurrent product and the cell, or after it.
+    fn is_split(&self) -> bool {
+        self.config.output.is_some()
+    }
+
+    fn run(
+        &self,
+        method: &str,
+        x: &Tensor,
+        input: Input<'_, C::Value>,
+        train: bool,
+    ) -> Result<(Tensor, C::Value, Option<RecurrentTape>)> {
+        let op = self.op(method);
+        let RecurrentConfig { layers, dropout, batch_first, .. } = self.config;
+        self.device.expect_same(&op, "x", x.device())?;
+        if train {
+            expect_apart(&op, "x", x, self.weights.iter().flat_map(Weights::params))?;
+        }
+        let order = if batch_first { "batch, seq" } else { "seq, batch" };
+        let expected = || format!("[{order}, {}]", self.config.input);
+        let (&[a, b, features], 3) = (x.shape(), x.shape().len()) else {
+            return Err(Error::shape(&op, "x", x.shape(), expected()));
+        };
+        if features != self.config.input {
+            return Err(Error::shape(&op, "x", x.shape(), expected()));
+        }
+        let (steps, rows) = if batch_first { (b, a) } else { (a, b) };
+        if let Some(lengths) = input.lengths {
+            lengths.check(&op, &self.device, steps, rows)?;
+        }
+        if let Some(state) = input.state {
+            self.check_state(&op, "state", state, rows)?;
+        }
+        if let (true, None, Some(mask)) = (train, input.key, self.masks()) {
+            return Err(Error::argument(&op, "key", "not given", format!("a MaskKey, which {mask} needs")));
+        }
+        let teacher = self.teacher(&op, input.teacher, input.key, [steps, rows])?;
+        let key = input.key.filter(|_| train);
+
+        let directions = self.config.directions();
+        let finals = self.new_state(rows)?;
+        let initial = input.state.map(|state| state.tensors());
+        let mut x = if batch_first { transpose::leading(x)? } else { x.clone() };
+        let mut tapes = Vec::new();
+        for layer in 0..layers {
+            let y = Tensor::uninitialized(&self.device, [steps, rows, self.output()])?;
+            let mut passes = Vec::new();
+            for index in layer * directions..(layer + 1) * directions {
+                let plan = self.plan([steps, rows], index, input.lengths, key);
+                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let tape = match &teacher {
+                    Some(teacher) if teacher.probability >= 1.0 => {
+                        self.forced(&pass, &x, &y, initial.as_deref(), &finals, train)?
+                    }
+                    _ => self.forward_pass(&pass, &x, &y, initial.as_deref(), &finals, train)?,
+                };
+                passes.push(tape);
+            }
+            let input_of_layer = std::mem::replace(&mut x, y);
+            if train {
+                tapes.push(LayerTape { x: input_of_layer, passes });
+                if let Some(key) = self.mask_key(input.key, layer) {
+                    x = dropout::dropout(&x, rows, self.output(), dropout, key)?;
+                }
+            }
+        }
+        let y = if batch_first { transpose::leading(&x)? } else { x };
+        let tape = train.then(|| RecurrentTape {
+            steps,
+            rows,
+            lengths: input.lengths.cloned(),
+            key: input.key,
+            teacher: input.teacher.map(|(targets, probability)| (targets.clone(), probability)),
+            layers: tapes,
+            owner: self.owner().clone(),
+            version: self.version(),
+        });
+        Ok((y, self.state(finals), tape))
+    }
+
+    /// What draws masks in training, for an error.
+    fn masks(&self) -> Option<String> {
+        let RecurrentConfig { dropout, zoneout, weight_dropout, .. } = self.config;
+        match () {
+            () if dropout > 0.0 => Some(format!("dropout {dropout}")),
+            () if zoneout != [0.0; 2] => Some(format!("zoneout {zoneout:?}")),
+            () if weight_dropout > 0.0 => Some(format!("weight_dropout {weight_dropout}")),
+            () => None,
+        }
+    }
+
+    /// One direction of one layer: from x `[T, B, I]` and the initial state to y and the final state.
+    fn forward_pass(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        y: &Tensor,
+        initial: Option<&[&Tensor]>,
+        finals: &[Tensor],
+        train: bool,
+    ) -> Result<PassTape> {
+        let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
+        let depth = if train { plan.steps + 1 } else { 2 };
+        let tape = self.prepare(pass, x, depth)?;
+        let (first, last) = plan.ends(depth);
+        for (s, state) in finals.iter().enumerate() {
+            let width = self.width_of(s);
+            let from = tape.state_slot::<C>(s, first, plan, width);
+            match initial {
+                Some(initial) => from.copy_from(&part(initial[s], pass.index, plan.rows * width))?,
+                None => from.clear()?,
+            }
+            debug_assert_eq!(state.len(), self.weights.len() * plan.rows * width);
+        }
+        self.sweep_forward(pass, weights, &tape, y)?;
+        for (s, state) in finals.iter().enumerate() {
+            let width = self.width_of(s);
+            part(state, pass.index, plan.rows * width).copy_from(&tape.state_slot::<C>(s, last, plan, width))?;
+        }
+        Ok(tape)
+    }
+
+    /// The same where targets stand in for all outputs but the last: nothing recurs, so that all steps of all rows run at once, as
+    /// the rows of a sweep of one step.
+    fn forced(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        y: &Tensor,
+        initial: Option<&[&Tensor]>,
+        finals: &[Tensor],
+        train: bool,
+    ) -> Result<PassTape> {
+        let (plan, width) = (&pass.plan, self.config.width());
+        let targets = match pass.teacher {
+            Some(teacher) => &teacher.targets,
+            None => unreachable!("only a teacher forces"),
+        };
+        let flat = Forced::new(plan, &self.device)?;
+        let pass = Pass { plan: flat.plan(plan), index: pass.index, key: pass.key, teacher: None };
+        debug_assert!(train || !pass.plan.random);
+        let tape = self.prepare(&pass, x, 2)?;
+        // What each step sees: the given state, then the targets of the steps before.
+        let seen = tape.state_slot::<C>(0, 0, &pass.plan, width);
+        let block = plan.rows * width;
+        match initial {
+            Some(initial) => part(&seen, 0, block).copy_from(initial[0])?,
+            None => part(&seen, 0, block).clear()?,
+        }
+        if plan.steps > 1 {
+            let count = (plan.steps - 1) * block;
+            seen.slice(block, [count]).copy_from(&targets.slice(0, [count]))?;
+        }
+        self.sweep_forward(&pass, &self.weights[pass.index], &tape, y)?;
+        let outputs = tape.outputs.as_ref().unwrap_or(&tape.states);
+        finals[0].copy_from(&gather::gather(flat.last.tensor(), outputs, width)?)?;
+        Ok(tape)
+    }
+
+    /// The buffers of a pass, with the input part of every gate; the states are not set.
+    fn prepare(&self, pass: &Pass<'_>, x: &Tensor, depth: usize) -> Result<PassTape> {
+        let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
+        let slots = self.input_part(weights, x, plan.steps * plan.rows)?;
+        let states = Tensor::uninitialized(&self.device, [C::State::LEN, depth, plan.rows, plan.hidden])?;
+        let outputs = match self.config.output {
+            Some((width, _)) => {
+                // The cell's own h before the first step, which nothing sees.
+                let (first, block) = (plan.ends(depth).0, plan.rows * plan.hidden);
+                states.slice(first * block, [block]).clear()?;
+                Some(Tensor::uninitialized(&self.device, [depth, plan.rows, width])?)
+            }
+            None => None,
+        };
+        let dropped = match (&weights.weight_hh, pass.key) {
+            (Some(weight), Some(key)) if self.config.weight_dropout > 0.0 => {
+                Some(self.drop_weights(weight.value(), key, pass.index)?)
+            }
+            _ => None,
+        };
+        Ok(PassTape { slots, states, outputs, weights: dropped })
+    }
+
+    /// DropConnect: numbers of W_hh, or of its gradient, under this pass's mask.
+    fn drop_weights(&self, weights: &Tensor, key: MaskKey, index: usize) -> Result<Tensor> {
+        let [rows, cols] = [weights.shape()[0], weights.shape()[1]];
+        dropout::dropout(weights, rows, cols, self.config.weight_dropout, key.draw(draws::WEIGHTS, index))
+    }
+
+    fn sweep_forward(&self, pass: &Pass<'_>, weights: &Weights, tape: &PassTape, y: &Tensor) -> Result<()> {
+        let (cell, plan) = (&self.config.cell, &pass.plan);
+        let unit = weights.unit(cell, plan.hidden)?;
+        let recurrent = match (&tape.weights, &weights.weight_hh) {
+            (Some(dropped), _) => transpose::matrix(dropped, dropped.shape()[0], dropped.shape()[1])?,
+            (None, Some(weight)) => weight.transposed()?,
+            (None, None) => unit.clone(),
+        };
+        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
+        if !self.is_split() {
+            return sweep_step::forward(cell, plan, &buffers);
+        }
+        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        let projection = weights.weight_hr.as_ref().map(Param::transposed).transpose()?;
+        if let (Some(weights_hr), Some(outputs)) = (&projection, &tape.outputs) {
+            let bias = weights.bias_hr.as_ref().map(Param::value);
+            let width = self.config.width();
+            extras.output = Some(OutputProduct { width, weights: weights_hr, bias, outputs, douts: None, carried: None, y });
+        }
+        // The cell writes no y then, but something is bound in its place.
+        let spare = Tensor::uninitialized(&self.device, [1])?;
+        let y = if extras.output.is_some() { &spare } else { y };
+        sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, &extras)
+    }
+
+    /// The input part of every gate and step in one product: `xp [T*B, gates*H] = x W_ih^T + b_ih`, in the first columns
+    /// of the slots `[T, B, SLOTS, H]`.
+    fn input_part(&self, weights: &Weights, x: &Tensor, rows: usize) -> Result<Tensor> {
+        let (hidden, inputs) = (self.config.hidden, weights.inputs());
+        let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+        let slots = Tensor::uninitialized(&self.device, [rows, kept])?;
+        let bias = weights.bias_ih.as_ref().map(Param::value);
+        let x = Matrix::new(x, rows, inputs);
+        let target = Matrix::window(&slots, 0, rows, gates, kept);
+        gemm(x, Matrix::new(&weights.weight_ih.transposed()?, inputs, gates), bias, target, false)?;
+        Ok(slots)
+    }
+
+    fn run_backward(
+        &self,
+        tape: RecurrentTape,
+        dy: &Tensor,
+        dstate: Option<&C::Value>,
+        needs_dx: bool,
+    ) -> Result<(Option<Tensor>, C::Value)> {
+        let op = self.op("backward");
+        let RecurrentConfig { hidden, dropout, batch_first, .. } = self.config;
+        let RecurrentTape { steps, rows, lengths, key, teacher, layers, owner, version } = tape;
+        if !owner.same(self.owner()) || version != self.version() {
+            return Err(super::stale_tape(&op));
+        }
+        self.device.expect_same(&op, "dy", dy.device())?;
+        expect_apart(&op, "dy", dy, self.weights.iter().flat_map(Weights::params))?;
+        if batch_first {
+            dy.expect_shape(&op, "dy", &[rows, steps, self.output()], "[batch, seq, output]")?;
+        } else {
+            dy.expect_shape(&op, "dy", &[steps, rows, self.output()], "[seq, batch, output]")?;
+        }
+        if let Some(dstate) = dstate {
+            self.check_state(&op, "dstate", dstate, rows)?;
+        }
+        let teacher = self.teacher(&op, teacher.as_ref().map(|(targets, p)| (targets, *p)), key, [steps, rows])?;
+
+        let finals = dstate.map(|dstate| dstate.tensors());
+        let initial = self.new_state(rows)?;
+        let mut dy = if batch_first { transpose::leading(dy)? } else { dy.clone() };
+        for (layer, LayerTape { x, passes }) in layers.into_iter().enumerate().rev() {
+            let directions = passes.len();
+            if let Some(key) = self.mask_key(key, layer) {
+                dy = dropout::dropout(&dy, rows, self.output(), dropout, key)?;
+            }
+            let dx = match needs_dx || layer > 0 {
+                true => Some(Tensor::uninitialized(&self.device, x.shape())?),
+                false => None,
+            };
+            for (direction, tape) in passes.into_iter().enumerate() {
+                let index = layer * directions + direction;
+                let plan = self.plan([steps, rows], index, lengths.as_ref(), key);
+                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                match &teacher {
+                    Some(teacher) if teacher.probability >= 1.0 => {
+                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
+                    }
+                    _ => self.backward_pass(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?,
+                }
+                if let Some(dx) = &dx {
+                    let weights = &self.weights[index];
+                    let (count, inputs) = (steps * rows, weights.inputs());
+                    let gates = Matrix::window(&tape.slots, 0, count, C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+                    let weight_ih = Matrix::new(weights.weight_ih.value(), gates.cols, inputs);
+                    gemm(gates, weight_ih, None, Matrix::new(dx, count, inputs), direction > 0)?;
+                }
+            }
+            match dx {
+                Some(dx) => dy = dx,
+                None => return Ok((None, self.state(initial))),
+            }
+        }
+        let dx = if batch_first { transpose::leading(&dy)? } else { dy };
+        Ok((Some(dx), self.state(initial)))
+    }
+
+    /// One direction of one layer backward: from dy and the gradient of the final state to that of the initial one, in the slots
+    /// those of the gates, and those of the parameters.
+    fn backward_pass(
+        &self,
+        pass: &Pass<'_>,
+        tape: &PassTape,
+        x: &Tensor,
+        dy: &Tensor,
+        finals: Option<&[&Tensor]>,
+        initial: &[Tensor],
+    ) -> Result<()> {
+        let gradients = self.new_gradients(pass)?;
+        let rows = pass.plan.rows;
+        for s in 0..C::State::LEN {
+            let width = self.width_of(s);
+            let target = gradients.state::<C>(s, rows, width, self.config.hidden);
+            match finals {
+                Some(finals) => target.copy_from(&part(finals[s], pass.index, rows * width))?,
+                None => target.clear()?,
+            }
+        }
+        self.sweep_backward(pass, tape, dy, &gradients)?;
+        self.gradients(pass, tape, x, &gradients)?;
+        for (s, state) in initial.iter().enumerate() {
+            let width = self.width_of(s);
+            part(state, pass.index, rows * width).copy_from(&gradients.state::<C>(s, rows, width, self.config.hidden))?;
+        }
+        Ok(())
+    }
+
+    fn forced_backward(
+        &self,
+        pass: &Pass<'_>,
+        tape: &PassTape,
+        x: &Tensor,
+        dy: &Tensor,
+        finals: Option<&[&Tensor]>,
+        initial: &[Tensor],
+    ) -> Result<()> {
+        let (rows, width) = (pass.plan.rows, self.config.width());
+        let flat = Forced::new(&pass.plan, &self.device)?;
+        let pass = Pass { plan: flat.plan(&pass.plan), index: pass.index, key: pass.key, teacher: None };
+        let gradients = self.new_gradients(&pass)?;
+        let carried = gradients.state::<C>(0, pass.plan.rows, width, self.config.hidden);
+        carried.clear()?;
+        if let Some(finals) = finals {
+            gather::scatter(&flat.ends.positions()?, finals[0], &carried, width, None)?;
+        }
+        self.sweep_backward(&pass, tape, dy, &gradients)?;
+        self.gradients(&pass, tape, x, &gradients)?;
+        // What is left of the others belongs to the targets.
+        initial[0].copy_from(&part(&carried, 0, rows * width))
+    }
+
+    /// Buffers for a backward pass: the gradients of the state are not set.
+    fn new_gradients(&self, pass: &Pass<'_>) -> Result<Gradients> {
+        let plan = &pass.plan;
+        let len = plan.dstates_len(&self.config.cell);
+        let dstates = match plan.sums_at(&self.config.cell) {
+            Some(_) => Tensor::zeros(&self.device, [len])?,
+            None => Tensor::uninitialized(&self.device, [len])?,
+        };
+        let output = match self.config.output {
+            Some((width, _)) => Some((
+                Tensor::uninitialized(&self.device, [plan.rows, width])?,
+                Tensor::uninitialized(&self.device, [plan.steps, plan.rows, width])?,
+            )),
+            None => None,
+        };
+        Ok(Gradients { dstates, output })
+    }
+
+    fn sweep_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
+        let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
+        let unit = weights.unit(cell, plan.hidden)?;
+        let recurrent = tape.recurrent(weights).unwrap_or(&unit);
+        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
+        if !self.is_split() {
+            sweep_step::backward(cell, plan, &buffers, &gradients.dstates)?;
+            // The last part of the initial state's gradient.
+            let (rows, hidden) = (plan.rows, plan.hidden);
+            let kept = C::Slots::LEN * hidden;
+            let first_step = if plan.reverse { plan.steps - 1 } else { 0 };
+            for (gate, slot, run) in recurrent_runs(cell) {
+                let dr = Matrix::window(&tape.slots, first_step * rows * kept + slot * hidden, rows, run * hidden, kept);
+                let w = Matrix::window(recurrent, gate * hidden * hidden, run * hidden, hidden, hidden);
+                gemm(dr, w, None, Matrix::window(&gradients.dstates, 0, rows, hidden, hidden), true)?;
+            }
+            return Ok(());
+        }
+        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
+            extras.output = Some(OutputProduct {
+                width: self.config.width(),
+                weights: weight_hr.value(),
+                bias: None,
+                outputs,
+                douts: Some(douts),
+                carried: Some(carried),
+                y: dy,
+            });
+        }
+        let spare = Tensor::uninitialized(&self.device, [1])?;
+        let y = if extras.output.is_some() { &spare } else { dy };
+        sweep_split::backward(cell, plan, &Buffers { y, ..buffers }, &extras, &gradients.dstates)
+    }
+
+    /// After a backward sweep: once for all steps, the gradients of the parameters.
+    fn gradients(&self, pass: &Pass<'_>, tape: &PassTape, x: &Tensor, gradients: &Gradients) -> Result<()> {
+        let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
+        let (hidden, rows, count) = (plan.hidden, plan.rows, plan.steps * plan.rows);
+        let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+        // dx-part: the first columns of the slots. dr-part: one or more runs of columns.
+        let input_part = Matrix::window(&tape.slots, 0, count, gates, kept);
+        let inputs = weights.inputs();
+        gemm(input_part.t(), Matrix::new(x, count, inputs), None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
+        if let Some(bias) = &weights.bias_ih {
+            column_sum(input_part, 0, bias.grad())?;
+        }
+        // What the products saw: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
+        let (seen, width) = tape.outputs.as_ref().map_or((&tape.states, hidden), |outputs| (outputs, self.config.width()));
+        let h = Matrix::window(seen, if plan.reverse { rows * width } else { 0 }, count, width, width);
+        if let Some(weight) = &weights.weight_hh {
+            let dropped = match &tape.weights {
+                Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
+                None => None,
+            };
+            for (gate, slot, run) in recurrent_runs(cell) {
+                let run = run * hidden;
+                let recurrent_part = Matrix::window(&tape.slots, slot * hidden, count, run, kept);
+                let target = dropped.as_ref().unwrap_or(weight.grad());
+                let dw = Matrix::window(target, gate * hidden * width, run, width, width);
+                gemm(recurrent_part.t(), h, None, dw, true)?;
+                if let Some(bias) = &weights.bias_hh {
+                    column_sum(recurrent_part, gate * hidden, bias.grad())?;
+                }
+            }
+            if let (Some(dropped), Some(key)) = (dropped, pass.key) {
+                let dropped = self.drop_weights(&dropped, key, pass.index)?;
+                column_sum(Matrix::new(&dropped, 1, gates * width), 0, weight.grad())?;
+            }
+        }
+        if let (Some(weight_hr), Some((_, douts))) = (&weights.weight_hr, &gradients.output) {
+            // The cell's own outputs: the states after each step.
+            let m = Matrix::window(&tape.states, if plan.reverse { 0 } else { rows * hidden }, count, hidden, hidden);
+            let douts = Matrix::new(douts, count, width);
+            gemm(douts.t(), m, None, Matrix::new(weight_hr.grad(), width, hidden), true)?;
+            if let Some(bias) = &weights.bias_hr {
+                column_sum(douts, 0, bias.grad())?;
+            }
+        }
+        if let Some((at, tiles)) = plan.sums_at(cell) {
+            let (extras, line) = (cell.extras() * hidden, (cell.extras() + 1) * hidden);
+            if let Some(extra) = &weights.extra {
+                column_sum(Matrix::window(&gradients.dstates, at, tiles, extras, line), 0, extra.grad())?;
+            }
+            if let Some(clipped) = &weights.clipped {
+                column_sum(Matrix::window(&gradients.dstates, at + extras, tiles, hidden, line), 0, clipped)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Part number `index` of a tensor of parts of `len` numbers: a layer and direction of a state.
+fn part(tensor: &Tensor, index: usize, len: usize) -> Tensor {
+    tensor.slice(index * len, [len])
+}
+
+/// What a backward pass carries from step to step.
+struct Gradients {
+    /// The gradient of the state, and sums: see [`Plan::dstates_len`].
+    dstates: Tensor,
+    /// With an output product: the gradient of o [B, R] from later steps, and the whole of it at each step [T, B, R].
+    output: Option<(Tensor, Tensor)>,
+}
+
+impl Gradients {
+    /// The gradient of state `s` as later steps leave it, `[B, width]`.
+    fn state<C: Cell>(&self, s: usize, rows: usize, width: usize, hidden: usize) -> Tensor {
+        match &self.output {
+            Some((carried, _)) if s == 0 => carried.slice(0, [rows * width]),
+            _ => self.dstates.slice(s * rows * hidden, [rows * hidden]),
+        }
+    }
+}
+
+impl PassTape {
+    /// A slot of state `s`, `[B, width]`.
+    fn state_slot<C: Cell>(&self, s: usize, slot: usize, plan: &Plan<'_>, width: usize) -> Tensor {
+        let block = plan.rows * width;
+        match &self.outputs {
+            Some(outputs) if s == 0 => outputs.slice(slot * block, [block]),
+            _ => self.states.slice((s * plan.depth::<C>(&self.states) + slot) * block, [block]),
+        }
+    }
+
+    /// W_hh as the products saw it.
+    fn recurrent<'a>(&'a self, weights: &'a Weights) -> Option<&'a Tensor> {
+        self.weights.as_ref().or(weights.weight_hh.as_ref().map(Param::value))
+    }
+}
+
+/// T steps of B rows as one step of T * B rows.
+struct Forced {
+    /// 1 for each valid step, where rows are ragged.
+    lengths: Option<Lengths>,
+    /// Of each row the place of its final state in `outputs [2, T * B, R]`; that of its initial one where it has no step.
+    last: Ids,
+    /// Of each row its last step in `[T * B, R]`, or the first where it has none.
+    ends: Ids,
+}
+
+impl Forced {
+    fn new(plan: &Plan<'_>, device: &Device) -> Result<Self> {
+        let (steps, rows) = (plan.steps, plan.rows);
+        let length = |row: usize| plan.lengths.map_or(steps, |lengths| lengths.host()[row] as usize);
+        let valid = |line: usize| u32::from(line / rows < length(line % rows));
+        let lengths = match plan.lengths {
+            Some(_) => Some(Lengths::from_slice(device, &(0..steps * rows).map(valid).collect::<Vec<_>>())?),
+            None => None,
+        };
+        let end = |row: usize| length(row).saturating_sub(1) * rows + row;
+        let last = |row: usize| if length(row) == 0 { row } else { steps * rows + end(row) };
+        let ids = |place: &dyn Fn(usize) -> usize| {
+            Ids::from_slice(device, &(0..rows).map(|row| place(row) as u32).collect::<Vec<_>>(), [rows])
+        };
+        Ok(Self { lengths, last: ids(&last)?, ends: ids(&end)? })
+    }
+
+    fn plan<'a>(&'a self, plan: &Plan<'_>) -> Plan<'a> {
+        let (steps, rows) = (1, plan.steps * plan.rows);
+        let &Plan { hidden, reverse, output, y_stride, y_offset, key, start, random, zoneout, clip, .. } = plan;
+        let lengths = self.lengths.as_ref();
+        Plan { steps, rows, hidden, reverse, lengths, output, y_stride, y_offset, key, start, random, zoneout, clip }
+    }
+}
+
+impl<C: Cell> Module for Recurrent<C> {
+    fn params(&self) -> Vec<(String, &Param)> {
+        self.weights.iter().flat_map(Weights::params).map(|param| (param.name().to_owned(), param)).collect()
+    }
+
+    fn params_mut(&mut self) -> Vec<(String, &mut Param)> {
+        self.weights.iter_mut().flat_map(Weights::params_mut).map(|param| (param.name().to_owned(), param)).collect()
+    }
+}
+
+impl<C: Cell> Layer for Recurrent<C> {
+    fn kind(&self) -> &'static str {
+        C::NAME
+    }
+
+    fn forward(&self, x: &Value, context: &Context<'_>) -> Result<Output> {
+        let (y, state, _) = self.run_layer("forward", x, context, false)?;
+        Ok(Output { y, state: state.tensors().into_iter().cloned().collect() })
+    }
+
+    fn forward_train(&self, x: &Value, context: &Context<'_>) -> Result<(Output, Tape)> {
+        match self.run_layer("forward_train", x, context, true)? {
+            (y, state, Some(tape)) => Ok((Output { y, state: state.tensors().into_iter().cloned().collect() }, Tape::new(tape))),
+            (.., None) => unreachable!("a training run records a tape"),
+        }
+    }
+
+    fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
+        let op = self.op("backward");
+        Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
+    }
+}
+
+impl<C: Cell> Recurrent<C> {
+    fn run_layer(
+        &self,
+        method: &str,
+        x: &Value,
+        context: &Context<'_>,
+        train: bool,
+    ) -> Result<(Tensor, C::Value, Option<RecurrentTape>)> {
+        let op = self.op(method);
+        if self.config.batch_first {
+            let what = "batch_first(true) has no place among other layers, which are time-major; give the model [seq, batch, ..]";
+            return Err(Error::unsupported(&op, what));
+        }
+        let state = match context.state {
+            [] => None,
+            tensors => Some(C::Value::from_tensors(tensors.to_vec()).ok_or_else(|| {
+                Error::argument(&op, "state", format!("{} tensors", tensors.len()), format!("{:?}", C::Value::NAMES))
+            })?),
+        };
+        let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
+        self.run(method, x.numbers(&op)?, input, train)
+    }
+}

@@ -1,0 +1,56 @@
+//! States of recurrent layers, as a user meets them.
+
+use crate::tensor::Tensor;
+
+/// The state of a recurrent layer: a value, passed in and returned, never hidden.
+pub trait CellState: Clone + std::fmt::Debug + Send + Sync + Sized {
+    /// The names of its tensors: `h`, `c`.
+    const NAMES: &'static [&'static str];
+    /// Its tensors, in the order of [`CellState::NAMES`]: h `[layers * directions, batch, recurrent width]`, the others
+    /// `[layers * directions, batch, hidden]`.
+    fn tensors(&self) -> Vec<&Tensor>;
+    /// A state of these tensors, as many as [`CellState::NAMES`].
+    fn from_tensors(tensors: Vec<Tensor>) -> Option<Self>;
+}
+
+/// The state of an LSTM; layer and direction `(l, d)` stand at `l * directions + d`, as in PyTorch.
+#[derive(Clone, Debug)]
+pub struct LstmState {
+    /// Hidden state `[layers * directions, batch, hidden]`, with a projection `[.., projection]`.
+    pub h: Tensor,
+    /// Cell state `[layers * directions, batch, hidden]`.
+    pub c: Tensor,
+}
+
+impl CellState for LstmState {
+    const NAMES: &'static [&'static str] = &["h", "c"];
+
+    fn tensors(&self) -> Vec<&Tensor> {
+        vec![&self.h, &self.c]
+    }
+
+    fn from_tensors(tensors: Vec<Tensor>) -> Option<Self> {
+        let [h, c] = tensors.try_into().ok()?;
+        Some(Self { h, c })
+    }
+}
+
+/// The state of a network whose cells have nothing but h: RNN, GRU and others; the order is that of [`LstmState`].
+#[derive(Clone, Debug)]
+pub struct HiddenState {
+    /// Hidden state `[layers * directions, batch, hidden]`; of a Jordan network the last output `[.., outputs]`.
+    pub h: Tensor,
+}
+
+impl CellState for HiddenState {
+    const NAMES: &'static [&'static str] = &["h"];
+
+    fn tensors(&self) -> Vec<&Tensor> {
+        vec![&self.h]
+    }
+
+    fn from_tensors(tensors: Vec<Tensor>) -> Option<Self> {
+        let [h] = tensors.try_into().ok()?;
+        Some(Self { h })
+    }
+}

@@ -1,0 +1,74 @@
+//! Every kernel family against the f64 oracle: a function a family, with its table of cases.
+//!
+//! A case runs twice on a poisoned device, where new memory is NaN: outputs are compared with the oracle, the bits of both
+//! runs with each other, and inputs afterwards with what they were. Windows lie in larger tensors of NaN words, which
+//! a kernel must neither use nor touch.
+
+mod dropout;
+mod harness;
+mod layers;
+mod losses;
+mod math;
+mod networks;
+mod optimizers;
+mod pooling;
+mod products;
+mod sample;
+mod sums;
+mod sweeps;
+
+use super::Report;
+use crate::device::Device;
+use crate::error::Result;
+use harness::Cases;
+
+/// The cases of one kernel family.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelCheck {
+    /// The family: `gemm`, `lstm_sweep`.
+    pub name: &'static str,
+    cases: Family,
+}
+
+type Family = fn(&mut Cases<'_>) -> Result<()>;
+
+impl KernelCheck {
+    /// Runs all cases on `device`, one report each. From then on new tensors of this device start as NaN.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn run(&self, device: &Device) -> Result<Vec<Report>> {
+        device.poison();
+        let mut cases = Cases { device, reports: Vec::new() };
+        (self.cases)(&mut cases)?;
+        Ok(cases.reports)
+    }
+}
+
+/// Every kernel family, then LSTM layers as a whole.
+pub fn all() -> Vec<KernelCheck> {
+    let families: Vec<(_, Family)> = vec![
+        ("math", math::math),
+        ("gemm", products::gemm),
+        ("transpose", products::transpose),
+        ("gather", products::gather),
+        ("scatter", products::scatter),
+        ("column_sum", sums::column_sum),
+        ("reduce", sums::reduce),
+        ("cross_entropy", losses::cross_entropy),
+        ("mean_squared_error", losses::mean_squared_error),
+        ("sgd", optimizers::sgd),
+        ("adamw", optimizers::adamw),
+        ("dropout", dropout::dropout),
+        ("pooling", pooling::pooling),
+        ("elementwise", pooling::elementwise),
+        ("columns", pooling::columns),
+        ("sample", sample::sample),
+        ("lstm_sweep", sweeps::lstm_sweep),
+        ("lstm_layers", layers::lstm_layers),
+        ("lstm_properties", layers::lstm_properties),
+        ("networks", networks::networks),
+        ("jordan", networks::jordan),
+    ];
+    families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
+}

@@ -1,0 +1,411 @@
+//! The recurrent family: every cell with every option that it has, a whole stack at a time, against the oracle: inference,
+//! training, all gradients, and streaming step by step.
+
+use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide};
+use crate::error::Result;
+use crate::kernels::cell_contract::Block;
+use crate::nn::{
+    Activation, Cell, CellState, Direction, GruConfig, Input, LstmConfig, Module, Recurrent, RecurrentConfig, RnnConfig,
+};
+use crate::rng::{MaskKey, Rng, philox, unit};
+use crate::tensor::Tensor;
+use crate::verify::oracle::{self, RecurrentInput, Weights};
+
+/// A network in both worlds.
+pub(super) struct Network<C> {
+    pub name: &'static str,
+    pub config: RecurrentConfig<C>,
+    pub oracle: oracle::Recurrent,
+    /// Probabilities of what draws masks, as given to the configuration.
+    pub zoneout: [f32; 2],
+    pub weight_dropout: f32,
+    /// Whether a step at a time gives the same as all at once.
+    pub streams: bool,
+}
+
+impl<C: Cell> Network<C> {
+    pub fn new(name: &'static str, config: RecurrentConfig<C>, oracle: oracle::Recurrent) -> Self {
+        let streams = oracle.directions == 1 && !oracle.first_reverse;
+        Self { name, config, oracle, zoneout: [0.0; 2], weight_dropout: 0.0, streams }
+    }
+}
+
+const KEY: (u64, u64) = (11, 12);
+const INPUT: usize = 5;
+const HIDDEN: usize = 19;
+
+/// Every cell and option: each row is the test of a mark in the README's table.
+pub(super) fn networks(cases: &mut Cases<'_>) -> Result<()> {
+    lstms(cases)?;
+    grus(cases)?;
+    rnns(cases)
+}
+
+fn lstms(cases: &mut Cases<'_>) -> Result<()> {
+    use oracle::Activation as A;
+    let config = || LstmConfig::new(INPUT, HIDDEN);
+    let plain = || oracle::Recurrent::new(oracle::Cell::LSTM, INPUT, HIDDEN);
+    let cell = |peepholes: bool, coupled: bool, cell_clip: Option<f64>| oracle::Cell::Lstm {
+        gate: A::Sigmoid,
+        candidate: A::Tanh,
+        output: A::Tanh,
+        peepholes,
+        coupled,
+        cell_clip,
+    };
+    let acts = |gate, candidate, output| oracle::Cell::Lstm {
+        gate,
+        candidate,
+        output,
+        peepholes: false,
+        coupled: false,
+        cell_clip: None,
+    };
+    let hard = Activation::HardSigmoid { alpha: 0.2, beta: 0.5 };
+    let hard64 = A::HardSigmoid { alpha: f64::from(0.2f32), beta: 0.5 };
+    let deep = |config: LstmConfig| config.layers(2).direction(Direction::Both);
+    let deep64 = |spec: oracle::Recurrent| oracle::Recurrent { layers: 2, directions: 2, ..spec };
+    let elu = Activation::Elu { alpha: 0.7 };
+    let elu64 = A::Elu { alpha: f64::from(0.7f32) };
+    let table = vec![
+        Network::new("lstm", deep(config()), deep64(plain())),
+        Network::new("lstm_projection", config().projection(7), oracle::Recurrent { projection: Some(7), ..plain() }),
+        Network::new(
+            "lstm_projection_deep",
+            deep(config().projection(7)),
+            deep64(oracle::Recurrent { projection: Some(7), ..plain() }),
+        ),
+        Network::new("lstm_peepholes", config().peepholes(true), oracle::Recurrent { cell: cell(true, false, None), ..plain() }),
+        Network::new(
+            "lstm_peepholes_no_bias",
+            config().peepholes(true).bias(false),
+            oracle::Recurrent { cell: cell(true, false, None), bias: false, ..plain() },
+        ),
+        Network::new(
+            "lstm_peepholes_deep",
+            deep(config().peepholes(true)),
+            deep64(oracle::Recurrent { cell: cell(true, false, None), ..plain() }),
+        ),
+        Network::new("lstm_coupled", config().coupled(true), oracle::Recurrent { cell: cell(false, true, None), ..plain() }),
+        Network::new(
+            "lstm_cell_clip",
+            config().cell_clip(0.25),
+            oracle::Recurrent { cell: cell(false, false, Some(0.25)), ..plain() },
+        ),
+        Network::new("lstm_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),
+        Network::new(
+            "lstm_all",
+            deep(config().peepholes(true).coupled(true).cell_clip(0.5).gate_clip(1.0).projection(7)),
+            deep64(oracle::Recurrent { cell: cell(true, true, Some(0.5)), pre_clip: Some(1.0), projection: Some(7), ..plain() }),
+        ),
+        Network::new(
+            "lstm_hard_sigmoid_softsign_relu",
+            config().activations(hard, Activation::Softsign, Activation::Relu),
+            oracle::Recurrent { cell: acts(hard64, A::Softsign, A::Relu), ..plain() },
+        ),
+        Network::new(
+            "lstm_softplus_elu",
+            config().activations(Activation::Sigmoid, Activation::Softplus, elu),
+            oracle::Recurrent { cell: acts(A::Sigmoid, A::Softplus, elu64), ..plain() },
+        ),
+        Network { zoneout: [0.3, 0.2], ..Network::new("lstm_zoneout", deep(config().zoneout(0.3, 0.2)), deep64(plain())) },
+        Network {
+            weight_dropout: 0.4,
+            ..Network::new("lstm_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
+        },
+    ];
+    table.into_iter().try_for_each(|network| check(cases, network))
+}
+
+fn grus(cases: &mut Cases<'_>) -> Result<()> {
+    use oracle::Activation as A;
+    let config = || GruConfig::new(INPUT, HIDDEN);
+    let plain = || oracle::Recurrent::new(oracle::Cell::GRU, INPUT, HIDDEN);
+    let deep = |config: GruConfig| config.layers(2).direction(Direction::Both);
+    let deep64 = |spec: oracle::Recurrent| oracle::Recurrent { layers: 2, directions: 2, ..spec };
+    let hard = Activation::HardSigmoid { alpha: 0.2, beta: 0.5 };
+    let hard64 = A::HardSigmoid { alpha: f64::from(0.2f32), beta: 0.5 };
+    let acts = oracle::Cell::Gru { reset: oracle::Reset::After, gate: hard64, candidate: A::Softsign };
+    let table = vec![
+        Network::new("gru", deep(config()), deep64(plain())),
+        Network::new("gru_one_layer", config(), plain()),
+        Network::new("gru_no_bias", config().bias(false), oracle::Recurrent { bias: false, ..plain() }),
+        Network::new("gru_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),
+        Network::new(
+            "gru_hard_sigmoid_softsign",
+            config().activations(hard, Activation::Softsign),
+            oracle::Recurrent { cell: acts, ..plain() },
+        ),
+        Network { zoneout: [0.3, 0.0], ..Network::new("gru_zoneout", deep(config().zoneout(0.3, 0.0)), deep64(plain())) },
+        Network {
+            weight_dropout: 0.4,
+            ..Network::new("gru_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
+        },
+    ];
+    table.into_iter().try_for_each(|network| check(cases, network))
+}
+
+fn rnns(cases: &mut Cases<'_>) -> Result<()> {
+    use oracle::Activation as A;
+    let config = || RnnConfig::new(INPUT, HIDDEN);
+    let plain = || oracle::Recurrent::new(oracle::Cell::RNN, INPUT, HIDDEN);
+    let deep = |config: RnnConfig| config.layers(2).direction(Direction::Both);
+    let deep64 = |spec: oracle::Recurrent| oracle::Recurrent { layers: 2, directions: 2, ..spec };
+    let f = f64::from;
+    let activations = [
+        ("rnn_relu", Activation::Relu, A::Relu),
+        ("rnn_sigmoid", Activation::Sigmoid, A::Sigmoid),
+        ("rnn_leaky_relu", Activation::LeakyRelu { alpha: 0.1 }, A::LeakyRelu { alpha: f(0.1f32) }),
+        ("rnn_scaled_tanh", Activation::ScaledTanh { alpha: 1.5, beta: 0.5 }, A::ScaledTanh { alpha: 1.5, beta: 0.5 }),
+        ("rnn_affine", Activation::Affine { alpha: 0.5, beta: 0.25 }, A::Affine { alpha: 0.5, beta: 0.25 }),
+        ("rnn_thresholded_relu", Activation::ThresholdedRelu { alpha: 0.1 }, A::ThresholdedRelu { alpha: f(0.1f32) }),
+    ];
+    let mut table: Vec<_> = activations
+        .into_iter()
+        .map(|(name, activation, activation64)| {
+            let spec = oracle::Recurrent { cell: oracle::Cell::Rnn { activation: activation64 }, ..plain() };
+            Network::new(name, config().activation(activation), spec)
+        })
+        .collect();
+    table.extend([
+        Network::new("rnn", deep(config()), deep64(plain())),
+        Network::new("rnn_reverse", config().direction(Direction::Reverse), oracle::Recurrent { first_reverse: true, ..plain() }),
+        Network::new("rnn_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),
+        Network::new("rnn_jordan", config().jordan(4), oracle::Recurrent { projection: Some(4), ..plain() }),
+        Network { zoneout: [0.3, 0.0], ..Network::new("rnn_zoneout", deep(config().zoneout(0.3, 0.0)), deep64(plain())) },
+    ]);
+    table.into_iter().try_for_each(|network| check(cases, network))
+}
+
+/// What a case hands to both.
+pub(super) struct Given {
+    pub steps: usize,
+    pub rows: usize,
+    pub lengths: Option<Vec<u32>>,
+    pub x: Vec<f32>,
+    pub dy: Vec<f32>,
+    pub state: Vec<Vec<f32>>,
+    pub dstate: Vec<Vec<f32>>,
+}
+
+/// One network: ragged with a state, then plain and from zeros.
+pub(super) fn check<C: Cell>(cases: &mut Cases<'_>, network: Network<C>) -> Result<()> {
+    for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false)] {
+        let mut rng = Rng::seed(network.name.len() as u64 + 7);
+        let layer = network.config.clone().init(cases.device, &mut rng)?;
+        let slots = network.oracle.layers * network.oracle.directions;
+        let lengths = is_ragged.then(|| ragged(&mut rng, steps, rows));
+        let mut x = normal(&mut rng, steps * rows * INPUT);
+        pad(&mut x, INPUT, lengths.as_deref(), rows, 3.0);
+        let mut state = |size: f32| -> Vec<Vec<f32>> {
+            let width = |s| if s == 0 { network.oracle.projection.unwrap_or(HIDDEN) } else { HIDDEN };
+            (0..C::State::LEN).map(|s| normal(&mut rng, slots * rows * width(s)).iter().map(|v| v * size).collect()).collect()
+        };
+        let (state, dstate) = (if is_ragged { state(0.5) } else { Vec::new() }, state(1.0));
+        let dy = normal(&mut rng, steps * rows * layer.output());
+        let given = Given { steps, rows, lengths, x, dy, state, dstate };
+        check_given(cases, &format!("{}{suffix}", network.name), &network, &layer, &given, None)?;
+    }
+    Ok(())
+}
+
+/// Parameters of a layer and direction, by their names without the suffix.
+fn suffix(oracle: &oracle::Recurrent, slot: usize) -> String {
+    let reverse = slot % oracle.directions == 1 || oracle.first_reverse;
+    format!("_l{}{}", slot / oracle.directions, if reverse { "_reverse" } else { "" })
+}
+
+pub(super) fn check_given<C: Cell>(
+    cases: &mut Cases<'_>,
+    name: &str,
+    network: &Network<C>,
+    layer: &Recurrent<C>,
+    given: &Given,
+    teacher: Option<(&[f32], f32)>,
+) -> Result<()> {
+    let Given { steps, rows, .. } = *given;
+    let spec = network.oracle;
+    let slots = spec.layers * spec.directions;
+    let key = MaskKey::new(KEY.0, KEY.1);
+
+    // Training: what the masks are, the oracle is told.
+    let mut weights: Vec<Weights> = Vec::new();
+    for slot in 0..slots {
+        let ending = suffix(&spec, slot);
+        let mut parts = Weights::new();
+        for (name, param) in layer.params() {
+            if let Some(part) = name.strip_suffix(&ending) {
+                parts.insert(part.to_owned(), wide(&param.value().to_vec()?));
+            }
+        }
+        weights.push(parts);
+    }
+    let mut dropped = weights.clone();
+    let mut masks = Vec::new();
+    if network.weight_dropout > 0.0 {
+        for (slot, parts) in dropped.iter_mut().enumerate() {
+            let gates = C::Pre::LEN * spec.hidden;
+            let width = spec.projection.unwrap_or(spec.hidden);
+            let key = key.draw(0x7765_6967, slot);
+            let mask: Vec<f64> =
+                super::dropout::mask(1, gates, width, network.weight_dropout, key).into_iter().map(f64::from).collect();
+            parts.entry("weight_hh".to_owned()).and_modify(|w| w.iter_mut().zip(&mask).for_each(|(w, m)| *w *= m));
+            masks.push(mask);
+        }
+    }
+    let zoneout = |draws: bool| -> Option<Vec<Vec<f64>>> {
+        let widths: Vec<usize> =
+            (0..C::State::LEN).map(|s| if s == 0 { spec.projection.unwrap_or(spec.hidden) } else { spec.hidden }).collect();
+        let factor = |slot: usize, at: [usize; 4]| {
+            let ([t, s, row, u], p) = (at, network.zoneout[at[1].min(1)]);
+            let counter = [u as u32, row as u32, t as u32, 0x686f_6c64 + s as u32];
+            let [bits, ..] = philox(key.draw(0x6365_6c6c, slot).words(), counter);
+            if draws { f64::from(u8::from(unit(bits) < p)) } else { f64::from(p) }
+        };
+        (network.zoneout != [0.0; 2]).then(|| {
+            let factors = |slot: usize| {
+                let mut all = Vec::new();
+                for t in 0..steps {
+                    for (s, width) in widths.iter().enumerate() {
+                        for row in 0..rows {
+                            all.extend((0..*width).map(|u| factor(slot, [t, s, row, u])));
+                        }
+                    }
+                }
+                all
+            };
+            (0..slots).map(factors).collect()
+        })
+    };
+    let lengths64: Option<Vec<usize>> = given.lengths.as_ref().map(|lengths| lengths.iter().map(|n| *n as usize).collect());
+    let x = wide(&given.x);
+    let (state, dstate): (Vec<Vec<f64>>, Vec<Vec<f64>>) =
+        (given.state.iter().map(|s| wide(s)).collect(), given.dstate.iter().map(|s| wide(s)).collect());
+    let (state, dstate): (Vec<&[f64]>, Vec<&[f64]>) =
+        (state.iter().map(Vec::as_slice).collect(), dstate.iter().map(Vec::as_slice).collect());
+    let dy = wide(&given.dy);
+    let flags: Option<Vec<bool>> = teacher.map(|(_, p)| {
+        let key = key.draw(0x7465_6163, 0);
+        let taught = |line: usize| {
+            let [bits, ..] = philox(key.words(), [0x7465_6163, (line % rows) as u32, (line / rows) as u32, 0]);
+            unit(bits) < p
+        };
+        (0..steps * rows).map(taught).collect()
+    });
+    let targets = teacher.map(|(targets, _)| wide(targets));
+    let input = RecurrentInput {
+        batch: rows,
+        x: &x,
+        state: &state,
+        lengths: lengths64.as_deref(),
+        dy: &dy,
+        dstate: &dstate,
+        teacher: targets.as_deref().zip(flags.as_deref()),
+        ..RecurrentInput::default()
+    };
+    let (random, mean) = (zoneout(true), zoneout(false));
+    let mut trained = spec.forward_backward(&dropped, RecurrentInput { zoneout: random.as_deref(), ..input });
+    for (gradients, mask) in trained.dweights.iter_mut().zip(&masks) {
+        gradients.entry("weight_hh".to_owned()).and_modify(|w| w.iter_mut().zip(mask).for_each(|(w, m)| *w *= m));
+    }
+    let inferred = spec.forward_backward(&weights, RecurrentInput { zoneout: mean.as_deref(), ..input });
+
+    cases.run(name, |run| {
+        layer.zero_grad()?;
+        let x = run.input("x", &given.x, [steps, rows, INPUT])?;
+        let dy = run.input("dy", &given.dy, [steps, rows, layer.output()])?;
+        let lengths = run.lengths(given.lengths.as_deref())?;
+        let value = |run: &mut Run<'_>, tensors: &[Vec<f32>]| -> Result<Option<C::Value>> {
+            let tensors = tensors.iter().map(|t| run.input("state", t, [slots, rows, t.len() / (slots * rows)]));
+            Ok(C::Value::from_tensors(tensors.collect::<Result<Vec<_>>>()?))
+        };
+        let state = value(run, &given.state)?;
+        let dstate = value(run, &given.dstate)?;
+        let targets = match teacher {
+            Some((targets, _)) => Some(run.input("targets", targets, [steps, rows, layer.output()])?),
+            None => None,
+        };
+        let mut input = Input::new().lengths(lengths.as_ref()).state(state.as_ref()).key(key);
+        if let (Some(targets), Some((_, probability))) = (&targets, teacher) {
+            input = input.teacher(targets, probability);
+        }
+        let compare_state = |run: &mut Run<'_>, what: &str, state: &C::Value, want: &[Vec<f64>], bound: f64| -> Result<()> {
+            for ((name, tensor), want) in C::Value::NAMES.iter().zip(state.tensors()).zip(want) {
+                run.near(&format!("{what}.{name}"), tensor, want, bound)?;
+            }
+            Ok(())
+        };
+
+        let (y, last) = layer.forward(&x, input)?;
+        run.near("infer.y", &y, &inferred.y, OUTPUT)?;
+        compare_state(run, "infer.state", &last, &inferred.state, OUTPUT)?;
+        let (y, last, tape) = layer.forward_train(&x, input)?;
+        run.near("y", &y, &trained.y, OUTPUT)?;
+        compare_state(run, "state", &last, &trained.state, OUTPUT)?;
+        let (dx, first) = layer.backward(tape, &dy, dstate.as_ref())?;
+        run.near("dx", &dx, &trained.dx, GRADIENT)?;
+        compare_state(run, "dstate", &first, &trained.dstate, GRADIENT)?;
+        for slot in 0..slots {
+            let ending = suffix(&spec, slot);
+            for (name, param) in layer.params() {
+                if let Some(part) = name.strip_suffix(&ending) {
+                    run.near(&format!("grad.{name}"), param.grad(), &trained.dweights[slot][part], GRADIENT)?;
+                }
+            }
+        }
+        if network.streams && teacher.is_none() && given.lengths.is_none() {
+            stream(run, layer, &given.x, state.as_ref(), [steps, rows], &inferred.y)?;
+        }
+        Ok(())
+    })
+}
+
+/// One step at a time.
+fn stream<C: Cell>(
+    run: &mut Run<'_>,
+    layer: &Recurrent<C>,
+    x: &[f32],
+    state: Option<&C::Value>,
+    [steps, rows]: [usize; 2],
+    want: &[f64],
+) -> Result<()> {
+    let mut state = state.cloned();
+    for t in 0..steps {
+        let x = Tensor::from_slice(run.device, &x[t * rows * INPUT..][..rows * INPUT], [rows, INPUT])?;
+        let (y, next) = layer.step(&x, state.as_ref())?;
+        let width = rows * layer.output();
+        run.near(&format!("step {t}"), &y, &want[t * width..][..width], OUTPUT)?;
+        state = Some(next);
+    }
+    Ok(())
+}
+
+/// Jordan networks under a teacher: forced in full, scheduled, never.
+pub(super) fn jordan(cases: &mut Cases<'_>) -> Result<()> {
+    const OUTPUTS: usize = 4;
+    let config = RnnConfig::new(INPUT, HIDDEN).jordan(OUTPUTS);
+    let spec = oracle::Recurrent { projection: Some(OUTPUTS), ..oracle::Recurrent::new(oracle::Cell::RNN, INPUT, HIDDEN) };
+    let network = Network::new("jordan", config, spec);
+    for (name, probability) in [("forced", 1.0), ("scheduled", 0.5), ("free", 0.0)] {
+        for (steps, rows, is_ragged) in [(7, 5, true), (6, 4, false), (1, 2, false)] {
+            let mut rng = Rng::seed(3);
+            let layer = network.config.clone().init(cases.device, &mut rng)?;
+            let lengths = is_ragged.then(|| ragged(&mut rng, steps, rows));
+            let mut x = normal(&mut rng, steps * rows * INPUT);
+            pad(&mut x, INPUT, lengths.as_deref(), rows, 3.0);
+            let [dy, targets] = [0; 2].map(|_| normal(&mut rng, steps * rows * OUTPUTS));
+            let [state, dstate] = [0; 2].map(|_| vec![normal(&mut rng, rows * OUTPUTS)]);
+            let given = Given { steps, rows, lengths, x, dy, state, dstate };
+            let kind = if is_ragged { "ragged" } else { "full" };
+            check_given(
+                cases,
+                &format!("jordan_{name}_{kind}_t{steps}"),
+                &network,
+                &layer,
+                &given,
+                Some((&targets, probability)),
+            )?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,113 @@
+//! Steps of the optimizers.
+
+use super::harness::{Cases, MANY, NAN, OUTPUT, TIGHT, normal, wide};
+use crate::error::Result;
+use crate::kernels;
+use crate::kernels::optimizer::{Arena, CONTROL_WORDS, Control, Optimizer};
+use crate::rng::Rng;
+use crate::tensor::Tensor;
+use crate::verify::{Comparison, oracle};
+
+pub(super) fn sgd(cases: &mut Cases<'_>) -> Result<()> {
+    optimizer(cases, false)
+}
+
+pub(super) fn adamw(cases: &mut Cases<'_>) -> Result<()> {
+    optimizer(cases, true)
+}
+
+/// Six steps in a row, of which the third has a gradient that is not finite: nothing changes but the count.
+fn optimizer(cases: &mut Cases<'_>, adam: bool) -> Result<()> {
+    let mut rng = Rng::seed(9);
+    for (count, max_norm, bad, momentum, decay) in [
+        (1, 0.0, NAN, 0.0, 0.0),
+        (63, 0.0, f32::INFINITY, 0.9, 0.0),
+        (64, 1.0, NAN, 0.5, 0.01),
+        (65, 0.5, f32::NEG_INFINITY, 0.9, 0.1),
+        // Finite, but its square is not.
+        (5000, 1e6, 1e30, 0.9, 0.01),
+        (5001, 2.0, NAN, 0.0, 0.0),
+        (MANY, 1.0, NAN, 0.9, 0.01),
+    ] {
+        let (beta1, beta2) = (0.9, 0.999);
+        let params = Optimizer {
+            count: count as u32,
+            learning_rate: 0.01,
+            weight_decay: decay,
+            max_norm,
+            momentum: if adam { 0.0 } else { momentum },
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            epsilon: 1e-8,
+        };
+        let steps = if count == MANY { 2 } else { 6 };
+        let start = normal(&mut rng, count);
+        let gradients: Vec<Vec<f32>> = (0..steps)
+            .map(|step| {
+                // The last ones are small: where there is a norm to clip to, some are clipped and some are not.
+                let size = if step < 4 { 1.0 } else { 1e-3 };
+                let mut gradient: Vec<f32> = normal(&mut rng, count).into_iter().map(|g| size * g).collect();
+                if step == 2 {
+                    gradient[count - 1] = bad;
+                }
+                gradient
+            })
+            .collect();
+        let [lr, weight_decay] = [params.learning_rate, params.weight_decay].map(f64::from);
+        let by_sgd = oracle::Sgd { lr, momentum: params.momentum.into(), weight_decay };
+        let by_adamw = oracle::AdamW { lr, beta1, beta2, epsilon: params.epsilon.into(), weight_decay };
+        cases.run(format!("{count}, clipped to {max_norm}, skipped at {bad}"), |run| {
+            let zeros = || Tensor::zeros(run.device, [count]);
+            let (value, first, gradient) = (Tensor::from_slice(run.device, &start, [count])?, zeros()?, zeros()?);
+            let second = if adam { Some(zeros()?) } else { None };
+            let control = Tensor::zeros(run.device, [CONTROL_WORDS])?;
+            let (mut w, mut m, mut v) = (wide(&start), vec![0.0; count], vec![0.0; count]);
+            let (mut applied, mut skipped, mut clipped) = (0, 0, 0);
+            for (step, given) in gradients.iter().enumerate() {
+                gradient.write(given)?;
+                let state = |tensors: [Option<&Tensor>; 3]| -> Result<Vec<u32>> {
+                    let parts: Result<Vec<Vec<u32>>> = tensors.into_iter().flatten().map(Tensor::read_back).collect();
+                    Ok(parts?.concat())
+                };
+                let tensors = [Some(&value), Some(&first), second.as_ref()];
+                let before = state(tensors)?;
+                let arena =
+                    Arena { control: &control, value: &value, gradient: &gradient, first: &first, second: second.as_ref() };
+                kernels::optimizer::step(&params, &arena)?;
+                run.bits(&format!("gradient after step {step}"), &gradient, &vec![0; count])?;
+                let words = run.read(&control)?;
+                let now: Control = *bytemuck::from_bytes(bytemuck::cast_slice(&words));
+                let norm = oracle::global_norm(&[&wide(given)]);
+                let finite = norm.is_finite() && norm < 1e19;
+                if finite {
+                    let factor = if max_norm > 0.0 { oracle::clip_factor(norm, max_norm.into()) } else { 1.0 };
+                    applied += 1;
+                    clipped += u32::from(factor < 1.0);
+                    let g: Vec<f64> = given.iter().map(|g| f64::from(*g) * factor).collect();
+                    match adam {
+                        true => by_adamw.step(&mut w, &g, &mut m, &mut v, applied as i32),
+                        false => by_sgd.step(&mut w, &g, &mut m),
+                    }
+                    let numbers = [now.norm, now.scale];
+                    run.comparisons.push(Comparison::new(format!("norm {step}"), &numbers[..1], &[norm], OUTPUT));
+                    run.comparisons.push(Comparison::new(format!("scale {step}"), &numbers[1..], &[factor], OUTPUT));
+                } else {
+                    skipped += 1;
+                    run.comparisons.push(Comparison::bits("all but the count, skipped", &state(tensors)?, &before));
+                }
+                let counts = [now.skip, now.steps, now.skipped, now.clipped];
+                let expected = [u32::from(!finite), applied, skipped, clipped];
+                run.comparisons.push(Comparison::bits(format!("counts {step}"), &counts, &expected));
+                run.near(&format!("value {step}"), &value, &w, TIGHT)?;
+                run.near(&format!("first {step}"), &first, &m, OUTPUT)?;
+                if let Some(second) = &second {
+                    run.near(&format!("second {step}"), second, &v, OUTPUT)?;
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

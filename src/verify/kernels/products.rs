@@ -1,0 +1,212 @@
+//! Products and copies.
+
+use super::harness::{Cases, MANY, NAN, Run, TIGHT, Window, mixed, normal, to_bits, wide};
+use crate::error::Result;
+use crate::kernels;
+use crate::rng::Rng;
+use crate::tensor::Tensor;
+use crate::verify::{Comparison, oracle};
+
+/// `C [m, n] = A [m, k] . B [k, n]` and what comes with it.
+#[derive(Clone, Copy)]
+struct Product {
+    size: [usize; 3],
+    /// Whether A and B are stored transposed.
+    transposed: [bool; 2],
+    bias: bool,
+    accumulate: bool,
+    loose: bool,
+}
+
+impl Product {
+    fn name(&self) -> String {
+        let [m, n, k] = self.size;
+        let mut name = format!("{m}x{n}x{k}");
+        let [a_t, b_t] = self.transposed;
+        for (given, part) in [(a_t, "A^T"), (b_t, "B^T"), (self.bias, "bias"), (self.accumulate, "+C"), (self.loose, "windows")] {
+            if given {
+                name += &format!(" {part}");
+            }
+        }
+        name
+    }
+
+    /// Launches on the given values; the window of C.
+    fn launch(&self, run: &mut Run<'_>, a: &[f32], b: &[f32], bias: Option<&[f32]>, c: Option<&[f32]>) -> Result<Window> {
+        let [m, n, k] = self.size;
+        let [a_t, b_t] = self.transposed;
+        let a = run.input_window("a", if a_t { [k, m] } else { [m, k] }, self.loose, a)?;
+        let b = run.input_window("b", if b_t { [n, k] } else { [k, n] }, self.loose, b)?;
+        let bias = bias.map(|bias| run.input("bias", bias, [n])).transpose()?;
+        let c = run.window([m, n], self.loose, c)?;
+        let (a, b) = (a.matrix(), b.matrix());
+        let (a, b) = (if a_t { a.t() } else { a }, if b_t { b.t() } else { b });
+        kernels::gemm::gemm(a, b, bias.as_ref(), c.matrix(), self.accumulate)?;
+        Ok(c)
+    }
+}
+
+pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
+    let plain = Product { size: [1, 1, 1], transposed: [false; 2], bias: false, accumulate: false, loose: false };
+    let mut products = Vec::new();
+    // Tiles: 8 rows, 4 columns a lane, 64 lanes. k around vector widths.
+    let sizes = [
+        [1, 1, 1],
+        [1, 3, 2],
+        [2, 5, 3],
+        [7, 63, 4],
+        [8, 64, 5],
+        [9, 65, 7],
+        [15, 127, 8],
+        [16, 128, 9],
+        [17, 129, 15],
+        [33, 255, 16],
+        [8, 256, 17],
+        [9, 257, 33],
+        [1, 260, 64],
+        [64, 4, 65],
+        [3, 2, 1000],
+        [130, 70, 31],
+    ]; // [m, n, k]
+    for (i, size) in sizes.into_iter().enumerate() {
+        for (j, [a, b]) in [[false, false], [false, true], [true, false], [true, true]].into_iter().enumerate() {
+            let kind = i + j;
+            let (bias, accumulate, loose) = (kind % 2 == 1, kind % 4 > 1, kind % 8 > 3);
+            products.push(Product { size, transposed: [a, b], bias, accumulate, loose });
+        }
+    }
+    // Every option with every other, with rows and columns left over, below and above the tile's rows.
+    for m in [5, 9] {
+        for bits in 0..32 {
+            let [a, b, bias, accumulate, loose] = [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
+            products.push(Product { size: [m, 66, 17], transposed: [a, b], bias, accumulate, loose });
+        }
+    }
+    // More tiles of rows than one dimension of workgroups has.
+    products.push(Product { size: [65_535 * 8 + 9, 1, 1], loose: true, ..plain });
+
+    let mut rng = Rng::seed(1);
+    for (i, product) in products.into_iter().enumerate() {
+        let [m, n, k] = product.size;
+        // Large numbers hide errors in the others: only some cases have them.
+        let draw = if i % 3 == 0 { mixed } else { normal };
+        let (a, b) = (draw(&mut rng, m * k), draw(&mut rng, k * n));
+        let bias = product.bias.then(|| normal(&mut rng, n));
+        let c = product.accumulate.then(|| normal(&mut rng, m * n));
+        let [a_t, b_t] = product.transposed;
+        let mut expected = oracle::matmul(&wide(&a), &wide(&b), m, n, k, a_t, b_t);
+        for (at, value) in expected.iter_mut().enumerate() {
+            *value += bias.as_ref().map_or(0.0, |bias| bias[at % n].into()) + c.as_ref().map_or(0.0, |c| c[at].into());
+        }
+        cases.run(product.name(), |run| {
+            let c = product.launch(run, &a, &b, bias.as_deref(), c.as_deref())?;
+            run.near_window("c", &c, &expected, TIGHT)
+        })?;
+    }
+
+    // One NaN in A, B, bias or C reaches its row, its column, its column, its place.
+    let (m, n, k) = (9, 70, 5);
+    for transposed in [[false, false], [true, true]] {
+        for part in 0..4 {
+            let product = Product { size: [m, n, k], transposed, bias: true, accumulate: true, loose: false };
+            let [mut a, mut b] = [normal(&mut rng, m * k), normal(&mut rng, k * n)];
+            let [mut bias, mut c] = [normal(&mut rng, n), normal(&mut rng, m * n)];
+            let (row, column, depth) = (m - 1, n - 2, k - 1);
+            let at =
+                |turned: bool, [r, c]: [usize; 2], [rows, cols]: [usize; 2]| if turned { c * rows + r } else { r * cols + c };
+            match part {
+                0 => a[at(transposed[0], [row, depth], [m, k])] = NAN,
+                1 => b[at(transposed[1], [depth, column], [k, n])] = NAN,
+                2 => bias[column] = NAN,
+                _ => c[row * n + column] = NAN,
+            }
+            cases.run(format!("NaN in {}", ["A", "B", "bias", "C"][part]), |run| {
+                let c = product.launch(run, &a, &b, Some(&bias), Some(&c))?;
+                run.nan("c", &c.tensor, |at| match part {
+                    0 => at / n == row,
+                    1 | 2 => at % n == column,
+                    _ => at == row * n + column,
+                })
+            })?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn transpose(cases: &mut Cases<'_>) -> Result<()> {
+    let mut rng = Rng::seed(2);
+    for [a, b, c] in
+        [[1, 1, 1], [1, 7, 3], [5, 1, 9], [3, 4, 5], [63, 1, 1], [8, 8, 1], [13, 5, 1], [9, 7, 65], [3, MANY / 3 + 1, 1]]
+    {
+        let x = mixed(&mut rng, a * b * c);
+        let mut expected = Vec::with_capacity(x.len());
+        for (j, i) in (0..b).flat_map(|j| (0..a).map(move |i| (j, i))) {
+            expected.extend(to_bits(&x[(i * b + j) * c..][..c]));
+        }
+        cases.run(format!("{a}x{b}x{c}"), |run| {
+            let x = run.input("x", &x, [a, b, c])?;
+            let y =
+                if c == 1 { kernels::transpose::matrix(&x.reshape([a, b])?, a, b)? } else { kernels::transpose::leading(&x)? };
+            run.bits("y", &y, &expected)
+        })?;
+    }
+    Ok(())
+}
+
+pub(super) fn gather(cases: &mut Cases<'_>) -> Result<()> {
+    let mut rng = Rng::seed(3);
+    for (count, table, width) in [(1, 1, 1), (7, 3, 9), (63, 5, 1), (64, 5, 1), (65, 70, 1), (5, 300, 65), (4100, 3, 1024)] {
+        let values = mixed(&mut rng, table * width);
+        // The first id past the table, and the last of all, give zeros.
+        let mut indices: Vec<u32> = (0..count).map(|_| rng.below(table + 1) as u32).collect();
+        indices[count / 2] = u32::MAX;
+        // Times the width this one is 0 in 32 bits: read without a check, it would be row 0 even where reads are clamped.
+        if width.is_power_of_two() && width > 1 {
+            indices[0] = (1u64 << 32 >> width.trailing_zeros()) as u32;
+        }
+        let row = |id: &u32| values.get(*id as usize * width..(*id as usize + 1) * width).map_or(vec![0; width], to_bits);
+        let expected: Vec<u32> = indices.iter().flat_map(row).collect();
+        cases.run(format!("{count} of {table}x{width}"), |run| {
+            let (indices, values) = (run.ids("indices", &indices)?, run.input("table", &values, [table, width])?);
+            let y = kernels::gather::gather(indices.tensor(), &values, width)?;
+            run.bits("y", &y, &expected)
+        })?;
+    }
+    Ok(())
+}
+
+pub(super) fn scatter(cases: &mut Cases<'_>) -> Result<()> {
+    let mut rng = Rng::seed(4);
+    for (count, table, width, skipped) in [
+        (1, 1, 1, None),
+        (9, 3, 7, None),
+        (200, 5, 9, Some(2)),
+        (65, 70, 1, Some(0)),
+        (300, 64, 65, Some(u32::MAX - 1)),
+        (6000, 4100, 1600, Some(7)),
+    ] {
+        let (before, dy) = (normal(&mut rng, table * width), normal(&mut rng, count * width));
+        // Repeated ids and some past the table.
+        let ids: Vec<u32> = (0..count).map(|_| rng.below(table + table.div_ceil(4)) as u32).collect();
+        let counts = |id: &u32| (*id as usize) < table && Some(*id) != skipped;
+        let kept = ids.iter().zip(dy.chunks_exact(width)).filter(|(id, _)| counts(id));
+        let (kept_ids, kept_dy): (Vec<u32>, Vec<&[f32]>) = kept.unzip();
+        let mut expected = oracle::embedding_backward(&kept_ids, &wide(&kept_dy.concat()), table, width);
+        let untouched = |id: usize| !kept_ids.contains(&(id as u32));
+        let same: Vec<bool> = (0..table).map(untouched).collect();
+        expected.iter_mut().zip(&before).for_each(|(sum, before)| *sum += f64::from(*before));
+        cases.run(format!("{count} into {table}x{width}, skipped {skipped:?}"), |run| {
+            let (ids, dy) = (run.ids("ids", &ids)?, run.input("dy", &dy, [count, width])?);
+            let dtable = Tensor::from_slice(run.device, &before, [table, width])?;
+            kernels::gather::scatter(&ids.positions()?, &dy, &dtable, width, skipped)?;
+            run.near("dtable", &dtable, &expected, TIGHT)?;
+            let rows = |words: &[u32]| -> Vec<u32> {
+                words.chunks_exact(width).zip(&same).filter(|(_, same)| **same).flat_map(|(row, _)| row).copied().collect()
+            };
+            let after: Vec<u32> = dtable.read_back()?;
+            run.comparisons.push(Comparison::bits("rows without ids", &rows(&after), &rows(&to_bits(&before))));
+            Ok(())
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,278 @@
+//! The recurrent sweep: one direction of one layer.
+
+use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, Window, pad, ragged, to_bits, wide, within};
+use crate::error::Result;
+use crate::kernels::cell_lstm::LstmCell;
+use crate::kernels::sweep_step::{self, Buffers, Plan};
+use crate::rng::{MaskKey, Rng};
+use crate::tensor::{POISON, Tensor};
+use crate::verify::autodiff::sigmoid;
+use crate::verify::oracle::{self, Cell, Recurrent, RecurrentInput};
+
+/// One direction of one layer, `[T, B, .., H]`.
+#[derive(Clone)]
+struct Sweep {
+    steps: usize,
+    rows: usize,
+    hidden: usize,
+    reverse: bool,
+    lengths: Option<Vec<u32>>,
+    /// Input parts `[T, B, 4, H]`, W_hh `[4H, H]`, b_hh `[4H]`, initial state `[2, B, H]`.
+    x: Vec<f32>,
+    weights: Vec<f32>,
+    bias: Vec<f32>,
+    initial: Vec<f32>,
+    /// Gradients of y `[T, B, H]` and of the final state `[2, B, H]`.
+    dy: Vec<f32>,
+    dlast: Vec<f32>,
+}
+
+/// What the sweep kernels give.
+struct Swept {
+    y: Vec<f64>,
+    states: Vec<f64>,
+    saved: Vec<f64>,
+    dslots: Vec<f64>,
+    dstates: Vec<f64>,
+}
+
+impl Sweep {
+    fn new(rng: &mut Rng, steps: usize, rows: usize, hidden: usize, reverse: bool, is_ragged: bool, size: f32) -> Self {
+        let lengths = is_ragged.then(|| ragged(rng, steps, rows));
+        let mut scaled = |count: usize, size: f32| -> Vec<f32> { (0..count).map(|_| size * rng.normal()).collect() };
+        let mut x = scaled(steps * rows * 4 * hidden, size);
+        let mut dy = scaled(steps * rows * hidden, 1.0);
+        pad(&mut x, 4 * hidden, lengths.as_deref(), rows, NAN);
+        pad(&mut dy, hidden, lengths.as_deref(), rows, NAN);
+        // Large weights would amplify rounding from step to step, whoever does it; large inputs saturate gates as well.
+        let weights = scaled(4 * hidden * hidden, size.min(1.0) / (hidden as f32).sqrt());
+        let (bias, initial) = (scaled(4 * hidden, 0.5), scaled(2 * rows * hidden, 1.0));
+        let dlast = scaled(2 * rows * hidden, 1.0);
+        Self { steps, rows, hidden, reverse, lengths, x, weights, bias, initial, dy, dlast }
+    }
+
+    fn name(&self) -> String {
+        let Self { steps, rows, hidden, reverse, lengths, .. } = self;
+        let ragged = lengths.as_ref().map_or(String::new(), |lengths| format!(", lengths {lengths:?}"));
+        format!("{steps}x{rows}x{hidden}{}{ragged}", if *reverse { ", reverse" } else { "" })
+    }
+
+    /// Steps as computed, with the slots of the state before and after.
+    fn order(&self) -> Vec<(usize, usize, usize)> {
+        match self.reverse {
+            false => (0..self.steps).map(|t| (t, t, t + 1)).collect(),
+            true => (0..self.steps).rev().map(|t| (t, t + 1, t)).collect(),
+        }
+    }
+
+    /// The textbook: a layer that takes its gates' input parts as they are.
+    fn expected(&self) -> Swept {
+        let (rows, gates) = (self.rows, 4 * self.hidden);
+        let block = rows * self.hidden;
+        let identity = (0..gates * gates).map(|at| if at % gates == at / gates { 1.0 } else { 0.0 });
+        let parts = [("weight_ih", identity.collect()), ("weight_hh", wide(&self.weights)), ("bias_hh", wide(&self.bias))];
+        let weights = [parts.map(|(name, part)| (name.to_owned(), part)).into()];
+        let (x, initial, dlast) = (wide(&self.x), wide(&self.initial), wide(&self.dlast));
+        let lengths: Option<Vec<usize>> = self.lengths.as_ref().map(|lengths| lengths.iter().map(|n| *n as usize).collect());
+        let spec = Recurrent { first_reverse: self.reverse, ..Recurrent::new(Cell::LSTM, gates, self.hidden) };
+        let want = spec.forward_backward(
+            &weights,
+            RecurrentInput {
+                batch: rows,
+                x: &x,
+                state: &[&initial[..block], &initial[block..]],
+                lengths: lengths.as_deref(),
+                dy: &wide(&self.dy),
+                dstate: &[&dlast[..block], &dlast[block..]],
+                ..RecurrentInput::default()
+            },
+        );
+        // The states before the first step lie at its end of time.
+        let states = want.states[0]
+            .iter()
+            .zip(initial.chunks_exact(block))
+            .map(|(after, first)| if self.reverse { [after, first].concat() } else { [first, after].concat() });
+        let states: Vec<f64> = states.collect::<Vec<_>>().concat();
+        let mut saved = vec![0.0; x.len()];
+        for (t, before, _) in self.order() {
+            let r = oracle::linear(&states[before * block..][..block], &weights[0]["weight_hh"], None, self.hidden, gates);
+            for (n, r) in r.into_iter().enumerate() {
+                let at = t * rows * gates + n;
+                let sum = x[at] + r + f64::from(self.bias[n % gates]);
+                saved[at] = if n % gates / self.hidden == 2 { sum.tanh() } else { sigmoid(sum) };
+            }
+        }
+        // The sweep leaves the first step's product to whoever asks for the gradient of h.
+        let mut dstates = want.dstate.concat();
+        if let Some((t, ..)) = self.order().first() {
+            let dslots = &want.dx[t * rows * gates..][..rows * gates];
+            let product = oracle::matmul(dslots, &weights[0]["weight_hh"], rows, self.hidden, gates, false, false);
+            dstates.iter_mut().zip(product).for_each(|(d, product)| *d -= product);
+        }
+        Swept { y: want.y, states, saved, dslots: want.dx, dstates }
+    }
+
+    /// The kernels on `run`'s device; `check` gets what forward made, and what backward made of it.
+    fn launch(
+        &self,
+        run: &mut Run<'_>,
+        depth: usize,
+        check: impl FnOnce(&mut Run<'_>, &Launched<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let Self { steps, rows, hidden, reverse, .. } = *self;
+        let lengths = run.lengths(self.lengths.as_deref())?;
+        let (y_stride, y_offset) = (hidden + 8, 5);
+        let key = MaskKey::new(0, 0);
+        let plan = Plan {
+            steps,
+            rows,
+            hidden,
+            reverse,
+            lengths: lengths.as_ref(),
+            output: true,
+            y_stride,
+            y_offset,
+            key,
+            start: 0,
+            random: false,
+            zoneout: [0.0; 2],
+            clip: 0.0,
+        };
+        let slots = Tensor::from_slice(run.device, &self.x, [steps, rows, 4, hidden])?;
+        let block = rows * hidden;
+        let states = Tensor::uninitialized(run.device, [2, depth, rows, hidden])?;
+        for s in 0..2 {
+            states.slice((s * depth + plan.ends(depth).0) * block, [block]).write(&self.initial[s * block..][..block])?;
+        }
+        let unit = run.input("unit", &self.bias, [4, hidden])?;
+        let weights = run.input("weights", &self.weights, [4 * hidden, hidden])?;
+        let turned: Vec<f32> =
+            (0..4 * hidden * hidden).map(|at| self.weights[at % (4 * hidden) * hidden + at / (4 * hidden)]).collect();
+        let forward_weights = run.input("weights", &turned, [hidden, 4 * hidden])?;
+        let y = run.window_of_y(self, None)?;
+        let buffers = Buffers { slots: &slots, states: &states, weights: &forward_weights, unit: &unit, y: &y.tensor };
+        sweep_step::forward(&LstmCell::default(), &plan, &buffers)?;
+        check(run, &Launched { plan, slots: &slots, states: &states, y: &y, weights: &weights, unit: &unit })
+    }
+}
+
+/// The buffers after the forward sweep.
+struct Launched<'a> {
+    plan: Plan<'a>,
+    slots: &'a Tensor,
+    states: &'a Tensor,
+    y: &'a Window,
+    weights: &'a Tensor,
+    unit: &'a Tensor,
+}
+
+impl Launched<'_> {
+    /// Runs the backward sweep, which turns the slots into gradients; gives dstates.
+    fn backward(&self, run: &mut Run<'_>, sweep: &Sweep) -> Result<Tensor> {
+        let dy = run.window_of_y(sweep, Some(&sweep.dy))?;
+        run.input_words("dy", &dy.tensor, &dy.words);
+        run.input_words("states", self.states, &self.states.read_back::<u32>()?);
+        let dstates = Tensor::from_slice(run.device, &sweep.dlast, [2, sweep.rows, sweep.hidden])?;
+        let buffers = Buffers { slots: self.slots, states: self.states, weights: self.weights, unit: self.unit, y: &dy.tensor };
+        sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?;
+        Ok(dstates)
+    }
+}
+
+impl Run<'_> {
+    /// `[T, B, H]` inside `[T, B, H + 8]`, from column 5 on; NaN elsewhere.
+    fn window_of_y(&self, sweep: &Sweep, values: Option<&[f32]>) -> Result<Window> {
+        let (lines, hidden) = (sweep.steps * sweep.rows, sweep.hidden);
+        let mut words = vec![POISON; lines * (hidden + 8)];
+        for (line, values) in values.into_iter().flat_map(|values| values.chunks_exact(hidden)).enumerate() {
+            words[line * (hidden + 8) + 5..][..hidden].copy_from_slice(&to_bits(values));
+        }
+        let tensor = Tensor::upload("y", self.device, &words, vec![words.len()])?;
+        Ok(Window { tensor, words, offset: 5, rows: lines, cols: hidden, row: hidden + 8 })
+    }
+}
+
+pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
+    let mut rng = Rng::seed(12);
+    let sizes = [
+        [1, 1, 1],
+        [1, 3, 5],
+        [2, 4, 16],
+        [5, 5, 3],
+        [7, 1, 17],
+        [3, 9, 63],
+        [2, 2, 64],
+        [3, 4, 65],
+        [4, 6, 100],
+        [2, 5, 130],
+        [2, 3, 256],
+        [2, 5, 257],
+        [20, 3, 9],
+    ]; // [T, B, H]; a tile has 4 rows and 64 units, in backward 256
+    for (i, [steps, rows, hidden]) in sizes.into_iter().enumerate() {
+        for (reverse, is_ragged) in [(false, false), (true, false), (false, true), (true, true)] {
+            let size = [1.0, 0.1, 30.0][i % 3];
+            let sweep = Sweep::new(&mut rng, steps, rows, hidden, reverse, is_ragged, size);
+            check_sweep(cases, &sweep)?;
+        }
+    }
+    // More tiles of rows than one dimension of workgroups has.
+    let sweep = Sweep::new(&mut rng, 1, 65_535 * 4 + 5, 1, false, false, 1.0);
+    check_sweep(cases, &sweep)?;
+
+    let (steps, rows, hidden) = (4, 5, 6);
+    let (t, row, unit) = (1, 2, 4);
+    for gate in 0..4 {
+        let mut sweep = Sweep::new(&mut rng, steps, rows, hidden, false, false, 1.0);
+        sweep.x[((t * rows + row) * 4 + gate) * hidden + unit] = NAN;
+        cases.run(format!("NaN in gate {gate}"), |run| {
+            sweep.launch(run, steps + 1, |run, launched| {
+                let y = launched.y;
+                let at = |at: usize| (at / y.row / rows, at / y.row % rows, at % y.row);
+                let hit = |at| matches!(at, (to, b, j) if b == row && (to > t || (to == t && j == unit + y.offset)));
+                run.nan("y", &y.tensor, |word| !y.holds(word) || hit(at(word)))
+            })
+        })?;
+    }
+    let mut sweep = Sweep::new(&mut rng, steps, rows, hidden, false, false, 1.0);
+    sweep.dy[(t * rows + row) * hidden + unit] = NAN;
+    cases.run("NaN in dy", |run| {
+        sweep.launch(run, steps + 1, |run, launched| {
+            let dstates = launched.backward(run, &sweep)?;
+            let at = |at: usize| (at / (4 * hidden * rows), at / (4 * hidden) % rows, at % hidden);
+            run.nan(
+                "dslots",
+                launched.slots,
+                |word| matches!(at(word), (to, b, j) if b == row && (to < t || (to == t && j == unit))),
+            )?;
+            run.nan("dc", &dstates.slice(rows * hidden, [rows * hidden]), |word| word / hidden == row)
+        })
+    })
+}
+
+fn check_sweep(cases: &mut Cases<'_>, sweep: &Sweep) -> Result<()> {
+    let (steps, rows, hidden) = (sweep.steps, sweep.rows, sweep.hidden);
+    let expected = sweep.expected();
+    cases.run(sweep.name(), |run| {
+        sweep.launch(run, steps + 1, |run, launched| {
+            run.near_window("y", launched.y, &expected.y, OUTPUT)?;
+            run.near("states", launched.states, &expected.states, OUTPUT)?;
+            let valid = |at: usize| within(sweep.lengths.as_deref(), rows, at / (4 * hidden));
+            run.near_where("saved", launched.slots, &expected.saved, OUTPUT, valid)?;
+            let dstates = launched.backward(run, sweep)?;
+            run.near("dslots", launched.slots, &expected.dslots, GRADIENT)?;
+            run.near("dstates", &dstates, &expected.dstates, GRADIENT)
+        })?;
+        // Without backward, memory of two states is enough.
+        sweep.launch(run, 2, |run, launched| {
+            run.near_window("y of two states", launched.y, &expected.y, OUTPUT)?;
+            let (block, last) = (rows * hidden, if sweep.reverse { 0 } else { steps });
+            for s in 0..2 {
+                let state = launched.states.slice((s * 2 + launched.plan.ends(2).1) * block, [block]);
+                let expected = &expected.states[(s * (steps + 1) + last) * block..][..block];
+                run.near(["last h of two states", "last c of two states"][s], &state, expected, OUTPUT)?;
+            }
+            Ok(())
+        })
+    })
+}
