@@ -1,7 +1,5 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl` and its native twin.
 
-use parking_lot::Mutex;
-
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
 use super::math::Lanes;
@@ -101,6 +99,9 @@ pub(crate) struct Plan<'a> {
     pub key: MaskKey,
     /// Steps of the sequence before step 0, for the masks.
     pub start: usize,
+    /// Steps of the sequence that this is a window of: what is worth threads for the whole is for each window, so that the
+    /// bits are the same.
+    pub total: usize,
     /// Whether zoneout draws, as in training, or takes its mean.
     pub random: bool,
     /// What part of h, and of the other states, is held back; 0: none.
@@ -162,8 +163,9 @@ impl<'a> Plan<'a> {
         cell.extras() > 0 || self.clip > 0.0
     }
 
+    /// Tiles on a GPU, parts of the batch on the CPU.
     fn tiles(&self) -> usize {
-        self.rows.div_ceil(ROWS)
+        self.rows.div_ceil(ROWS).max(threads())
     }
 
     fn constants<C: CellKernel>(&self, cell: &C, backward: bool) -> Vec<(&'static str, f64)> {
@@ -294,7 +296,7 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
     debug_assert_eq!(plan.depth::<C>(buffers.states), depth, "backward needs every state");
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>());
+            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), plan.total);
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -321,7 +323,7 @@ pub(crate) fn backward_split<C: CellKernel>(
 ) -> Result<()> {
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &[step]);
+            native_backward(cell, plan, buffers, dstates, &[step], 1);
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -440,7 +442,7 @@ fn native_forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_
     let (slots, states, y) = (&Shared::new(&mut slots), &Shared::new(&mut states), &Shared::new(&mut y));
     let (unit, arch) = (&*unit, pulp::Arch::new());
     // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, plan.parts::<C>(plan.steps), |first, count| {
+    for_parts(rows, plan.parts::<C>(plan.total), |first, count| {
         let mut product = vec![0.0f32; count * gates];
         for step @ (_, before, _) in plan.order(depth) {
             if C::PRODUCT {
@@ -562,21 +564,30 @@ impl<C: CellKernel> BackwardStep<'_, C> {
     }
 }
 
-/// Steps in the order of computation. Where there are several, this forms the products between them too.
-fn native_backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor, steps: &[Step]) {
+/// Steps in the order of computation. Where there are several, this forms the products between them too. Threads as for a sweep of
+/// `total` steps.
+fn native_backward<C: CellKernel>(
+    cell: &C,
+    plan: &Plan<'_>,
+    buffers: &Buffers<'_>,
+    dstates: &Tensor,
+    steps: &[Step],
+    total: usize,
+) {
     let (rows, hidden) = (plan.rows, plan.hidden);
     let kept = C::Slots::LEN * hidden;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let (states, dy) = (buffers.states.native::<f32>(), buffers.y.native::<f32>());
     let (mut slots, mut dstates) = (buffers.slots.native_mut::<f32>(), dstates.native_mut::<f32>());
-    let (dstates, all_sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
-    let (slots, dstates) = (&Shared::new(&mut slots), &Shared::new(dstates));
+    let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
+    let (slots, dstates, sums) = (&Shared::new(&mut slots), &Shared::new(dstates), &Shared::new(sums));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
     let runs = recurrent_runs(cell);
-    let sums_of_parts = Mutex::new(Vec::new());
+    let parts = plan.parts::<C>(total);
+    let lines = if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 };
     // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, plan.parts::<C>(steps.len()), |first, count| {
-        let mut sums = vec![0.0f32; if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 }];
+    for_parts(rows, parts, |first, count| {
+        let part = first / rows.div_ceil(parts);
         let mut later = None;
         for step @ (t, ..) in steps {
             if let Some(later) = later {
@@ -593,17 +604,10 @@ fn native_backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'
                 }
             }
             later = Some(*t);
-            let (rows, sums) = ((first, count), &mut sums[..]);
+            // SAFETY: the lines of this part alone.
+            let sums = unsafe { sums.slice(part * lines, lines) };
+            let rows = (first, count);
             arch.dispatch(BackwardStep { cell: *cell, plan, step: *step, rows, unit, states, dy, slots, dstates, sums });
         }
-        if !sums.is_empty() {
-            sums_of_parts.lock().push((first, sums));
-        }
     });
-    // In the order of the rows, whichever thread was first.
-    let mut sums_of_parts = sums_of_parts.into_inner();
-    sums_of_parts.sort_by_key(|(first, _)| *first);
-    for (_, sums) in sums_of_parts {
-        all_sums.iter_mut().zip(sums).for_each(|(all, part)| *all += part);
-    }
 }

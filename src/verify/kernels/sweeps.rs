@@ -134,6 +134,7 @@ impl Sweep {
             y_offset,
             key,
             start: 0,
+            total: steps,
             random: false,
             zoneout: [0.0; 2],
             clip: 0.0,
