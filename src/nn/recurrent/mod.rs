@@ -1,9 +1,11 @@
 //! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
 
+mod bptt;
 mod config;
 mod state;
 mod weights;
 
+pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
 pub use config::{Direction, GruConfig, LstmConfig, Merge, RecurrentConfig, Reset, RnnConfig};
 pub use state::{CellState, HiddenState, LstmState};
 use weights::Weights;
@@ -672,6 +674,21 @@ impl<C: Cell> Recurrent<C> {
         dstate: Option<&C::Value>,
         needs_dx: bool,
     ) -> Result<(Option<Tensor>, C::Value)> {
+        let sums = self.new_sums(tape.rows)?;
+        let result = self.run_backward_of(tape, dy, dstate, needs_dx, &sums)?;
+        self.add_sums(&sums)?;
+        Ok(result)
+    }
+
+    /// The backward pass of a window: what the sweeps sum over steps is added to `sums`, not yet to the gradients.
+    fn run_backward_of(
+        &self,
+        tape: RecurrentTape,
+        dy: &Tensor,
+        dstate: Option<&C::Value>,
+        needs_dx: bool,
+        sums: &[Tensor],
+    ) -> Result<(Option<Tensor>, C::Value)> {
         let op = self.op("backward");
         let RecurrentConfig { dropout, batch_first, .. } = self.config;
         let RecurrentTape { steps, rows, lengths, key, teacher, layers, window, given_state, owner, version } = tape;
@@ -711,12 +728,13 @@ impl<C: Cell> Recurrent<C> {
                 let index = layer * directions + direction;
                 let plan = self.plan([steps, rows], window, index, lengths.as_ref(), key);
                 let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let sums = sums.get(index);
                 let dy = self.merge_backward(&dy, &factors, direction)?;
                 match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
                         self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
                     }
-                    _ => self.backward_pass(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?,
+                    _ => self.backward_pass(&pass, &tape, [&x, &dy], finals.as_deref(), &initial, sums)?,
                 }
                 if let Some(dx) = &dx {
                     self.input_gradient(&self.weights[index], &tape, [steps, rows], dx, direction > 0)?;
@@ -769,12 +787,16 @@ impl<C: Cell> Recurrent<C> {
         &self,
         pass: &Pass<'_>,
         tape: &PassTape,
-        x: &Tensor,
-        dy: &Tensor,
+        [x, dy]: [&Tensor; 2],
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
+        sums: Option<&Tensor>,
     ) -> Result<()> {
         let gradients = self.new_gradients(pass)?;
+        let kept_sums = sums.map(|sums| (gradients.dstates.slice(gradients.dstates.len() - sums.len(), [sums.len()]), sums));
+        if let Some((place, sums)) = &kept_sums {
+            place.copy_from(sums)?;
+        }
         let rows = pass.plan.rows;
         for s in 0..C::State::LEN {
             let width = self.width_of(s);
@@ -785,6 +807,9 @@ impl<C: Cell> Recurrent<C> {
             }
         }
         self.sweep_backward(pass, tape, dy, &gradients)?;
+        if let Some((place, sums)) = &kept_sums {
+            sums.copy_from(place)?;
+        }
         self.gradients(pass, tape, x, &gradients)?;
         for (s, state) in initial.iter().enumerate() {
             let width = self.width_of(s);
@@ -820,11 +845,7 @@ impl<C: Cell> Recurrent<C> {
     /// Buffers for a backward pass: the gradients of the state are not set.
     fn new_gradients(&self, pass: &Pass<'_>) -> Result<Gradients> {
         let plan = &pass.plan;
-        let len = plan.dstates_len(&self.config.cell);
-        let dstates = match plan.sums_at(&self.config.cell) {
-            Some(_) => Tensor::zeros(&self.device, [len])?,
-            None => Tensor::uninitialized(&self.device, [len])?,
-        };
+        let dstates = Tensor::uninitialized(&self.device, [plan.dstates_len(&self.config.cell)])?;
         let output = match self.config.output {
             Some((width, _)) => Some((
                 Tensor::uninitialized(&self.device, [plan.rows, width])?,
@@ -841,17 +862,7 @@ impl<C: Cell> Recurrent<C> {
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
         if !self.is_split() {
-            sweep_step::backward(cell, plan, &buffers, &gradients.dstates)?;
-            // The last part of the initial state's gradient.
-            let (rows, hidden) = (plan.rows, plan.hidden);
-            let kept = C::Slots::LEN * hidden;
-            let first_step = if plan.reverse { plan.steps - 1 } else { 0 };
-            for (gate, slot, run) in recurrent_runs(cell) {
-                let dr = Matrix::window(&tape.slots, first_step * rows * kept + slot * hidden, rows, run * hidden, kept);
-                let w = Matrix::window(recurrent, gate * hidden * hidden, run * hidden, hidden, hidden);
-                gemm(dr, w, None, Matrix::window(&gradients.dstates, 0, rows, hidden, hidden), true)?;
-            }
-            return Ok(());
+            return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
         }
         let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
         if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
@@ -879,10 +890,6 @@ impl<C: Cell> Recurrent<C> {
         // What the products saw: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
         let (seen, width) = tape.outputs.as_ref().map_or((&tape.states, hidden), |outputs| (outputs, self.config.width()));
         let before = if plan.reverse { rows } else { 0 };
-        let dropped = match &tape.weights {
-            Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
-            None => None,
-        };
         for (first, count) in time_blocks(plan.steps, rows).rev() {
             // dx-part: the first columns of the slots. dr-part: one or more runs of columns.
             let input_part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
@@ -892,6 +899,10 @@ impl<C: Cell> Recurrent<C> {
                 column_sum(input_part, 0, bias.grad())?;
             }
             let h = Matrix::window(seen, (before + first) * width, count, width, width);
+            let dropped = match &tape.weights {
+                Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
+                None => None,
+            };
             for (gate, slot, run) in recurrent_runs(cell) {
                 let run = run * hidden;
                 let recurrent_part = Matrix::window(&tape.slots, first * kept + slot * hidden, count, run, kept);
@@ -904,6 +915,10 @@ impl<C: Cell> Recurrent<C> {
                     column_sum(recurrent_part, gate * hidden, bias.grad())?;
                 }
             }
+            if let (Some(dropped), Some(key), Some(weight)) = (dropped, pass.key, &weights.weight_hh) {
+                let dropped = self.drop_weights(&dropped, key, pass.index)?;
+                column_sum(Matrix::new(&dropped, 1, gates * width), 0, weight.grad())?;
+            }
             if let (Some(weight_hr), Some((_, douts))) = (&weights.weight_hr, &gradients.output) {
                 // The cell's own outputs: the states after each step.
                 let m = Matrix::window(&tape.states, (rows - before + first) * hidden, count, hidden, hidden);
@@ -914,17 +929,29 @@ impl<C: Cell> Recurrent<C> {
                 }
             }
         }
-        if let (Some(dropped), Some(key), Some(weight)) = (dropped, pass.key, &weights.weight_hh) {
-            let dropped = self.drop_weights(&dropped, key, pass.index)?;
-            column_sum(Matrix::new(&dropped, 1, gates * width), 0, weight.grad())?;
+        Ok(())
+    }
+
+    /// Room for the sums of each layer and direction over a batch, zeros: see [`Plan::sums_at`]; empty where there are none.
+    fn new_sums(&self, rows: usize) -> Result<Vec<Tensor>> {
+        let plan = self.plan([1, rows], Window { start: 0, total: 1 }, 0, None, None);
+        match plan.sums_len(&self.config.cell) {
+            0 => Ok(Vec::new()),
+            len => self.weights.iter().map(|_| Tensor::zeros(&self.device, [len])).collect(),
         }
-        if let Some((at, tiles)) = plan.sums_at(cell) {
-            let (extras, line) = (cell.extras() * hidden, (cell.extras() + 1) * hidden);
+    }
+
+    /// Adds the sums of all steps to the gradients that they are of.
+    fn add_sums(&self, sums: &[Tensor]) -> Result<()> {
+        let (extras, hidden) = (self.config.cell.extras() * self.config.hidden, self.config.hidden);
+        for (weights, sums) in self.weights.iter().zip(sums) {
+            let line = extras + hidden;
+            let tiles = sums.len() / line;
             if let Some(extra) = &weights.extra {
-                column_sum(Matrix::window(&gradients.dstates, at, tiles, extras, line), 0, extra.grad())?;
+                column_sum(Matrix::window(sums, 0, tiles, extras, line), 0, extra.grad())?;
             }
             if let Some(clipped) = &weights.clipped {
-                column_sum(Matrix::window(&gradients.dstates, at + extras, tiles, hidden, line), 0, clipped)?;
+                column_sum(Matrix::window(sums, extras, tiles, hidden, line), 0, clipped)?;
             }
         }
         Ok(())

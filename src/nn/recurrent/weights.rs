@@ -96,6 +96,12 @@ impl Weights {
             .chain(initial)
     }
 
+    /// Numbers of each matrix that has a transposed copy.
+    pub fn transposable(&self) -> impl Iterator<Item = usize> {
+        let matrices = [Some(&self.weight_ih), self.weight_hh.as_ref(), self.weight_hr.as_ref()];
+        matrices.into_iter().flatten().map(|param| param.value().len())
+    }
+
     /// I of this layer.
     pub fn inputs(&self) -> usize {
         self.weight_ih.value().shape()[1]
