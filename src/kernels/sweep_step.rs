@@ -572,7 +572,7 @@ fn native_backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'
     let (dstates, all_sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
     let (slots, dstates) = (&Shared::new(&mut slots), &Shared::new(dstates));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
-    let runs = recurrent_runs(cell);
+    let runs = recurrent_runs(cell, false);
     let sums_of_parts = Mutex::new(Vec::new());
     // Rows never meet: a part runs through all of its steps without waiting for another.
     for_parts(rows, plan.parts::<C>(steps.len()), |first, count| {
