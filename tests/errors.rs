@@ -11,8 +11,8 @@ use common::{adapters, devices};
 use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
-    Context, Direction, Dropout, EmbeddingConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig, LstmState,
-    MaxOverTime, MeanOverTime, Module, Output, Param, Residual, Sequential, Skip, State, Tape, Value,
+    Context, Direction, Dropout, EmbeddingConfig, GruConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig,
+    LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, Sequential, Skip, State, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
@@ -188,12 +188,20 @@ fn configurations() -> Result<()> {
         lstm(t, LstmConfig::new(4, 4).forget_bias(f32::NAN), text);
         let text = "lstm.init: forget_bias is given, expected biases, which bias(false) removed";
         lstm(t, LstmConfig::new(4, 4).bias(false).forget_bias(1.0), text);
+        for (p, given) in [(1.0, "1"), (-0.5, "-0.5"), (f32::NAN, "NaN")] {
+            let text = format!("lstm.init: recurrent_dropout is {given}, expected in [0, 1)");
+            lstm(t, LstmConfig::new(4, 4).recurrent_dropout(p), &text);
+        }
         // Refused before a number is drawn.
         for (input, hidden) in [(usize::MAX, 4), (4, usize::MAX), (1 << 40, 1 << 40)] {
             let shape = [hidden.saturating_mul(4), input];
             let text = format!("Tensor.zeros: shape is {shape:?}, expected at most 4278190335 elements");
             lstm(t, LstmConfig::new(input, hidden), &text);
         }
+        let both = GruConfig::new(4, 4).reset(Reset::BeforeProduct).recurrent_dropout(0.5);
+        let text =
+            "gru.init: recurrent_dropout with Reset::BeforeProduct: whether the mask acts before or after the reset gate ..";
+        t.row(|| both.init(device, &mut Rng::seed(0)), Unsupported, text);
         for (vocabulary, width, name) in [(0, 4, "vocabulary"), (4, 0, "width")] {
             let text = format!("embedding.init: {name} is 0, expected at least 1");
             t.row(|| EmbeddingConfig::new(vocabulary, width).init(device, &mut Rng::seed(0)), Argument, text);
@@ -269,6 +277,9 @@ fn recurrent_layers() -> Result<()> {
 
         let dropping = LstmConfig::new(3, 4).layers(2).dropout(0.5).init(device, rng)?;
         let text = "lstm.forward_train: key is not given, expected a MaskKey, which dropout 0.5 needs";
+        t.row(|| dropping.forward_train(&x, None), Argument, text);
+        let dropping = GruConfig::new(3, 4).recurrent_dropout(0.5).init(device, rng)?;
+        let text = "gru.forward_train: key is not given, expected a MaskKey, which recurrent_dropout 0.5 needs";
         t.row(|| dropping.forward_train(&x, None), Argument, text);
 
         let tape = || lstm.forward_train(&x, None).map(|(.., tape)| tape);

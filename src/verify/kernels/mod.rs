@@ -6,6 +6,7 @@
 
 mod bptt;
 mod dropout;
+mod gates;
 mod harness;
 mod layers;
 mod losses;
@@ -65,6 +66,8 @@ pub fn all() -> Vec<KernelCheck> {
         ("elementwise", pooling::elementwise),
         ("columns", pooling::columns),
         ("sample", sample::sample),
+        ("gate_mask", gates::gate_mask),
+        ("gru_reset", gates::gru_reset),
         ("lstm_sweep", sweeps::lstm_sweep),
         ("lstm_layers", layers::lstm_layers),
         ("lstm_properties", layers::lstm_properties),
