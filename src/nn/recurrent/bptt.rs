@@ -118,14 +118,13 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let dx = if self.needs_dx || config.layers > 1 { lines * config.input.max(layer.output()) } else { 0 };
         let douts = if config.output.is_some() { lines * width } else { 0 };
         let carried = (C::State::LEN * rows + rows.div_ceil(4) * (config.cell.extras() + 1)) * hidden;
+        // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
+        let split = config.output.is_some() || config.cell.gated().is_some() || config.recurrent_dropout > 0.0;
+        let product = if split { rows * gates } else { 0 };
+        let masked = if config.recurrent_dropout > 0.0 { time_block(rows).min(segment) * rows * width } else { 0 };
         let head = lines * layer.output();
-        let backward = dx + douts + carried + copies * lines * layer.output();
+        let backward = dx + douts + carried + masked + copies * lines * layer.output();
         let whole = if self.needs_dx { steps * rows * config.input } else { 0 };
-        // Steps apart from their products have a buffer for one; masks on what the products see have copies of it.
-        let masked = config.recurrent_dropout > 0.0;
-        let split = config.output.is_some() || config.cell.gated().is_some() || masked;
-        let product =
-            if split { rows * gates } else { 0 } + if masked { time_block(rows).min(segment) * rows * width } else { 0 };
         let words =
             weights + dropped + (segments + 3) * state + tape + lines * layer.output() + head.max(backward) + whole + product;
         4 * words as u64
