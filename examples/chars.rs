@@ -26,7 +26,7 @@ use gatefold::{Batch, CrossEntropy, Device, Ids, Rng, Tensor, Trainer, optim::Ad
 const SOURCES: &[&str] = &[
     include_str!("../src/backend/adapter.rs"),
     include_str!("../src/backend/gpu.rs"),
-    include_str!("../src/nn/recurrent.rs"),
+    include_str!("../src/nn/recurrent/mod.rs"),
     include_str!("../src/nn/linear.rs"),
     include_str!("../src/nn/embedding.rs"),
     include_str!("../src/nn/sequential.rs"),

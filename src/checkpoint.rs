@@ -9,6 +9,7 @@ use std::path::Path;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::nn::Param;
 use crate::tensor::Tensor;
@@ -78,6 +79,20 @@ pub(crate) fn read(op: &str, path: &Path) -> Result<File> {
 }
 
 impl File {
+    /// The same tensors under the names that `name_of` gives them, without those to which it gives none.
+    fn rename(self, op: &str, path: &Path, name_of: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let mut entries = BTreeMap::<String, Entry>::new();
+        for (name, entry) in self.entries {
+            let Some(meant) = name_of(&name) else { continue };
+            if let Some(first) = entries.get(&meant) {
+                let what = format!("{}: {} and {name} are both meant for {meant}", path.display(), first.name);
+                return Err(Error::format(op, what));
+            }
+            entries.insert(meant, entry);
+        }
+        Ok(Self { entries, ..self })
+    }
+
     /// Takes the tensors named and shaped as `wanted`, all or none. Every one that is missing, has another shape or type,
     /// or that nobody wants is named in the error.
     pub fn take(mut self, op: &str, path: &Path, wanted: &[(String, Vec<usize>)]) -> Result<Vec<Vec<f32>>> {
@@ -120,15 +135,60 @@ pub(crate) fn write_params(path: &Path, params: &[(String, &Param)], metadata: &
     write("Module.save", path, &entries, metadata)
 }
 
-pub(crate) fn read_params(path: &Path, params: &[(String, &Param)]) -> Result<Metadata> {
-    let op = "Module.load";
-    let file = read(op, path)?;
+pub(crate) fn read_params(
+    op: &str,
+    path: &Path,
+    params: &[(String, &Param)],
+    name_of: impl Fn(&str) -> Option<String>,
+) -> Result<Metadata> {
+    let file = read(op, path)?.rename(op, path, name_of)?;
     let metadata = file.metadata.clone();
     let wanted: Vec<_> = params.iter().map(|(name, param)| (name.clone(), param.value().shape().to_vec())).collect();
     for ((_, param), values) in params.iter().zip(file.take(op, path, &wanted)?) {
         param.set(&values)?;
     }
     Ok(metadata)
+}
+
+/// The text that says how many tensors each layer has in a file of states.
+const STATE: &str = "gatefold.state";
+
+/// Writes the states of layers, `1.0`, `1.1`, .. being those of layer 1.
+pub(crate) fn write_state(path: &Path, layers: &[Vec<Tensor>]) -> Result<()> {
+    let mut entries = Vec::new();
+    for (layer, tensors) in layers.iter().enumerate() {
+        for (index, tensor) in tensors.iter().enumerate() {
+            entries.push(Entry::of_tensor(format!("{layer}.{index}"), tensor)?);
+        }
+    }
+    let counts: Vec<usize> = layers.iter().map(Vec::len).collect();
+    let metadata = Metadata::from([(STATE.to_owned(), serde_json::json!(counts).to_string())]);
+    write("State.save", path, &entries, &metadata)
+}
+
+pub(crate) fn read_state(device: &Device, path: &Path) -> Result<Vec<Vec<Tensor>>> {
+    let op = "State.load";
+    let file = read(op, path)?;
+    let wrong = |what: String| Error::format(op, format!("{}: {what}", path.display()));
+    let text = file.metadata.get(STATE).ok_or_else(|| wrong(format!("{STATE} is missing: not a state's file")))?;
+    let counts: Vec<usize> =
+        serde_json::from_str(text).map_err(|error| wrong(format!("{STATE} is {text}: {error}")).with_source(error))?;
+    let given = file.entries.len();
+    // Before as many names are made.
+    if counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count)) != Some(given) {
+        return Err(wrong(format!("{STATE} is {text}, expected as many tensors as there are: {given}")));
+    }
+    let names = counts.iter().enumerate().flat_map(|(layer, count)| (0..*count).map(move |index| format!("{layer}.{index}")));
+    let with_shape = |name: String| {
+        let shape = file.entries.get(&name).map_or(Vec::new(), |entry| entry.shape.clone());
+        (name, shape)
+    };
+    let wanted: Vec<_> = names.map(with_shape).collect();
+    let mut values = file.take(op, path, &wanted)?.into_iter().zip(wanted);
+    let mut upload = |count: usize| -> Result<Vec<Tensor>> {
+        values.by_ref().take(count).map(|(values, (_, shape))| Tensor::upload(op, device, &values, shape)).collect()
+    };
+    counts.into_iter().map(&mut upload).collect()
 }
 
 /// The texts of a checkpoint, without its tensors: to read a vocabulary before the model is built.

@@ -8,10 +8,10 @@ use anyhow::{Result, ensure};
 use common::devices;
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::data::Vocabulary;
-use gatefold::nn::{Direction, Dropout, EmbeddingConfig, LinearConfig, Lstm, LstmConfig, Module, Sequential};
+use gatefold::nn::{Direction, Dropout, EmbeddingConfig, LinearConfig, Lstm, LstmConfig, Module, Sequential, State};
 use gatefold::optim::AdamW;
 use gatefold::verify::{Comparison, case_file};
-use gatefold::{CrossEntropy, Device, Rng, Tensor, Trainer};
+use gatefold::{CrossEntropy, Device, Ids, Rng, Tensor, Trainer};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
@@ -122,6 +122,61 @@ fn round_trips_are_exact_and_names_are_pytorchs() -> Result<()> {
     }
     expected.sort();
     assert_eq!(names, expected);
+    Ok(())
+}
+
+#[test]
+fn files_with_other_names_load() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.safetensors");
+    let (device, file) = (Device::cpu(), format!("{FIXTURES}/torch_lstm_state_dict.safetensors"));
+    let expected = lstm(&device, 1)?;
+    expected.load(&file)?;
+    let named = Sequential::new()
+        .push_named("encoder", lstm(&device, 2)?)?
+        .push(Dropout::new(0.5)?)
+        .push_named("head", LinearConfig::new(10, 2).init(&device, &mut Rng::seed(3))?)?;
+    let names: Vec<String> = named.params().into_iter().map(|(name, _)| name).collect();
+    assert_eq!((names[0].as_str(), names[16].as_str()), ("encoder.weight_ih_l0", "head.weight"));
+    named.save(&path)?;
+    // Out of a larger file, a part.
+    let part = lstm(&device, 4)?;
+    part.load_mapped(&path, |name| name.strip_prefix("encoder.").map(str::to_owned))?;
+    assert_eq!(bits(&part)?, bits(&lstm(&device, 2)?)?);
+    // Under another prefix.
+    let encoder = Sequential::new().push_named("encoder", lstm(&device, 5)?)?;
+    encoder.load_mapped(&file, |name| Some(format!("encoder.{name}")))?;
+    assert_eq!(bits(&encoder)?, bits(&expected)?);
+    Ok(())
+}
+
+#[test]
+fn states_travel_between_devices() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let devices = devices()?;
+    for (device, other) in devices.iter().zip(devices.iter().cycle().skip(1)) {
+        let run = |device: &Device, state: Option<&State>| -> Result<(Vec<f32>, State)> {
+            let (y, state) = model(device, 1)?.forward(Ids::from_slice(device, &[1, 2, 3, 4, 5, 6], [3, 2])?, state)?;
+            Ok((y.to_vec()?, state))
+        };
+        let (_, state) = run(device, None)?;
+        state.save(&path)?;
+        let loaded = State::load(other, &path)?;
+        for layer in 0..5 {
+            let (saved, loaded) = (state.layer(layer), loaded.layer(layer));
+            assert_eq!((saved.len(), loaded.len()), if layer == 1 { (2, 2) } else { (0, 0) });
+            for (saved, loaded) in saved.iter().zip(loaded) {
+                assert_eq!(saved.shape(), loaded.shape());
+                let [saved, loaded] = [saved.to_vec()?, loaded.to_vec()?];
+                assert!(saved.iter().zip(&loaded).all(|(a, b)| a.to_bits() == b.to_bits()), "{device:?} to {other:?}");
+            }
+        }
+        let (next, there) = (run(device, Some(&state))?.0, run(other, Some(&loaded))?.0);
+        let next: Vec<f64> = next.into_iter().map(f64::from).collect();
+        let comparison = Comparison::new("y", &there, &next, 1e-5);
+        ensure!(comparison.passes(), "{device:?} to {other:?}: {comparison:?}");
+    }
     Ok(())
 }
 

@@ -11,8 +11,8 @@ use common::{adapters, devices};
 use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
-    Context, Direction, Dropout, EmbeddingConfig, Input, LastStep, Layer, LinearConfig, LstmConfig, LstmState, Module, Output,
-    Param, Sequential, Tape, Value,
+    Context, Direction, Dropout, EmbeddingConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig, LstmState,
+    MaxOverTime, MeanOverTime, Module, Output, Param, Residual, Sequential, Skip, State, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
@@ -72,7 +72,7 @@ const NOTHING: &str = "nothing counts: every target is ignored or past its row's
 
 #[test]
 fn tensors() -> Result<()> {
-    everywhere(|t, device, _| {
+    everywhere(|t, device, other| {
         let data = &[1.0; 5];
         t.row(
             || Tensor::from_slice(device, data, [2, 3]),
@@ -108,6 +108,29 @@ fn tensors() -> Result<()> {
         t.row(|| Lengths::from_slice(device, &[]), Argument, "Lengths.from_slice: shape is [0], expected every size at least 1");
         let param = Param::new("weight", device, &[0.0; 4], [2, 2])?;
         t.row(|| param.set(&[0.0; 3]), Argument, "Param.set: weight has shape [3], expected [2, 2]");
+
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        for shape in [vec![2], vec![3, 2], vec![1, 2, 3], vec![2, 1], vec![6]] {
+            let operand = Tensor::zeros(device, shape.clone())?;
+            let text = format!("other has shape {shape:?}, expected [2, 3] or its last dimensions");
+            t.row(|| six.add(&operand), Argument, format!("Tensor.add: {text}"));
+            t.row(|| six.mul(&operand), Argument, format!("Tensor.mul: {text}"));
+        }
+        let there = zeros(other, [2, 3])?;
+        t.row(|| six.add(&there), DeviceMismatch, format!("Tensor.add: other {elsewhere}"));
+        t.row(|| six.mul(&there), DeviceMismatch, format!("Tensor.mul: other {elsewhere}"));
+        for shape in [vec![2], vec![4], vec![2, 3], vec![2, 2, 1]] {
+            let gradient = Tensor::zeros(device, shape.clone())?;
+            let text =
+                format!("gradient has shape {shape:?}, expected [2, 2] (that of weight), or this behind further dimensions");
+            t.row(|| param.accumulate(&gradient), Argument, format!("Param.accumulate: {text}"));
+        }
+        let there = zeros(other, [2, 2])?;
+        t.row(|| param.accumulate(&there), DeviceMismatch, format!("Param.accumulate: gradient {elsewhere}"));
+        let text =
+            "Param.accumulate: gradient is the memory of weight, expected a tensor of its own (Tensor.to_device makes a copy)";
+        t.row(|| param.accumulate(param.grad()), Argument, text);
+        t.row(|| param.accumulate(param.value()), Argument, text);
         Ok(())
     })
 }
@@ -354,6 +377,80 @@ fn other_layers() -> Result<()> {
         t.row(|| LastStep.backward(tape()?, &dy, true), Argument, text);
         let text = format!("last_step.backward: dy {elsewhere}");
         t.row(|| LastStep.backward(tape()?, &zeros(other, [1, 4])?, true), DeviceMismatch, text);
+
+        let pools: [&dyn Layer; 3] = [&MeanOverTime, &MaxOverTime, &LastState::new(Direction::Both)];
+        let there = Lengths::from_slice(other, &[1])?;
+        let elsewhere_ragged = Context { lengths: Some(&there), ..Context::default() };
+        for layer in pools {
+            let (kind, none) = (layer.kind(), Context::default());
+            let text = format!("{kind}.forward: x has shape [5, 3], expected [seq, batch, features]");
+            t.row(|| layer.forward(&Value::from(&x), &none), Argument, text);
+            let text = format!("{kind}.forward: x is token ids, expected numbers [.., features] (an Embedding makes them)");
+            t.row(|| layer.forward(&Value::from(&ids), &none), Argument, text);
+            let text = format!("{kind}.forward: lengths[0] is 3, expected at most the 2 steps of the batch");
+            t.row(|| layer.forward_train(&Value::from(&dy), &ragged), Argument, text);
+            let text = format!("{kind}.forward: lengths {elsewhere}");
+            t.row(|| layer.forward_train(&Value::from(&dy), &elsewhere_ragged), DeviceMismatch, text);
+            let tape = || layer.forward_train(&Value::from(&dy), &none).map(|(_, tape)| tape);
+            let text = format!("{kind}.backward: dy has shape [2, 1, 4], expected [batch, features] = [1, 4]");
+            t.row(|| layer.backward(tape()?, &dy, true), Argument, text);
+            let text = format!("{kind}.backward: dy {elsewhere}");
+            t.row(|| layer.backward(tape()?, &zeros(other, [1, 4])?, true), DeviceMismatch, text);
+            let text = "last_step.backward: tape is of another layer, expected the tape of this layer's forward_train";
+            t.row(|| LastStep.backward(tape()?, &zeros(device, [1, 4])?, true), Argument, text);
+            let text = format!("{kind}.step: this layer cannot stream: it has no single step");
+            t.row(|| layer.step(&Value::from(&x), &none), Unsupported, text);
+        }
+        let text = "last_state.forward: x has shape [2, 1, 3], expected [seq, batch, 2 * hidden]";
+        let odd = Value::from(zeros(device, [2, 1, 3])?);
+        t.row(|| LastState::new(Direction::Both).forward(&odd, &Context::default()), Argument, text);
+        Ok(())
+    })
+}
+
+#[test]
+fn layers_around_layers() -> Result<()> {
+    everywhere(|t, device, other| {
+        let rng = &mut Rng::seed(0);
+        let none = Context::default();
+        let (x, there) = (zeros(device, [2, 1, 3])?, zeros(other, [2, 1, 3])?);
+        let ids = Value::from(Ids::from_slice(device, &[0, 4], [2, 1])?);
+        let mut linear = |to: usize| LinearConfig::new(3, to).init(device, rng);
+        let (narrow, same) = (Residual::new(linear(2)?), Residual::new(linear(3)?));
+        let (skip, shorter) = (Skip::new(linear(2)?), Skip::new(LastStep));
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+
+        let text = "f(x) has shape [2, 1, 2], expected the shape of x = [2, 1, 3]";
+        t.row(|| narrow.forward(&Value::from(&x), &none), Argument, format!("residual.forward: {text}"));
+        t.row(|| narrow.forward_train(&Value::from(&x), &none), Argument, format!("residual.forward_train: {text}"));
+        t.row(|| narrow.step(&Value::from(&x), &none), Argument, format!("residual.step: {text}"));
+        let text = "f(x) has shape [1, 3], expected the shape of x [2, 1, 3] up to the last size";
+        t.row(|| shorter.forward(&Value::from(&x), &none), Argument, format!("skip.forward: {text}"));
+        t.row(|| shorter.forward_train(&Value::from(&x), &none), Argument, format!("skip.forward_train: {text}"));
+        let layers: [&dyn Layer; 2] = [&same, &skip];
+        for layer in layers {
+            let kind = layer.kind();
+            let text = "x is token ids, expected numbers [.., features] (an Embedding makes them)";
+            t.row(|| layer.forward(&ids, &none), Argument, format!("{kind}.forward: {text}"));
+            t.row(|| layer.forward_train(&ids, &none), Argument, format!("{kind}.forward_train: {text}"));
+            t.row(|| layer.step(&ids, &none), Argument, format!("{kind}.step: {text}"));
+            t.row(|| layer.forward(&Value::from(&there), &none), DeviceMismatch, format!("linear.forward: x {elsewhere}"));
+            let text = format!("{kind}.backward: tape is of another layer, expected the tape of this layer's forward_train");
+            t.row(|| layer.backward(Tape::new(()), &x, true), Argument, text);
+            let tape = || layer.forward_train(&Value::from(&x), &none).map(|(_, tape)| tape);
+            let text = format!("{kind}.backward: dy has shape [1, 3], expected ..");
+            t.row(|| layer.backward(tape()?, &zeros(device, [1, 3])?, true), Argument, text);
+        }
+        let dy_there = zeros(other, [2, 1, 5])?;
+        let text = format!("linear.backward: dy {elsewhere}");
+        t.row(|| same.backward(same.forward_train(&Value::from(&x), &none)?.1, &there, true), DeviceMismatch, &text);
+        t.row(|| skip.backward(skip.forward_train(&Value::from(&x), &none)?.1, &dy_there, true), DeviceMismatch, &text);
+        let text = "the layer inside (no_gradient) gives no gradient of x";
+        let stuck: [(&dyn Layer, _); 2] = [(&Residual::new(NoGradient), 3), (&Skip::new(NoGradient), 6)];
+        for (layer, width) in stuck {
+            let back = || layer.backward(layer.forward_train(&Value::from(&x), &none)?.1, &zeros(device, [2, 1, width])?, true);
+            t.row(back, Unsupported, format!("{}.backward: {text}", layer.kind()));
+        }
         Ok(())
     })
 }
@@ -406,6 +503,33 @@ fn layers_in_a_row() -> Result<()> {
         let (y, _, tape) = linear_last.forward_train(&x, Input::new().key(key))?;
         let text = "lstm.backward: tape is of another layer, expected the tape of this layer's forward_train";
         t.row(|| linear_first.backward(tape, &y), Argument, text);
+
+        // A row inside another one.
+        let text = "sequential.forward: state is 2 tensors, expected 0 tensors";
+        let inner = Sequential::new().push(LinearConfig::new(3, 3).init(device, rng)?);
+        let outer = Sequential::new().push(Residual::new(inner));
+        let two = State::new(vec![vec![x.clone(), x.clone()]]);
+        t.row(|| outer.forward(&x, &two), Argument, text);
+        t.row(|| outer.forward_train(&x, &two), Argument, text);
+        t.row(|| outer.step(&x, &two), Argument, "sequential.step: state is 2 tensors, expected 0 tensors");
+        t.row(|| outer.step(&x, &State::new(Vec::new())), Argument, "sequential.step: state is of 0 layers, expected 1");
+        let pooled = Sequential::new().push(Dropout::new(0.5)?).push(Skip::new(LastStep));
+        let text = "last_step.step: this layer cannot stream: it has no single step";
+        t.row(|| pooled.step(&zeros(device, [1, 3])?, None), Unsupported, text);
+
+        let named = |names: [&str; 2]| -> gatefold::Result<Sequential> {
+            let first = Sequential::new().push(Dropout::new(0.5)?).push_named(names[0], LastStep)?;
+            first.push_named(names[1], LastStep)
+        };
+        assert!(named(["encoder", "head"]).is_ok());
+        let text = "sequential.push_named: name is \"encoder\", expected a name that no other layer has";
+        t.row(|| named(["encoder", "encoder"]), Argument, text);
+        t.row(|| named(["0", "head"]), Argument, "sequential.push_named: name is \"0\", expected a name that no other layer has");
+        for name in ["", "7", "a.b"] {
+            let text = "a name without dots, not empty, not a number";
+            let text = format!("sequential.push_named: name is {name:?}, expected {text}");
+            t.row(|| named([name, "head"]), Argument, text);
+        }
         Ok(())
     })
 }
@@ -773,6 +897,37 @@ fn checkpoint_files() -> Result<()> {
     }
     let after: Vec<Vec<f32>> = linear.params().iter().map(|(_, p)| p.value().to_vec()).collect::<Result<_, _>>()?;
     assert_eq!(before, after, "a refused file changes nothing");
+
+    // Other names.
+    let text = |what: &str| format!("Module.load_mapped: {}: {what}", whole.display());
+    let what = "bias and weight are both meant for weight";
+    t.row(|| linear.load_mapped(&whole, |_| Some("weight".into())), Format, text(what));
+    let what = "weight is missing; bias is missing; 0.bias is unexpected; 0.weight is unexpected";
+    t.row(|| linear.load_mapped(&whole, |name| Some(format!("0.{name}"))), Format, text(what));
+    let only = |name: &str| (name == "weight").then(|| name.to_owned());
+    t.row(|| linear.load_mapped(&whole, only), Format, text("bias is missing"));
+    t.row(|| linear.load_mapped(path("absent"), |_| None), Io, format!("Module.load_mapped: {}: ..", path("absent").display()));
+
+    // Files of states.
+    let text = |path: &std::path::Path, what: &str| format!("State.load: {}: {what}", path.display());
+    t.row(|| State::load(&device, path("absent")), Io, text(&path("absent"), ".."));
+    t.row(|| State::load(&device, &whole), Format, text(&whole, "gatefold.state is missing: not a state's file"));
+    let two = Parts::from([("0.0", (f32s, vec![2])), ("2.0", (f32s, vec![3, 1]))]);
+    for (counts, what) in [
+        ("{}", "gatefold.state is {}: .."),
+        ("[1,0,-1]", "gatefold.state is [1,0,-1]: .."),
+        ("[1,0,2]", "gatefold.state is [1,0,2], expected as many tensors as there are: 2"),
+        ("[18446744073709551615,3]", "gatefold.state is [18446744073709551615,3], expected as many tensors as there are: 2"),
+        ("[1,1]", "1.0 is missing; 2.0 is unexpected"),
+    ] {
+        write(&odd, &two, Some(&Metadata::from([("gatefold.state".into(), counts.into())])))?;
+        t.row(|| State::load(&device, &odd), Format, text(&odd, what));
+    }
+    let ids = Parts::from([("0.0", (Dtype::I64, vec![2]))]);
+    write(&odd, &ids, Some(&Metadata::from([("gatefold.state".into(), "[1]".into())])))?;
+    t.row(|| State::load(&device, &odd), Format, text(&odd, "0.0 has type I64, expected F32, F16 or BF16"));
+    let state = State::new(vec![vec![zeros(&device, [1])?]]);
+    t.row(|| state.save(folder.path()), Io, format!("State.save: {}: ..", folder.path().display()));
 
     // A trainer's files.
     let make = |rule: Rule| {

@@ -6,8 +6,8 @@ mod common;
 use anyhow::{Context as _, Result, ensure};
 use common::{adapters, devices};
 use gatefold::nn::{
-    Context, Direction, Dropout, EmbeddingConfig, Input, LastStep, Layer, LinearConfig, LstmConfig, Module, Output, Param,
-    Sequential, Tape, Value,
+    Context, Direction, Dropout, EmbeddingConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig, MaxOverTime,
+    MeanOverTime, Module, Output, Param, Residual, Sequential, Skip, State, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::verify::{Comparison, case_file, oracle};
@@ -343,6 +343,175 @@ fn gradients_add_up_until_a_step_or_zero_grad() -> Result<()> {
     Ok(())
 }
 
+/// A layer of an application's own, from public arithmetic alone: y = gain * x + shift + counter. Its state, the counter,
+/// goes up by one a call.
+struct Affine {
+    gain: Param,
+    shift: Param,
+}
+
+impl Affine {
+    fn new(device: &Device, features: usize) -> Result<Self> {
+        let values: Vec<f32> = (0..features).map(|at| at as f32 - 1.5).collect();
+        Ok(Self {
+            gain: Param::new("gain", device, &values, [features])?,
+            shift: Param::new("shift", device, &vec![0.5; features], [features])?,
+        })
+    }
+}
+
+impl Module for Affine {
+    fn params(&self) -> Vec<(String, &Param)> {
+        vec![("gain".into(), &self.gain), ("shift".into(), &self.shift)]
+    }
+
+    fn params_mut(&mut self) -> Vec<(String, &mut Param)> {
+        vec![("gain".into(), &mut self.gain), ("shift".into(), &mut self.shift)]
+    }
+}
+
+impl Layer for Affine {
+    fn kind(&self) -> &'static str {
+        "affine"
+    }
+
+    fn state_len(&self) -> usize {
+        1
+    }
+
+    fn forward(&self, x: &Value, context: &Context<'_>) -> gatefold::Result<Output> {
+        let y = x.numbers("affine")?.mul(self.gain.value())?.add(self.shift.value())?;
+        let one = Tensor::from_slice(y.device(), &[1.0], [1])?;
+        match context.state {
+            [] => Ok(Output { y, state: vec![one] }),
+            [counter, ..] => {
+                let rows = Tensor::from_slice(y.device(), &vec![1.0; y.len()], y.shape())?.reshape([y.len(), 1])?;
+                let counters = rows.mul(counter)?.reshape(y.shape())?;
+                Ok(Output { y: y.add(&counters)?, state: vec![counter.add(&one)?] })
+            }
+        }
+    }
+
+    fn forward_train(&self, x: &Value, context: &Context<'_>) -> gatefold::Result<(Output, Tape)> {
+        Ok((self.forward(x, context)?, Tape::new(x.numbers("affine")?.clone())))
+    }
+
+    fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> gatefold::Result<Option<Tensor>> {
+        let x: Tensor = tape.open("affine")?;
+        self.gain.accumulate(&x.mul(dy)?)?;
+        self.shift.accumulate(dy)?;
+        needs_dx.then(|| dy.mul(self.gain.value())).transpose()
+    }
+
+    fn step(&self, x: &Value, context: &Context<'_>) -> gatefold::Result<Output> {
+        self.forward(x, context)
+    }
+}
+
+/// Central differences of what each layer itself computes, for every number of x and of the parameters.
+#[test]
+fn gradients_of_layers_are_their_differences() -> Result<()> {
+    const STEP: f32 = 1e-2;
+    let shape @ [_, batch, width] = [4, 3, 4];
+    let lengths = [4, 0, 2];
+    let key = MaskKey::new(1, 2);
+    for device in devices()? {
+        let mut rng = Rng::seed(31);
+        let r = &mut rng;
+        let ragged = Lengths::from_slice(&device, &lengths)?;
+        let lstm = |r: &mut Rng, hidden: usize, direction: Direction| {
+            LstmConfig::new(width, hidden).direction(direction).init(&device, r)
+        };
+        let linear = |r: &mut Rng, from: usize, to: usize| LinearConfig::new(from, to).init(&device, r);
+        let row = Sequential::new;
+        let block = row().push(lstm(r, 3, Direction::Both)?).push(Dropout::new(0.4)?).push(linear(r, 6, width)?);
+        let inner = row().push(linear(r, width, width)?).push(Residual::new(Affine::new(&device, width)?));
+        let layers = [
+            ("linear", row().push(linear(r, width, 3)?)),
+            ("lstm", row().push(lstm(r, 3, Direction::Both)?)),
+            ("affine", row().push(Affine::new(&device, width)?)),
+            ("last_step", row().push(LastStep)),
+            ("last_state, forward", row().push(LastState::new(Direction::Forward))),
+            ("last_state, reverse", row().push(LastState::new(Direction::Reverse))),
+            ("last_state, both", row().push(LastState::new(Direction::Both))),
+            ("mean_over_time", row().push(MeanOverTime)),
+            ("max_over_time", row().push(MaxOverTime)),
+            ("residual", row().push(Residual::new(block))),
+            ("residual in residual", row().push(Residual::new(inner))),
+            ("skip", row().push(Skip::new(lstm(r, 3, Direction::Forward)?)).push(linear(r, width + 3, 2)?)),
+            ("many to one", row().push(lstm(r, 3, Direction::Both)?).push(MeanOverTime).push(linear(r, 6, 2)?)),
+        ];
+        // Further apart than a difference reaches: the largest stays the largest.
+        let mut order: Vec<usize> = (0..shape.iter().product()).collect();
+        r.shuffle(&mut order);
+        let plain: Vec<f32> = order.iter().map(|at| 0.05 * (*at as f32 - 23.5)).collect();
+        for (name, model) in &layers {
+            for lengths in [None, Some(&ragged)] {
+                let what = format!("{device:?}: {name}{}", if lengths.is_some() { ", ragged" } else { "" });
+                let pools = ["last_", "mean_", "max_"].iter().any(|start| name.starts_with(start));
+                let mut x = plain.clone();
+                // Of what a pooling layer gets past a row's end, not even NaN matters.
+                for (at, x) in x.iter_mut().enumerate().filter(|_| pools && lengths.is_some()) {
+                    let (step, row) = (at / (batch * width), at / width % batch);
+                    *x = if step < ragged.to_vec()[row] as usize { *x } else { f32::NAN };
+                }
+                let context = Context { lengths, key: Some(key), ..Context::default() };
+                let forward = |x: &[f32]| -> Result<(Tensor, Tape)> {
+                    let x = Tensor::from_slice(&device, x, shape)?;
+                    let (output, tape) = Layer::forward_train(model, &Value::from(x), &context)?;
+                    Ok((output.y, tape))
+                };
+                let (y, tape) = forward(&x)?;
+                let direction = normals(&mut Rng::seed(7), y.len());
+                let loss = |x: &[f32]| -> Result<f64> {
+                    Ok(forward(x)?.0.to_vec()?.iter().zip(&direction).map(|(y, w)| f64::from(*y) * f64::from(*w)).sum())
+                };
+                model.zero_grad()?;
+                let dy = Tensor::from_slice(&device, &direction, y.shape())?;
+                let dx = Layer::backward(model, tape, &dy, true)?.context("dx was asked for")?;
+                let moved = |values: &[f32], at: usize, by: f32| -> Vec<f32> {
+                    let mut values = values.to_vec();
+                    values[at] += by;
+                    values
+                };
+                let slope = |plus: f64, minus: f64| (plus - minus) / f64::from(2.0 * STEP);
+                let expected = (0..x.len()).map(|at| Ok(slope(loss(&moved(&x, at, STEP))?, loss(&moved(&x, at, -STEP))?)));
+                close(format!("{what}: dx"), &dx.to_vec()?, &expected.collect::<Result<Vec<_>>>()?, 1e-3)?;
+                for (name, param) in model.params() {
+                    let values = param.value().to_vec()?;
+                    let shifted = |at: usize, by: f32| -> Result<f64> {
+                        param.set(&moved(&values, at, by))?;
+                        loss(&x)
+                    };
+                    let expected = (0..values.len()).map(|at| Ok(slope(shifted(at, STEP)?, shifted(at, -STEP)?)));
+                    let expected = expected.collect::<Result<Vec<_>>>()?;
+                    param.set(&values)?;
+                    close(format!("{what}: gradient of {name}"), &param.grad().to_vec()?, &expected, 1e-3)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_layer_of_an_applications_own_trains() -> Result<()> {
+    let mut rng = Rng::seed(3);
+    let x = normals(&mut rng, 5 * 4 * 2);
+    let wanted: Vec<f32> = x.iter().enumerate().map(|(at, x)| if at % 2 == 0 { 2.0 * x - 1.0 } else { 3.0 - x }).collect();
+    for device in devices()? {
+        let model = Sequential::new().push_named("affine", Affine::new(&device, 2)?)?;
+        let mut trainer = Trainer::new(model, MeanSquaredError, Sgd::new(0.4))?;
+        let batch = Batch::new(Tensor::from_slice(&device, &x, [5, 4, 2])?, Tensor::from_slice(&device, &wanted, [5, 4, 2])?);
+        for _ in 0..100 {
+            trainer.step(&batch)?;
+        }
+        close(format!("{device:?}"), &weights(trainer.model())?, &[2.0, -1.0, -1.0, 3.0], 1e-4)?;
+        assert_eq!(trainer.model().params()[1].0, "affine.shift");
+    }
+    Ok(())
+}
+
 // ---- how a step runs ----
 
 #[test]
@@ -579,6 +748,84 @@ fn streaming_equals_a_whole_sequence() -> Result<()> {
         close(format!("{device:?}: y"), &outputs, &wide(&y.to_vec()?), 1e-6)?;
         close(format!("{device:?}: h"), &state.h.to_vec()?, &wide(&last.h.to_vec()?), 1e-6)?;
         close(format!("{device:?}: c"), &state.c.to_vec()?, &wide(&last.c.to_vec()?), 1e-6)?;
+    }
+    Ok(())
+}
+
+/// The layers that act on one step alone, inside others too, and the state of a layer inside.
+#[test]
+fn a_row_of_layers_streams() -> Result<()> {
+    for device in devices()? {
+        let rng = &mut Rng::seed(12);
+        let block = Sequential::new()
+            .push(LinearConfig::new(4, 4).init(&device, rng)?)
+            .push(Affine::new(&device, 4)?)
+            .push(Skip::new(LinearConfig::new(4, 3).init(&device, rng)?))
+            .push(Affine::new(&device, 7)?)
+            .push(LinearConfig::new(7, 4).init(&device, rng)?);
+        let model = Sequential::new()
+            .push(EmbeddingConfig::new(9, 4).init(&device, rng)?)
+            .push(Dropout::new(0.5)?)
+            .push_named("block", Residual::new(block))?
+            .push(Affine::new(&device, 4)?);
+        let ids = [3, 1, 4, 1, 5, 8];
+        let (mut stream, mut whole) = (None, None);
+        for ids in ids.chunks(2) {
+            // A sequence of one step each: the counters count calls.
+            let (y, state) = model.step(Ids::from_slice(&device, ids, [2])?, stream.as_ref())?;
+            let (expected, next) = model.forward(Ids::from_slice(&device, ids, [1, 2])?, whole.as_ref())?;
+            assert_eq!((y.shape(), expected.shape()), (&[2, 4][..], &[1, 2, 4][..]));
+            close(format!("{device:?}: y"), &y.to_vec()?, &wide(&expected.to_vec()?), 1e-6)?;
+            (stream, whole) = (Some(state), Some(next));
+        }
+        for state in [stream, whole] {
+            let state: State = state.context("three steps ran")?;
+            assert_eq!((state.layer(0).len(), state.layer(1).len(), state.layer(2).len(), state.layer(3).len()), (0, 0, 2, 1));
+            for counter in state.layer(2).iter().chain(state.layer(3)) {
+                assert_eq!(counter.item()?, 3.0, "{device:?}");
+            }
+        }
+        // What each layer gets of a state is its own.
+        let ids = Ids::from_slice(&device, &[3, 1], [2])?;
+        let answer = |counters: [f32; 3]| -> Result<Vec<f32>> {
+            let [a, b, c] = counters.map(|counter| Tensor::from_slice(&device, &[counter], [1]));
+            let state = State::new(vec![vec![], vec![], vec![a?, b?], vec![c?]]);
+            Ok(model.step(&ids, &state)?.0.to_vec()?)
+        };
+        let zeros = answer([0.0; 3])?;
+        let last = answer([0.0, 0.0, 2.0])?;
+        close(
+            format!("{device:?}: the last counter"),
+            &last,
+            &zeros.iter().map(|y| f64::from(*y) + 2.0).collect::<Vec<_>>(),
+            1e-6,
+        )?;
+        let (first, second) = (answer([1.0, 0.0, 0.0])?, answer([0.0, 1.0, 0.0])?);
+        assert!(first != second && first != zeros && second != zeros, "{device:?}");
+    }
+    Ok(())
+}
+
+/// From y alone the states that the layer itself gives, in each direction.
+#[test]
+fn last_state_is_the_layers_final_state() -> Result<()> {
+    let x = normals(&mut Rng::seed(5), 6 * 3 * 2);
+    for device in devices()? {
+        let x = Tensor::from_slice(&device, &x, [6, 3, 2])?;
+        let lengths = Lengths::from_slice(&device, &[6, 0, 3])?;
+        for (direction, directions) in [(Direction::Forward, 1), (Direction::Reverse, 1), (Direction::Both, 2)] {
+            let lstm = LstmConfig::new(2, 5).direction(direction).init(&device, &mut Rng::seed(1))?;
+            for lengths in [None, Some(&lengths)] {
+                let (y, state) = lstm.forward(&x, Input::new().lengths(lengths))?;
+                let context = Context { lengths, ..Context::default() };
+                let last = LastState::new(direction).forward(&Value::from(y), &context)?.y;
+                assert_eq!(last.shape(), [3, 5 * directions]);
+                let h = state.h.to_vec()?;
+                let at = |row: usize, column: usize| h[column / 5 * 15 + row * 5 + column % 5];
+                let expected: Vec<f32> = (0..15 * directions).map(|i| at(i / (5 * directions), i % (5 * directions))).collect();
+                assert_eq!(bits(&last.to_vec()?), bits(&expected), "{device:?} {direction:?} {lengths:?}");
+            }
+        }
     }
     Ok(())
 }

@@ -434,11 +434,7 @@ impl Gpu {
             module: &module,
             entry_point: Some(kernel.entry),
             // Zeroing would cost a store and a barrier; no shader reads workgroup memory that it did not write.
-            compilation_options: wgpu::PipelineCompilationOptions {
-                constants,
-                zero_initialize_workgroup_memory: false,
-                ..Default::default()
-            },
+            compilation_options: wgpu::PipelineCompilationOptions { constants, zero_initialize_workgroup_memory: false },
             cache: None,
         });
         Pipeline { pipeline, bind_group, bindings: kernel.bindings, uniform_size }

@@ -10,14 +10,17 @@ pub(crate) mod cell_gru;
 pub(crate) mod cell_lstm;
 pub(crate) mod cell_rnn;
 pub(crate) mod column_sum;
+pub(crate) mod columns;
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;
+pub(crate) mod elementwise;
 pub(crate) mod gather;
 pub(crate) mod gemm;
 pub(crate) mod math;
 pub(crate) mod mean_squared_error;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
+pub(crate) mod pooling;
 pub(crate) mod reduce;
 pub(crate) mod sample;
 pub(crate) mod sweep_split;
@@ -50,6 +53,16 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &gather::GATHER,
         &gather::SCATTER,
         &column_sum::COLUMN_SUM,
+        &columns::COPY_COLUMNS,
+        &elementwise::ADD,
+        &elementwise::MULTIPLY,
+        &elementwise::SCALE,
+        &pooling::MEAN,
+        &pooling::MEAN_BACKWARD,
+        &pooling::LAST,
+        &pooling::LAST_BACKWARD,
+        &pooling::MAX,
+        &pooling::MAX_BACKWARD,
         &cross_entropy::CROSS_ENTROPY,
         &mean_squared_error::MEAN_SQUARED_ERROR,
         &reduce::SUM,

@@ -120,4 +120,8 @@ impl Layer for Embedding {
         self.backward(&tape.open::<Ids>("embedding.backward")?, dy)?;
         Ok(None)
     }
+
+    fn step(&self, x: &Value, _: &Context<'_>) -> Result<Output> {
+        Ok(Output { y: self.forward(x.ids("embedding.step")?)?, state: Vec::new() })
+    }
 }

@@ -150,4 +150,8 @@ impl Layer for Linear {
         }
         self.backward(&x, dy, needs_dx)
     }
+
+    fn step(&self, x: &Value, _: &Context<'_>) -> Result<Output> {
+        Ok(Output { y: self.forward(x.numbers("linear.step")?)?, state: Vec::new() })
+    }
 }

@@ -6,8 +6,9 @@ mod embedding;
 mod encoder_decoder;
 mod linear;
 mod param;
+mod pooling;
 mod recurrent;
-mod select;
+mod residual;
 mod sequential;
 
 use std::any::Any;
@@ -22,11 +23,12 @@ pub use encoder_decoder::{
 pub use linear::{Linear, LinearConfig};
 pub(crate) use param::Version;
 pub use param::{Module, Param};
+pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
     Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig,
     RecurrentTape, Reset, Rnn, RnnConfig,
 };
-pub use select::LastStep;
+pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -200,7 +202,51 @@ impl std::fmt::Debug for Tape {
     }
 }
 
-/// A layer that [`Sequential`] can hold.
+/// A layer that [`Sequential`] can hold. An application may write its own:
+///
+/// ```
+/// # fn main() -> gatefold::Result<()> {
+/// use gatefold::nn::{Context, Layer, Module, Output, Param, Sequential, Tape, Value};
+/// use gatefold::{Device, Result, Tensor};
+///
+/// /// y = gain * x, with a gain for each feature.
+/// struct Gain(Param);
+///
+/// impl Module for Gain {
+///     fn params(&self) -> Vec<(String, &Param)> {
+///         vec![("gain".into(), &self.0)]
+///     }
+///     fn params_mut(&mut self) -> Vec<(String, &mut Param)> {
+///         vec![("gain".into(), &mut self.0)]
+///     }
+/// }
+///
+/// impl Layer for Gain {
+///     fn kind(&self) -> &'static str {
+///         "gain"
+///     }
+///     fn forward(&self, x: &Value, _: &Context<'_>) -> Result<Output> {
+///         Ok(Output { y: x.numbers("gain.forward")?.mul(self.0.value())?, state: Vec::new() })
+///     }
+///     fn forward_train(&self, x: &Value, context: &Context<'_>) -> Result<(Output, Tape)> {
+///         Ok((self.forward(x, context)?, Tape::new(x.numbers("gain.forward")?.clone())))
+///     }
+///     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
+///         let x: Tensor = tape.open("gain.backward")?;
+///         self.0.accumulate(&x.mul(dy)?)?; // summed over all steps and rows
+///         needs_dx.then(|| dy.mul(self.0.value())).transpose()
+///     }
+/// }
+///
+/// let device = Device::cpu();
+/// let model = Sequential::new().push(Gain(Param::new("gain", &device, &[2.0, 3.0], [2])?));
+/// let x = Tensor::from_slice(&device, &[1.0, 10.0, 5.0, 50.0], [2, 1, 2])?;
+/// let (y, _, tape) = model.forward_train(&x, None)?;
+/// assert_eq!(y.to_vec()?, [2.0, 30.0, 10.0, 150.0]);
+/// model.backward(tape, &Tensor::from_slice(&device, &[1.0; 4], [2, 1, 2])?)?;
+/// assert_eq!(model.params()[0].1.grad().to_vec()?, [6.0, 60.0]);
+/// # Ok(()) }
+/// ```
 pub trait Layer: Module + Send + Sync {
     /// Its name in errors: `lstm`, `linear`.
     fn kind(&self) -> &'static str;
@@ -223,6 +269,21 @@ pub trait Layer: Module + Send + Sync {
     /// # Errors
     /// What the layer refuses, and what its device reports.
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>>;
+
+    /// How many tensors its state has: a row of layers inside another one finds each layer's part of its state by that.
+    fn state_len(&self) -> usize {
+        0
+    }
+
+    /// One step of a stream: x `[B, F]`, or ids `[B]`, and the state so far give y `[B, ..]` and the next state.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] from a layer that cannot stream, which is every layer that does not say how; as
+    /// [`Layer::forward`].
+    fn step(&self, x: &Value, context: &Context<'_>) -> Result<Output> {
+        let _ = (x, context);
+        Err(Error::unsupported(&format!("{}.step", self.kind()), "this layer cannot stream: it has no single step"))
+    }
 }
 
 /// The tape of another layer, or of this one before its parameters changed.

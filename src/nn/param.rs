@@ -6,9 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::expect_apart;
 use crate::checkpoint::{self, Metadata};
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernels::column_sum::column_sum;
+use crate::kernels::gemm::Matrix;
 use crate::kernels::transpose;
 use crate::tensor::{Shape, Tensor};
 
@@ -84,11 +87,29 @@ impl Param {
     pub fn set(&self, data: &[f32]) -> Result<()> {
         if data.len() != self.value.len() {
             let expected = format!("{:?}", self.value.shape());
-            return Err(crate::Error::shape("Param.set", &self.name, &[data.len()], expected));
+            return Err(Error::shape("Param.set", &self.name, &[data.len()], expected));
         }
         self.value.write(data)?;
         self.version.advance();
         Ok(())
+    }
+
+    /// Adds to the gradient: for a layer's backward pass. `gradient` has the parameter's shape, or that behind further
+    /// dimensions, over which it is summed: that of a bias `[features]` may be dy `[seq, batch, features]`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] for another shape, or the memory of a parameter; [`crate::ErrorKind::DeviceMismatch`];
+    /// what the device reports.
+    pub fn accumulate(&self, gradient: &Tensor) -> Result<()> {
+        let op = "Param.accumulate";
+        self.value.device().expect_same(op, "gradient", gradient.device())?;
+        if !gradient.shape().ends_with(self.value.shape()) {
+            let expected = format!("{:?} (that of {}), or this behind further dimensions", self.value.shape(), self.name);
+            return Err(Error::shape(op, "gradient", gradient.shape(), expected));
+        }
+        expect_apart(op, "gradient", gradient, [self])?;
+        let columns = self.value.len();
+        column_sum(Matrix::new(gradient, gradient.len() / columns, columns), 0, &self.grad)
     }
 
     pub(crate) fn version(&self) -> &Version {
@@ -165,6 +186,26 @@ pub trait Module {
     where
         Self: Sized,
     {
-        checkpoint::read_params(path.as_ref(), &self.params())
+        checkpoint::read_params("Module.load", path.as_ref(), &self.params(), |name| Some(name.to_owned()))
+    }
+
+    /// As [`Module::load`], from a file with other names: `name_of` gives the parameter that a tensor of the file is meant for,
+    /// or `None` where it is of no use here.
+    ///
+    /// ```no_run
+    /// # fn load(model: &gatefold::nn::Sequential) -> gatefold::Result<()> {
+    /// use gatefold::nn::Module;
+    /// // `lstm.weight_ih_l0` and so on are layer 0; the file's other tensors are left out.
+    /// model.load_mapped("torch.safetensors", |name| Some(format!("0.{}", name.strip_prefix("lstm.")?)))?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Module::load`]; [`crate::ErrorKind::Format`] also where two tensors are meant for one parameter.
+    fn load_mapped(&self, path: impl AsRef<Path>, name_of: impl Fn(&str) -> Option<String>) -> Result<Metadata>
+    where
+        Self: Sized,
+    {
+        checkpoint::read_params("Module.load_mapped", path.as_ref(), &self.params(), name_of)
     }
 }

@@ -670,7 +670,7 @@ impl<C: Cell> Recurrent<C> {
         let rows = pass.plan.rows;
         for s in 0..C::State::LEN {
             let width = self.width_of(s);
-            let target = gradients.state::<C>(s, rows, width, self.config.hidden);
+            let target = gradients.state(s, rows, width, self.config.hidden);
             match finals {
                 Some(finals) => target.copy_from(&part(finals[s], pass.index, rows * width))?,
                 None => target.clear()?,
@@ -680,7 +680,7 @@ impl<C: Cell> Recurrent<C> {
         self.gradients(pass, tape, x, &gradients)?;
         for (s, state) in initial.iter().enumerate() {
             let width = self.width_of(s);
-            part(state, pass.index, rows * width).copy_from(&gradients.state::<C>(s, rows, width, self.config.hidden))?;
+            part(state, pass.index, rows * width).copy_from(&gradients.state(s, rows, width, self.config.hidden))?;
         }
         Ok(())
     }
@@ -698,7 +698,7 @@ impl<C: Cell> Recurrent<C> {
         let flat = Forced::new(&pass.plan, &self.device)?;
         let pass = Pass { plan: flat.plan(&pass.plan), index: pass.index, key: pass.key, teacher: None };
         let gradients = self.new_gradients(&pass)?;
-        let carried = gradients.state::<C>(0, pass.plan.rows, width, self.config.hidden);
+        let carried = gradients.state(0, pass.plan.rows, width, self.config.hidden);
         carried.clear()?;
         if let Some(finals) = finals {
             gather::scatter(&flat.ends.positions()?, finals[0], &carried, width, None)?;
@@ -834,7 +834,7 @@ struct Gradients {
 
 impl Gradients {
     /// The gradient of state `s` as later steps leave it, `[B, width]`.
-    fn state<C: Cell>(&self, s: usize, rows: usize, width: usize, hidden: usize) -> Tensor {
+    fn state(&self, s: usize, rows: usize, width: usize, hidden: usize) -> Tensor {
         match &self.output {
             Some((carried, _)) if s == 0 => carried.slice(0, [rows * width]),
             _ => self.dstates.slice(s * rows * hidden, [rows * hidden]),
@@ -924,9 +924,31 @@ impl<C: Cell> Layer for Recurrent<C> {
         let op = self.op("backward");
         Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
     }
+
+    fn state_len(&self) -> usize {
+        C::Value::NAMES.len()
+    }
+
+    fn step(&self, x: &Value, context: &Context<'_>) -> Result<Output> {
+        let op = self.op("step");
+        let state = self.given_state(&op, context.state)?;
+        let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
+        let (y, state) = Recurrent::step(self, x.numbers(&op)?, input)?;
+        Ok(Output { y, state: state.tensors().into_iter().cloned().collect() })
+    }
 }
 
 impl<C: Cell> Recurrent<C> {
+    /// The state that other layers' caller gave, which knows no types.
+    fn given_state(&self, op: &str, tensors: &[Tensor]) -> Result<Option<C::Value>> {
+        if tensors.is_empty() {
+            return Ok(None);
+        }
+        let expected = || format!("{:?}", C::Value::NAMES);
+        let state = C::Value::from_tensors(tensors.to_vec());
+        state.map(Some).ok_or_else(|| Error::argument(op, "state", format!("{} tensors", tensors.len()), expected()))
+    }
+
     fn run_layer(
         &self,
         method: &str,
@@ -939,12 +961,7 @@ impl<C: Cell> Recurrent<C> {
             let what = "batch_first(true) has no place among other layers, which are time-major; give the model [seq, batch, ..]";
             return Err(Error::unsupported(&op, what));
         }
-        let state = match context.state {
-            [] => None,
-            tensors => Some(C::Value::from_tensors(tensors.to_vec()).ok_or_else(|| {
-                Error::argument(&op, "state", format!("{} tensors", tensors.len()), format!("{:?}", C::Value::NAMES))
-            })?),
-        };
+        let state = self.given_state(&op, context.state)?;
         let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
         self.run(method, x.numbers(&op)?, input, train)
     }

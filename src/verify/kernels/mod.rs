@@ -11,6 +11,7 @@ mod losses;
 mod math;
 mod networks;
 mod optimizers;
+mod pooling;
 mod products;
 mod sample;
 mod sums;
@@ -59,6 +60,9 @@ pub fn all() -> Vec<KernelCheck> {
         ("sgd", optimizers::sgd),
         ("adamw", optimizers::adamw),
         ("dropout", dropout::dropout),
+        ("pooling", pooling::pooling),
+        ("elementwise", pooling::elementwise),
+        ("columns", pooling::columns),
         ("sample", sample::sample),
         ("lstm_sweep", sweeps::lstm_sweep),
         ("lstm_layers", layers::lstm_layers),
