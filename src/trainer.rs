@@ -61,14 +61,14 @@ impl Batch {
 
 /// What a step or an evaluation gives: nothing of it is waited for until it is read.
 #[derive(Clone, Debug)]
-pub struct Outcome<S = State> {
+pub struct Outcome {
     /// The mean loss, before the step.
     pub loss: Tensor,
-    /// The layers' final states.
-    pub state: S,
+    /// The layers' final states; of an [`EncoderDecoder`] none.
+    pub state: State,
 }
 
-impl<S> Outcome<S> {
+impl Outcome {
     /// The loss as a number. Waits for the device.
     ///
     /// # Errors
@@ -80,8 +80,6 @@ impl<S> Outcome<S> {
 
 /// What a [`Trainer`] trains: [`Sequential`], [`EncoderDecoder`], or a model of one's own that refuses what it does not know.
 pub trait Model: Module {
-    /// The final states that an [`Outcome`] holds.
-    type State;
     /// What the forward pass leaves for the backward pass.
     type Tape;
 
@@ -89,13 +87,13 @@ pub trait Model: Module {
     ///
     /// # Errors
     /// What the model refuses, and what the device reports.
-    fn forward(&self, batch: &Batch) -> Result<(Tensor, Self::State)>;
+    fn forward(&self, batch: &Batch) -> Result<(Tensor, State)>;
 
     /// The same with dropout, and a tape for [`Model::backward`].
     ///
     /// # Errors
     /// As [`Model::forward`].
-    fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, Self::State, Self::Tape)>;
+    fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, State, Self::Tape)>;
 
     /// Adds to the gradients of all parameters, from that of the output.
     ///
@@ -105,7 +103,6 @@ pub trait Model: Module {
 }
 
 impl Model for Sequential {
-    type State = State;
     type Tape = SequentialTape;
 
     fn forward(&self, batch: &Batch) -> Result<(Tensor, State)> {
@@ -131,18 +128,17 @@ fn no_source(batch: &Batch) -> Result<()> {
 }
 
 impl<C: Cell> Model for EncoderDecoder<C> {
-    type State = ();
     type Tape = EncoderDecoderTape;
 
-    fn forward(&self, batch: &Batch) -> Result<(Tensor, ())> {
+    fn forward(&self, batch: &Batch) -> Result<(Tensor, State)> {
         let (source, source_lengths, target_in) = pair("encoder_decoder.forward", batch)?;
-        Ok((self.forward(source, source_lengths, target_in, batch.lengths.as_ref())?, ()))
+        Ok((self.forward(source, source_lengths, target_in, batch.lengths.as_ref())?, State::new(Vec::new())))
     }
 
-    fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, (), EncoderDecoderTape)> {
+    fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, State, EncoderDecoderTape)> {
         let (source, source_lengths, target_in) = pair("encoder_decoder.forward_train", batch)?;
         let (y, tape) = self.forward_train(source, source_lengths, target_in, batch.lengths.as_ref(), Some(key))?;
-        Ok((y, (), tape))
+        Ok((y, State::new(Vec::new()), tape))
     }
 
     fn backward(&self, tape: EncoderDecoderTape, dy: &Tensor) -> Result<()> {
@@ -225,7 +221,7 @@ impl<L: Loss, M: Model> Trainer<L, M> {
     /// # Errors
     /// What a layer or the loss refuses: nothing has changed then, but that all gradients are zero. What the device reports,
     /// also of earlier steps.
-    pub fn step(&mut self, batch: &Batch) -> Result<Outcome<M::State>> {
+    pub fn step(&mut self, batch: &Batch) -> Result<Outcome> {
         let outcome = match self.record(batch) {
             Ok(outcome) => outcome,
             Err(error) => {
@@ -238,7 +234,7 @@ impl<L: Loss, M: Model> Trainer<L, M> {
         Ok(outcome)
     }
 
-    fn record(&mut self, batch: &Batch) -> Result<Outcome<M::State>> {
+    fn record(&mut self, batch: &Batch) -> Result<Outcome> {
         let key = MaskKey::new(self.progress.seed, self.progress.step);
         let (y, state, tape) = self.model.forward_train(batch, key)?;
         let (loss, dy) = self.loss.loss_and_gradient(&y, &batch.target, batch.lengths.as_ref())?;
@@ -252,7 +248,7 @@ impl<L: Loss, M: Model> Trainer<L, M> {
     ///
     /// # Errors
     /// As [`Trainer::step`].
-    pub fn evaluate(&self, batch: &Batch) -> Result<Outcome<M::State>> {
+    pub fn evaluate(&self, batch: &Batch) -> Result<Outcome> {
         let (y, state) = self.model.forward(batch)?;
         let loss = self.loss.loss(&y, &batch.target, batch.lengths.as_ref())?;
         Ok(Outcome { loss, state })
