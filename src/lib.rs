@@ -85,13 +85,14 @@ pub use error::{Error, ErrorKind, Result};
 pub use loss::{CrossEntropy, Loss, MeanSquaredError};
 pub use rng::{MaskKey, Rng};
 pub use tensor::{Ids, Lengths, Shape, Tensor};
-pub use trainer::{Batch, Outcome, Trainer};
+pub use trainer::{Batch, Model, Outcome, Trainer};
 
 // Threads may share devices, tensors and layers.
 #[cfg(not(target_arch = "wasm32"))]
 const _: fn() = || {
     fn shared<T: Send + Sync>() {}
     shared::<(Device, Tensor, Ids, nn::Lstm, nn::Sequential, Trainer<CrossEntropy>)>();
+    shared::<(nn::Decoded, Trainer<CrossEntropy, nn::GruEncoderDecoder>)>();
 };
 
 // The README's program compiles and runs.

@@ -11,8 +11,9 @@ use common::{adapters, devices};
 use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
-    Context, Direction, Dropout, EmbeddingConfig, GruConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig,
-    LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, Sequential, Skip, State, Tape, Value,
+    Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, Input, LastState, LastStep,
+    Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, Sequential,
+    Skip, State, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
@@ -541,6 +542,124 @@ fn layers_in_a_row() -> Result<()> {
             let text = format!("sequential.push_named: name is {name:?}, expected {text}");
             t.row(|| named([name, "head"]), Argument, text);
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn encoders_and_decoders() -> Result<()> {
+    everywhere(|t, device, other| {
+        let rng = &mut Rng::seed(0);
+        let gru = || GruConfig::new(4, 5);
+        let refused = |t: &mut Table, source: usize, target: usize, rnn: GruConfig, kind: ErrorKind, text: &str| {
+            t.row(|| EncoderDecoderConfig::new(source, target, rnn).init(device, &mut Rng::seed(0)), kind, text);
+        };
+        let text = "is 0, expected at least 1";
+        refused(t, 0, 3, gru(), Argument, &format!("encoder_decoder.init: the source vocabulary {text}"));
+        refused(t, 3, 0, gru(), Argument, &format!("encoder_decoder.init: the target vocabulary {text}"));
+        refused(t, 3, 3, GruConfig::new(4, 0), Argument, &format!("gru.init: hidden {text}"));
+        let text = "encoder_decoder.init: a decoder needs Direction::Forward, and an encoder with states like its own \
+                    (reverse_source turns the encoder)";
+        for direction in [Direction::Both, Direction::Reverse] {
+            refused(t, 3, 3, gru().direction(direction), Unsupported, text);
+        }
+        let text = "encoder_decoder.init: batch_first(true) has no place here: ids are time-major, [seq, batch]";
+        refused(t, 3, 3, gru().batch_first(true), Unsupported, text);
+
+        let mut model = EncoderDecoderConfig::new(6, 5, gru()).init(device, rng)?;
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        let ids = |device: &Device, shape: &[usize], id: u32| Ids::from_slice(device, &vec![id; shape.iter().product()], shape);
+        let (source, target) = (ids(device, &[3, 2], 5)?, ids(device, &[4, 2], 4)?);
+        // The source and its lengths go into all of these, the target only into the first two.
+        type Given<'a> = (&'a Ids, Option<&'a Lengths>, &'a Ids, Option<&'a Lengths>);
+        let run = |t: &mut Table, (source, lengths, target, target_lengths): Given<'_>, kind: ErrorKind, text: &str| {
+            let op = "encoder_decoder.forward";
+            t.row(|| model.forward(source, lengths, target, target_lengths), kind, format!("{op}: {text}"));
+            let train = || model.forward_train(source, lengths, target, target_lengths, None);
+            t.row(train, kind, format!("{op}_train: {text}"));
+            if text.starts_with("source") {
+                t.row(|| model.encode(source, lengths), kind, format!("encoder_decoder.encode: {text}"));
+                let decoding = Decoding { start: 1, end: Some(2), pad: 0, max_steps: 3, choice: Choice::Greedy };
+                t.row(|| model.decode(source, lengths, decoding), kind, format!("encoder_decoder.decode: {text}"));
+            }
+        };
+        for shape in [&[6][..], &[3, 2, 1]] {
+            let text = format!("has shape {shape:?}, expected [seq, batch]");
+            run(t, (&ids(device, shape, 0)?, None, &target, None), Argument, &format!("source {text}"));
+            run(t, (&source, None, &ids(device, shape, 0)?, None), Argument, &format!("target_in {text}"));
+        }
+        let text = "source has id 6, expected ids below 6 (its vocabulary)";
+        run(t, (&ids(device, &[3, 2], 6)?, None, &target, None), Argument, text);
+        let text = "target_in has id 5, expected ids below 5 (its vocabulary)";
+        run(t, (&source, None, &ids(device, &[4, 2], 5)?, None), Argument, text);
+        run(t, (&ids(other, &[3, 2], 0)?, None, &target, None), DeviceMismatch, &format!("source {elsewhere}"));
+        run(t, (&source, None, &ids(other, &[4, 2], 0)?, None), DeviceMismatch, &format!("target_in {elsewhere}"));
+        let text = "target_in has shape [4, 3], expected [seq, batch of the source] = [_, 2]";
+        run(t, (&source, None, &ids(device, &[4, 3], 0)?, None), Argument, text);
+        for (lengths, text) in [
+            (&[3][..], "lengths has shape [1], expected [batch] = [2]".to_owned()),
+            (&[1, 5], "lengths[1] is 5, expected at most the".to_owned()),
+        ] {
+            let lengths = Lengths::from_slice(device, lengths)?;
+            let steps =
+                |steps: usize| if text.ends_with("the") { format!("{text} {steps} steps of the batch") } else { text.clone() };
+            run(t, (&source, Some(&lengths), &target, None), Argument, &format!("source: {}", steps(3)));
+            run(t, (&source, None, &target, Some(&lengths)), Argument, &format!("target_in: {}", steps(4)));
+        }
+        let lengths = Lengths::from_slice(other, &[1, 1])?;
+        run(t, (&source, Some(&lengths), &target, None), DeviceMismatch, &format!("source: lengths {elsewhere}"));
+        run(t, (&source, None, &target, Some(&lengths)), DeviceMismatch, &format!("target_in: lengths {elsewhere}"));
+        let dropping = EncoderDecoderConfig::new(6, 5, gru().layers(2).dropout(0.5)).init(device, rng)?;
+        let text = "gru.forward_train: key is not given, expected a MaskKey, which dropout 0.5 needs";
+        t.row(|| dropping.forward_train(&source, None, &target, None, None), Argument, text);
+
+        let state = model.encode(&source, None)?;
+        let op = "encoder_decoder.step";
+        t.row(|| model.step(&target, &state), Argument, format!("{op}: last has shape [4, 2], expected [batch]"));
+        let text = format!("{op}: last has id 5, expected ids below 5 (its vocabulary)");
+        t.row(|| model.step(&ids(device, &[2], 5)?, &state), Argument, text);
+        t.row(|| model.step(&ids(other, &[2], 0)?, &state), DeviceMismatch, format!("{op}: last {elsewhere}"));
+        let text = "gru.step: state.h has shape [1, 2, 5], expected [layers * directions, batch, hidden] = [1, 3, 5]";
+        t.row(|| model.step(&ids(device, &[3], 0)?, &state), Argument, text);
+
+        let decode = |t: &mut Table, change: &dyn Fn(&mut Decoding), text: &str| {
+            let mut decoding = Decoding { start: 1, end: Some(2), pad: 0, max_steps: 3, choice: Choice::Greedy };
+            change(&mut decoding);
+            t.row(|| model.decode(&source, None, decoding), Argument, format!("encoder_decoder.decode: {text}"));
+        };
+        let draw = |temperature, top_k| Choice::Draw { temperature, top_k, key: MaskKey::new(0, 0) };
+        decode(t, &|d| d.start = 5, "start is 5, expected an id below 5 (the target vocabulary)");
+        decode(t, &|d| d.end = Some(u32::MAX), "end is 4294967295, expected an id below 5 (the target vocabulary)");
+        decode(t, &|d| d.max_steps = 0, "max_steps is 0, expected at least 1");
+        decode(t, &|d| d.choice = draw(1.0, Some(0)), "top_k is 0, expected at least 1");
+        for (temperature, given) in [(0.0, "0"), (-1.0, "-1"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+            let text = format!("temperature is {given}, expected from 1e-6 to 1e6");
+            decode(t, &|d| d.choice = draw(temperature, None), &text);
+        }
+
+        // What a trainer hands over.
+        let linear = Sequential::new().push(LinearConfig::new(3, 2).init(device, rng)?);
+        let trainer = Trainer::new(linear, MeanSquaredError, Sgd::new(0.1))?;
+        let batch = Batch::new(zeros(device, [5, 3])?, zeros(device, [5, 2])?).source(&source, None);
+        let text = "sequential.forward: source is given, expected none: only an EncoderDecoder reads one";
+        t.row(|| trainer.evaluate(&batch), Argument, text);
+
+        let tape = model.forward_train(&source, None, &target, None, None)?.1;
+        let text = "linear.backward: dy has shape [4, 2, 4], expected [.., output] = [4, 2, 5]";
+        t.row(|| model.backward(tape, &zeros(device, [4, 2, 4])?), Argument, text);
+        let (logits, old) = model.forward_train(&source, None, &target, None, None)?;
+        Optimizer::new(Sgd::new(0.1), model.params_mut())?.step()?;
+        t.row(|| model.backward(old, &logits), Argument, format!("linear.backward: {STALE}"));
+
+        let mut trainer = Trainer::new(model, CrossEntropy::new(), Sgd::new(0.1))?;
+        let op = "encoder_decoder.forward_train";
+        let text = format!("{op}: source is not given, expected the ids that the encoder reads (Batch::source)");
+        t.row(|| trainer.step(&Batch::new(&target, &target)), Argument, text);
+        let text = format!("{op}: x is numbers, expected token ids [seq, batch]");
+        t.row(|| trainer.step(&Batch::new(zeros(device, [4, 2])?, &target).source(&source, None)), Argument, text);
+        let text = format!("{op}: state is given, expected none: the encoder makes it");
+        let carried = State::new(Vec::new());
+        t.row(|| trainer.step(&Batch::new(&target, &target).source(&source, None).state(carried)), Argument, text);
         Ok(())
     })
 }

@@ -24,7 +24,6 @@ pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod pooling;
 pub(crate) mod reduce;
-#[cfg_attr(not(feature = "verify"), expect(dead_code, reason = "the decode loop that uses it is still to come"))]
 pub(crate) mod sample;
 pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;

@@ -3,6 +3,7 @@
 
 mod dropout;
 mod embedding;
+mod encoder_decoder;
 mod linear;
 mod param;
 mod pooling;
@@ -13,8 +14,12 @@ mod sequential;
 use std::any::Any;
 
 pub use crate::kernels::activation::Activation;
+pub use crate::kernels::sample::Choice;
 pub use dropout::Dropout;
 pub use embedding::{Embedding, EmbeddingConfig};
+pub use encoder_decoder::{
+    Decoded, Decoding, EncoderDecoder, EncoderDecoderConfig, EncoderDecoderTape, GruEncoderDecoder, LstmEncoderDecoder,
+};
 pub use linear::{Linear, LinearConfig};
 pub(crate) use param::Version;
 pub use param::{Module, Param};

@@ -61,13 +61,13 @@ pub enum Reset {
 #[non_exhaustive]
 pub struct RecurrentConfig<C> {
     pub(super) cell: C,
-    pub(super) input: usize,
+    pub(in crate::nn) input: usize,
     pub(super) hidden: usize,
     pub(super) layers: usize,
-    pub(super) direction: Direction,
+    pub(in crate::nn) direction: Direction,
     pub(super) dropout: f32,
     pub(super) bias: bool,
-    pub(super) batch_first: bool,
+    pub(in crate::nn) batch_first: bool,
     pub(super) forget_bias: Option<f32>,
     /// R, and whether the output product has a bias.
     pub(super) output: Option<(usize, bool)>,

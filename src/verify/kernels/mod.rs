@@ -6,6 +6,7 @@
 
 mod bptt;
 mod dropout;
+mod encoder_decoder;
 mod gates;
 mod harness;
 mod layers;
@@ -74,6 +75,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("networks", networks::networks),
         ("jordan", networks::jordan),
         ("bptt", bptt::bptt),
+        ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];
     families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
 }
