@@ -142,9 +142,11 @@ impl Operator {
             Kind::Rnn => Network::Rnn(self.layers(device, |of| RnnConfig::new(input, hidden).activation(of[0]).gate_clip(clip))?),
             Kind::Gru => {
                 let reset = if self.linear_before_reset { Reset::AfterProduct } else { Reset::BeforeProduct };
-                Network::Gru(self.layers(device, |of| {
-                    GruConfig::new(input, hidden).activations(of[0], of[1]).reset(reset).gate_clip(clip)
-                })?)
+                Network::Gru(
+                    self.layers(device, |of| {
+                        GruConfig::new(input, hidden).activations(of[0], of[1]).reset(reset).gate_clip(clip)
+                    })?,
+                )
             }
             Kind::Lstm => Network::Lstm(self.layers(device, |of| {
                 let config = LstmConfig::new(input, hidden).activations(of[0], of[1], of[2]).gate_clip(clip);
@@ -294,7 +296,8 @@ fn activation<'a>(
             beta: needed("activation_beta", betas.next())?,
         },
         _ => {
-            let expected = "Sigmoid, Tanh, Relu, HardSigmoid, Softsign, Softplus, LeakyRelu, Elu, ThresholdedRelu, ScaledTanh or Affine";
+            let expected =
+                "Sigmoid, Tanh, Relu, HardSigmoid, Softsign, Softplus, LeakyRelu, Elu, ThresholdedRelu, ScaledTanh or Affine";
             return Err(Error::argument(INIT, "activations", format!("{name:?}"), expected));
         }
     })
@@ -441,10 +444,7 @@ impl Layer {
         let new_final = |_: &&str| Tensor::uninitialized(&self.device, [self.directions, rows, hidden]);
         let finals = names.iter().map(new_final).collect::<Result<Vec<_>>>()?;
         for (at, (part, state)) in outputs.iter().enumerate() {
-            copy_columns(
-                Matrix::new(part, steps * rows, hidden),
-                Matrix::window(&y, at * hidden, steps * rows, hidden, width),
-            )?;
+            copy_columns(Matrix::new(part, steps * rows, hidden), Matrix::window(&y, at * hidden, steps * rows, hidden, width))?;
             for (whole, part) in finals.iter().zip(state.tensors()) {
                 whole.slice(at * size, [size]).copy_from(part)?;
             }

@@ -66,7 +66,13 @@ impl OnnxFile {
         let flag = |key: &str| if given(key) { meta.flag(key) } else { Ok(false) };
         let batch_first = flag("layout")?;
         let (input, steps, batch) = match tensors.get("X").map(|x| &x.shape[..]) {
-            Some(&[a, b, input]) if a * b * input > 0 => if batch_first { (input, b, a) } else { (input, a, b) },
+            Some(&[a, b, input]) if a * b * input > 0 => {
+                if batch_first {
+                    (input, b, a)
+                } else {
+                    (input, a, b)
+                }
+            }
             Some(shape) => return Err(malformed(name, format!("tensor X has shape {shape:?}, expected three sizes from 1"))),
             None => return Err(malformed(name, "tensor X is missing")),
         };
@@ -226,7 +232,8 @@ mod tests {
         let nan = |p: &mut Parts| p.tensors.get_mut("W").unwrap().2[4..8].copy_from_slice(&f32::NAN.to_le_bytes());
         refused(spoilt(nan), "tensor W holds NaN at 1");
         for length in [0i32, 5, -1] {
-            let lengths = |p: &mut Parts| p.tensors.get_mut("sequence_lens").unwrap().2[..4].copy_from_slice(&length.to_le_bytes());
+            let lengths =
+                |p: &mut Parts| p.tensors.get_mut("sequence_lens").unwrap().2[..4].copy_from_slice(&length.to_le_bytes());
             refused(spoilt(lengths), &format!("sequence_lens holds {length}, expected 1 to T = 4"));
         }
 
