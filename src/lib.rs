@@ -48,6 +48,7 @@
 //! - [`nn`]: layers, each with `forward`, `forward_train`, `backward`. [`nn::Recurrent`] is the core of every recurrent
 //!   layer: the input product of all steps at once, a sweep over time, and after the backward sweep the gradients of all
 //!   weights at once.
+//! - [`onnx`]: recurrent operators of ONNX as those layers.
 //! - [`Loss`], [`optim`], [`data`], [`checkpoint`], [`Trainer`].
 //! - `verify` (feature `verify`): f64 oracle and case tables, one body for the tests and the `gatefold verify` command.
 //!
@@ -73,6 +74,7 @@ mod error;
 mod kernels;
 mod loss;
 pub mod nn;
+pub mod onnx;
 pub mod optim;
 mod rng;
 mod tensor;

@@ -15,6 +15,7 @@ use gatefold::nn::{
     Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, Sequential,
     Skip, State, Tape, Value,
 };
+use gatefold::onnx::{Inputs, Kind, Operator};
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
 use safetensors::{Dtype, tensor::TensorView};
@@ -132,6 +133,89 @@ fn tensors() -> Result<()> {
             "Param.accumulate: gradient is the memory of weight, expected a tensor of its own (Tensor.to_device makes a copy)";
         t.row(|| param.accumulate(param.grad()), Argument, text);
         t.row(|| param.accumulate(param.value()), Argument, text);
+        Ok(())
+    })
+}
+
+#[test]
+fn onnx_operators() -> Result<()> {
+    const INIT: &str = "onnx.Operator.init:";
+    everywhere(|t, device, other| {
+        let fresh = |kind, gates: usize| {
+            let mut operator = Operator::new(kind, 2, 3);
+            (operator.w, operator.r) = (vec![0.0; gates * 3 * 2], vec![0.0; gates * 3 * 3]);
+            operator
+        };
+        let mut row = |kind, gates, change: &dyn Fn(&mut Operator), text: &str| {
+            let mut operator = fresh(kind, gates);
+            change(&mut operator);
+            t.row(|| operator.init(device), Argument, format!("{INIT} {text}"));
+        };
+        let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        row(Kind::Lstm, 3, &|_| (), "w has shape [18], expected 24 elements for shape [1, 12, 2]");
+        row(Kind::Gru, 3, &|o| o.direction = Direction::Both, "w has shape [18], expected 36 elements for shape [2, 9, 2]");
+        row(Kind::Gru, 3, &|o| o.r = vec![], "r has shape [0], expected 27 elements for shape [1, 9, 3]");
+        row(Kind::Rnn, 1, &|o| o.b = Some(vec![0.0; 3]), "b has shape [3], expected 6 elements for shape [1, 6]");
+        row(Kind::Lstm, 4, &|o| o.p = Some(vec![0.0; 3]), "p has shape [3], expected 9 elements for shape [1, 9]");
+        row(Kind::Gru, 3, &|o| o.p = Some(vec![0.0; 9]), "p is given, expected none: Lstm has it, not Gru");
+        row(Kind::Rnn, 1, &|o| o.input_forget = true, "input_forget is given, expected none: Lstm has it, not Rnn");
+        row(
+            Kind::Lstm,
+            4,
+            &|o| o.linear_before_reset = true,
+            "linear_before_reset is given, expected none: Gru has it, not Lstm",
+        );
+        for clip in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            row(Kind::Rnn, 1, &|o| o.clip = Some(clip), &format!("clip is {clip}, expected a finite number above 0, or none"));
+        }
+        row(Kind::Gru, 3, &|o| o.activations = names(&["Tanh"]), "activations is [\"Tanh\"], expected 2 names");
+        row(Kind::Rnn, 1, &|o| o.activations = names(&["Gelu"]), "activations is \"Gelu\", expected Sigmoid, Tanh, Relu, ..");
+        let affine = |o: &mut Operator| {
+            (o.activations, o.activation_alpha) = (names(&["Affine"]), vec![1.0]);
+        };
+        row(Kind::Rnn, 1, &affine, "activation_beta is used up, expected a number for Affine, which has no default");
+        let many = |o: &mut Operator| {
+            (o.activations, o.activation_alpha) = (names(&["Elu", "Tanh"]), vec![1.0, 2.0]);
+        };
+        let text = "activation_alpha is [1.0, 2.0], expected at most 1 numbers, which [\"Elu\", \"Tanh\"] take";
+        row(Kind::Gru, 3, &many, text);
+        let mut steep = fresh(Kind::Rnn, 1);
+        (steep.activations, steep.activation_alpha) = (names(&["LeakyRelu"]), vec![-1.0]);
+        t.row(|| steep.init(device), Argument, "rnn.init: activation is LeakyRelu { alpha: -1.0 }, expected alpha of at least 0");
+        t.row(|| Operator::new(Kind::Rnn, 2, 0).init(device), Argument, "rnn.init: hidden is 0, expected at least 1");
+
+        const FORWARD: &str = "onnx.Layer.forward:";
+        for batch_first in [false, true] {
+            let mut rnn = fresh(Kind::Rnn, 1);
+            rnn.batch_first = batch_first;
+            let rnn = rnn.init(device)?;
+            let given = |shape: [usize; 3]| zeros(device, shape);
+            let run = |x: &Tensor, inputs: Inputs<'_>| rnn.forward(x, inputs);
+            let order = if batch_first { "batch, seq" } else { "seq, batch" };
+            let none = Inputs::default();
+            let flat = zeros(device, [5, 2])?;
+            t.row(|| run(&flat, none), Argument, format!("{FORWARD} x has shape [5, 2], expected [{order}, 2]"));
+            let wide = given([5, 4, 3])?;
+            t.row(|| run(&wide, none), Argument, format!("{FORWARD} x has shape [5, 4, 3], expected [{order}, 2]"));
+            t.row(|| run(&zeros(other, [5, 4, 2])?, none), DeviceMismatch, format!("{FORWARD} x is on .."));
+            let x = given([5, 4, 2])?;
+            let state = given([1, 1, 3])?;
+            let expected =
+                if batch_first { "[batch, directions, hidden] = [5, 1, 3]" } else { "[directions, batch, hidden] = [1, 4, 3]" };
+            t.row(
+                || run(&x, Inputs { initial_h: Some(&state), ..none }),
+                Argument,
+                format!("{FORWARD} initial_h has shape [1, 1, 3], expected {expected}"),
+            );
+            let cell = if batch_first { given([5, 1, 3])? } else { given([1, 4, 3])? };
+            t.row(
+                || run(&x, Inputs { initial_c: Some(&cell), ..none }),
+                Argument,
+                format!("{FORWARD} initial_c is given, expected none: only an LSTM has a cell state"),
+            );
+            let lengths = Lengths::from_slice(device, &[1, 2, 3])?;
+            t.row(|| run(&x, Inputs { sequence_lens: Some(&lengths), ..none }), Argument, "rnn.forward: lengths ..");
+        }
         Ok(())
     })
 }
