@@ -22,12 +22,13 @@ pub struct Batch {
     target: Value,
     lengths: Option<Lengths>,
     state: Option<State>,
+    teacher: Option<f32>,
 }
 
 impl Batch {
     /// Inputs (numbers or ids) and targets (numbers or ids), time-major.
     pub fn new(input: impl Into<Value>, target: impl Into<Value>) -> Self {
-        Self { input: input.into(), target: target.into(), lengths: None, state: None }
+        Self { input: input.into(), target: target.into(), lengths: None, state: None, teacher: None }
     }
 
     /// Valid steps of each row; they reach every layer and the loss. The inputs past a row's end must be finite numbers, such
@@ -41,8 +42,22 @@ impl Batch {
         Self { state: state.into(), ..self }
     }
 
-    fn beside(&self) -> Input<'_, State> {
-        Input::new().lengths(self.lengths.as_ref()).state(self.state.as_ref())
+    /// Teacher forcing: the targets, which must be numbers, stand in with this probability for the outputs of the model's last
+    /// layer in its recurrence, which must go through the output only. See [`Input::teacher`]. Between 0 and 1 only a step can
+    /// draw: [`Trainer::evaluate`] takes 0 (the network runs free, as without a teacher) or 1.
+    pub fn teacher(self, probability: impl Into<Option<f32>>) -> Self {
+        Self { teacher: probability.into(), ..self }
+    }
+
+    fn beside(&self) -> Result<Input<'_, State>> {
+        let input = Input::new().lengths(self.lengths.as_ref()).state(self.state.as_ref());
+        match (self.teacher, &self.target) {
+            (None, _) => Ok(input),
+            (Some(probability), Value::Numbers(targets)) => Ok(input.teacher(targets, probability)),
+            (Some(_), Value::Ids(_)) => {
+                Err(Error::argument("Batch.teacher", "target", "ids", "numbers, to stand in for the model's outputs"))
+            }
+        }
     }
 }
 
@@ -144,7 +159,7 @@ impl<L: Loss> Trainer<L> {
 
     fn record(&mut self, batch: &Batch) -> Result<Outcome> {
         let key = MaskKey::new(self.progress.seed, self.progress.step);
-        let (y, state, tape) = self.model.forward_train(batch.input.clone(), batch.beside().key(key))?;
+        let (y, state, tape) = self.model.forward_train(batch.input.clone(), batch.beside()?.key(key))?;
         let (loss, dy) = self.loss.loss_and_gradient(&y, &batch.target, batch.lengths.as_ref())?;
         self.model.backward(tape, &dy)?;
         self.optimizer.step()?;
@@ -157,7 +172,7 @@ impl<L: Loss> Trainer<L> {
     /// # Errors
     /// As [`Trainer::step`].
     pub fn evaluate(&self, batch: &Batch) -> Result<Outcome> {
-        let (y, state) = self.model.forward(batch.input.clone(), batch.beside())?;
+        let (y, state) = self.model.forward(batch.input.clone(), batch.beside()?)?;
         let loss = self.loss.loss(&y, &batch.target, batch.lengths.as_ref())?;
         Ok(Outcome { loss, state })
     }
