@@ -29,12 +29,14 @@ pub struct Batch {
     pub state: Option<State>,
     /// See [`Batch::source`].
     pub source: Option<(Ids, Option<Lengths>)>,
+    /// See [`Batch::teacher`].
+    pub teacher: Option<f32>,
 }
 
 impl Batch {
     /// Inputs (numbers or ids) and targets (numbers or ids), time-major.
     pub fn new(input: impl Into<Value>, target: impl Into<Value>) -> Self {
-        Self { input: input.into(), target: target.into(), lengths: None, state: None, source: None }
+        Self { input: input.into(), target: target.into(), lengths: None, state: None, source: None, teacher: None }
     }
 
     /// Valid steps of each row; they reach every layer and the loss. The inputs past a row's end must be finite numbers, such
@@ -54,8 +56,22 @@ impl Batch {
         Self { source: Some((ids.clone(), lengths.into())), ..self }
     }
 
-    fn beside(&self) -> Input<'_, State> {
-        Input::new().lengths(self.lengths.as_ref()).state(self.state.as_ref())
+    /// Teacher forcing: the targets, which must be numbers, stand in with this probability for the outputs of the model's last
+    /// layer in its recurrence, which must go through the output only. See [`Input::teacher`]. Between 0 and 1 only a step can
+    /// draw: [`Trainer::evaluate`] takes 0 (the network runs free, as without a teacher) or 1.
+    pub fn teacher(self, probability: impl Into<Option<f32>>) -> Self {
+        Self { teacher: probability.into(), ..self }
+    }
+
+    fn beside(&self) -> Result<Input<'_, State>> {
+        let input = Input::new().lengths(self.lengths.as_ref()).state(self.state.as_ref());
+        match (self.teacher, &self.target) {
+            (None, _) => Ok(input),
+            (Some(probability), Value::Numbers(targets)) => Ok(input.teacher(targets, probability)),
+            (Some(_), Value::Ids(_)) => {
+                Err(Error::argument("Batch.teacher", "target", "ids", "numbers, to stand in for the model's outputs"))
+            }
+        }
     }
 }
 
@@ -107,12 +123,12 @@ impl Model for Sequential {
 
     fn forward(&self, batch: &Batch) -> Result<(Tensor, State)> {
         no_source(batch)?;
-        self.forward(batch.input.clone(), batch.beside())
+        self.forward(batch.input.clone(), batch.beside()?)
     }
 
     fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, State, SequentialTape)> {
         no_source(batch)?;
-        self.forward_train(batch.input.clone(), batch.beside().key(key))
+        self.forward_train(batch.input.clone(), batch.beside()?.key(key))
     }
 
     fn backward(&self, tape: SequentialTape, dy: &Tensor) -> Result<()> {
@@ -150,6 +166,9 @@ impl<C: Cell> Model for EncoderDecoder<C> {
 fn pair<'a>(op: &str, batch: &'a Batch) -> Result<(&'a Ids, Option<&'a Lengths>, &'a Ids)> {
     if batch.state.is_some() {
         return Err(Error::argument(op, "state", "given", "none: the encoder makes it"));
+    }
+    if batch.teacher.is_some() {
+        return Err(Error::argument(op, "teacher", "given", "none: an encoder-decoder is always taught, by the batch's input"));
     }
     match &batch.source {
         Some((source, lengths)) => Ok((source, lengths.as_ref(), batch.input.ids(op)?)),

@@ -12,8 +12,8 @@ use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limi
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
     Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, Input, LastState, LastStep,
-    Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, Sequential,
-    Skip, State, Tape, Value,
+    Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, RnnConfig,
+    Sequential, Skip, State, Tape, Value,
 };
 use gatefold::onnx::{Inputs, Kind, Operator};
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
@@ -599,6 +599,18 @@ fn layers_in_a_row() -> Result<()> {
         let (y, _, tape) = linear_last.forward_train(&x, Input::new().key(key))?;
         let text = "lstm.backward: tape is of another layer, expected the tape of this layer's forward_train";
         t.row(|| linear_first.backward(tape, &y), Argument, text);
+
+        let taught = Sequential::new().push(RnnConfig::new(3, 4).jordan(3).init(device, rng)?);
+        let text = "recurrence through the output only, one layer, and time read forward (RnnConfig::jordan)";
+        for (model, kind) in [(&single, "lstm"), (&linear_last, "linear")] {
+            let text = format!("sequential.forward: the last layer ({kind}) cannot use a teacher, which needs {text}");
+            t.row(|| model.forward(&x, Input::new().teacher(&x, 1.0)), Unsupported, text);
+        }
+        let text = "rnn.forward: key is not given, expected a MaskKey, which a teacher of probability 0.5 needs";
+        let trainer = Trainer::new(taught, MeanSquaredError, Sgd::new(0.1))?;
+        t.row(|| trainer.evaluate(&Batch::new(&x, &x).teacher(0.5)), Argument, text);
+        let text = "Batch.teacher: target is ids, expected numbers, to stand in for the model's outputs";
+        t.row(|| trainer.evaluate(&Batch::new(&x, &ids).teacher(1.0)), Argument, text);
 
         // A row inside another one.
         let text = "sequential.forward: state is 2 tensors, expected 0 tensors";

@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, ensure};
 use common::{adapters, devices};
 use gatefold::nn::{
     Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, GruEncoderDecoder, Input,
-    LastState, LastStep, Layer, LinearConfig, LstmConfig, MaxOverTime, MeanOverTime, Module, Output, Param, Residual, Sequential,
-    Skip, State, Tape, Value,
+    LastState, LastStep, Layer, LinearConfig, LstmConfig, MaxOverTime, MeanOverTime, Module, Output, Param, Residual, RnnConfig,
+    Sequential, Skip, State, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::verify::{Comparison, case_file, oracle};
@@ -725,6 +725,42 @@ fn carried_state_equals_one_long_pass() -> Result<()> {
 }
 
 /// Padding a batch with rows of length 0 changes neither the loss nor any gradient, also behind LastStep.
+#[test]
+fn a_batchs_targets_teach_the_last_layer() -> Result<()> {
+    for device in devices()? {
+        let layers = || -> Result<_> {
+            let rng = &mut Rng::seed(5);
+            Ok([RnnConfig::new(3, 4).jordan(2).init(&device, rng)?, RnnConfig::new(2, 4).jordan(2).init(&device, rng)?])
+        };
+        let rng = &mut Rng::seed(6);
+        let [x, target] = [3, 2].map(|width| Tensor::from_slice(&device, &normals(rng, 5 * 4 * width), [5, 4, width]));
+        let (x, target) = (x?, target?);
+        // By hand: the first layer runs free, the last one sees the targets.
+        let [first, last] = layers()?;
+        let between = first.forward(&x, None)?.0;
+        let loss = |input| MeanSquaredError.loss(&last.forward(&between, input)?.0, &Value::from(&target), None)?.item();
+        let (by_hand, free) = (loss(Input::new().teacher(&target, 1.0))?, loss(Input::new())?);
+        ensure!((by_hand - free).abs() > 1e-3, "{device:?}: the teacher makes no difference: {by_hand} and {free}");
+
+        let model = layers()?.into_iter().fold(Sequential::new(), Sequential::push);
+        let mut trainer = Trainer::new(model, MeanSquaredError, Sgd::new(0.1))?;
+        let batch = |p: Option<f32>| Batch::new(&x, &target).teacher(p);
+        for (p, expected) in [(Some(1.0), by_hand), (Some(0.0), free), (None, free)] {
+            let loss = trainer.evaluate(&batch(p))?.item()?;
+            ensure!((loss - expected).abs() <= 1e-6, "{device:?}: teacher {p:?} gives {loss}, expected {expected}");
+        }
+        let sampled = trainer.step(&batch(Some(0.5)))?.item()?;
+        ensure!(
+            (sampled - by_hand).abs() > 1e-4 && (sampled - free).abs() > 1e-4,
+            "{device:?}: scheduled sampling gives {sampled}"
+        );
+        let taught = trainer.evaluate(&batch(Some(1.0)))?.item()?;
+        let stepped = trainer.step(&batch(Some(1.0)))?.item()?;
+        ensure!((stepped - taught).abs() <= 1e-6, "{device:?}: a taught step's loss is {stepped}, expected {taught}");
+    }
+    Ok(())
+}
+
 #[test]
 fn empty_rows_do_not_count() -> Result<()> {
     let mut rng = Rng::seed(8);

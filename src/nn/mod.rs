@@ -270,6 +270,11 @@ pub trait Layer: Module + Send + Sync {
     /// What the layer refuses, and what its device reports.
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>>;
 
+    /// Whether it can use [`Context::teacher`]; a model whose last layer cannot is refused one.
+    fn takes_teacher(&self) -> bool {
+        false
+    }
+
     /// How many tensors its state has: a row of layers inside another one finds each layer's part of its state by that.
     fn state_len(&self) -> usize {
         0

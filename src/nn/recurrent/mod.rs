@@ -368,6 +368,12 @@ impl<C: Cell> Recurrent<C> {
         key.filter(|_| masked).map(|key| key.layer(layer))
     }
 
+    /// Whether targets can stand in for all that recurs.
+    fn is_teachable(&self) -> bool {
+        let RecurrentConfig { layers, direction, .. } = self.config;
+        self.config.output.is_some() && C::State::LEN == 1 && layers == 1 && direction == Direction::Forward
+    }
+
     /// The teacher of a run, after checks; one that always teaches makes all steps independent.
     fn teacher(
         &self,
@@ -377,8 +383,7 @@ impl<C: Cell> Recurrent<C> {
         shape: [usize; 2],
     ) -> Result<Option<Teacher>> {
         let Some((targets, probability)) = teacher else { return Ok(None) };
-        let jordan = self.config.output.is_some() && C::State::LEN == 1;
-        if !jordan || self.config.layers > 1 || self.config.direction != Direction::Forward {
+        if !self.is_teachable() {
             let what = "a teacher needs recurrence through the output only, one layer, and time read forward (RnnConfig::jordan)";
             return Err(Error::unsupported(op, what));
         }
@@ -1110,6 +1115,10 @@ impl<C: Cell> Layer for Recurrent<C> {
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = self.op("backward");
         Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
+    }
+
+    fn takes_teacher(&self) -> bool {
+        self.is_teachable()
     }
 
     fn state_len(&self) -> usize {
