@@ -115,7 +115,11 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let tape = config.layers * pass + (config.layers - 1) * lines * layer.output();
         // While the head runs: y and dy. In backward: dy and dx; masks and sums of residual layers make copies.
         let copies = usize::from(config.dropout > 0.0) + usize::from(config.residual);
-        let dx = if self.needs_dx || config.layers > 1 { lines * config.input.max(layer.output()) } else { 0 };
+        let dx = match (config.layers, self.needs_dx) {
+            (1, true) => lines * config.input,
+            (1, false) => 0,
+            _ => lines * layer.output(),
+        };
         let douts = if config.output.is_some() { lines * width } else { 0 };
         let carried = (C::State::LEN * rows + rows.div_ceil(4) * (config.cell.extras() + 1)) * hidden;
         // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
