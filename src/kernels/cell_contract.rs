@@ -94,6 +94,11 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     fn recurrent_slot(&self, gate: usize) -> usize {
         gate
     }
+    /// Layer normalization: how many gates are normalized together, from the first on; their recurrent gradients lie in
+    /// neighbouring slots. Empty: it is not defined for this cell.
+    fn norms(&self) -> &'static [usize] {
+        &[]
+    }
     /// The new state, and what backward needs.
     fn forward(&self, site: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit)
     -> (Self::State, Self::Slots);
@@ -117,6 +122,17 @@ pub(crate) fn recurrent_runs<C: CellKernel>(cell: &C) -> Vec<(usize, usize, usiz
         }
     }
     runs
+}
+
+/// Gates whose products are normalized together, as `(first gate, first recurrent slot, count)`.
+pub(crate) fn norm_groups<C: CellKernel>(cell: &C) -> Vec<(usize, usize, usize)> {
+    let mut first = 0;
+    let group = |count: &usize| {
+        let gate = first;
+        first += count;
+        (gate, cell.recurrent_slot(gate), *count)
+    };
+    cell.norms().iter().map(group).collect()
 }
 
 /// An activation as the constants `kind`, `alpha` and `beta`, each behind a prefix; a macro, because names are static.

@@ -48,6 +48,11 @@ impl CellKernel for GruCell {
         if gate == 2 && !self.reset_before { 3 } else { gate }
     }
 
+    fn norms(&self) -> &'static [usize] {
+        // Before the product, n's part is no product of h.
+        if self.reset_before { &[] } else { &[2, 1] }
+    }
+
     #[inline(always)]
     fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
         let gate = |at: usize| self.gate.apply(clip_to(self.clip, x[at] + (r[at] + p[at])));

@@ -16,8 +16,10 @@ pub(crate) mod dropout;
 pub(crate) mod elementwise;
 pub(crate) mod gather;
 pub(crate) mod gemm;
+pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub(crate) mod mean_squared_error;
+pub(crate) mod norm_output;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod pooling;
@@ -78,6 +80,11 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &output_step::OUTPUT,
         &output_step::OUTPUT_BACKWARD,
         &output_step::TEACH_BACKWARD,
+        &layer_norm::FORWARD,
+        &layer_norm::BACKWARD,
+        &layer_norm::BACKWARD_GAIN,
+        &norm_output::FORWARD,
+        &norm_output::BACKWARD,
     ];
     kernels.extend(cells.iter().flat_map(|cell| [&cell.forward, &cell.forward_split, &cell.backward]));
     kernels

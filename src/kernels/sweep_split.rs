@@ -3,6 +3,8 @@
 
 use super::cell_contract::{Block, CellKernel, recurrent_runs};
 use super::gemm::{Matrix, gemm};
+use super::layer_norm::GateNorm;
+use super::norm_output::StateNorm;
 use super::output_step::{self, Teacher};
 use super::sweep_step::{self, Buffers, Plan};
 use crate::error::Result;
@@ -11,10 +13,22 @@ use crate::tensor::Tensor;
 /// What a step does beside its cell.
 #[derive(Default)]
 pub(crate) struct Extras<'a> {
+    /// Layer normalization of the recurrent product.
+    pub norm: Option<ProductNorm<'a>>,
+    /// Layer normalization of an LSTM's c on its way to h; [`Plan::output`] is false.
+    pub state_norm: Option<StateNorm<'a>>,
     /// The output product `o = W_hr m + b`: o and not the cell's own output m is what the recurrence and y see.
     pub output: Option<OutputProduct<'a>>,
     /// Targets in place of o in the recurrence.
     pub teacher: Option<&'a Teacher>,
+}
+
+/// Layer normalization of the recurrent product.
+pub(crate) struct ProductNorm<'a> {
+    /// Of lines `[T, B]`, or `[1, B]` where nothing is kept.
+    pub gates: GateNorm<'a>,
+    /// Backward: `[T, B, GATES * H]`, the product's gradient.
+    pub dproducts: Option<&'a Tensor>,
 }
 
 /// An output product: a projection, or a Jordan network's output.
@@ -41,13 +55,25 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
     let gates = C::Pre::LEN * hidden;
     let product = Tensor::uninitialized(buffers.slots.device(), [rows, gates])?;
     let depth = plan.depth::<C>(buffers.states);
-    for step @ (_, before, after) in plan.order(depth) {
+    for step @ (t, before, after) in plan.order(depth) {
         if let (Some(teacher), Some(output)) = (extras.teacher, &extras.output) {
             output_step::teach(plan, teacher, output.width, output.outputs, step)?;
         }
         let h = state_of(plan, buffers, extras, before);
-        gemm(h, Matrix::new(buffers.weights, h.cols, gates), None, Matrix::new(&product, rows, gates), false)?;
+        let target = Matrix::new(&product, rows, gates);
+        let weights = Matrix::new(buffers.weights, h.cols, gates);
+        match &extras.norm {
+            Some(ProductNorm { gates: norm, .. }) => {
+                let line = t * rows % norm.lines();
+                gemm(h, weights, None, Matrix::window(norm.products, line * gates, rows, gates, gates), false)?;
+                norm.forward(line, None, target)?;
+            }
+            None => gemm(h, weights, None, target, false)?,
+        }
         sweep_step::forward_split(cell, plan, buffers, &product, step)?;
+        if let Some(norm) = &extras.state_norm {
+            norm.forward(plan, buffers, step)?;
+        }
         if let Some(output) = &extras.output {
             let m = Matrix::window(buffers.states, after * rows * hidden, rows, hidden, hidden);
             let o = Matrix::window(output.outputs, after * rows * output.width, rows, output.width, output.width);
@@ -68,7 +94,7 @@ pub(crate) fn backward<C: CellKernel>(
     dstates: &Tensor,
 ) -> Result<()> {
     let (rows, hidden) = (plan.rows, plan.hidden);
-    let kept = C::Slots::LEN * hidden;
+    let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
     for step @ (t, ..) in plan.order(plan.steps + 1).rev() {
         let dm = Matrix::window(dstates, 0, rows, hidden, hidden);
         if let Some((output, carried, douts)) = extras.backward_output() {
@@ -76,14 +102,21 @@ pub(crate) fn backward<C: CellKernel>(
             let dout = Matrix::window(douts, t * rows * output.width, rows, output.width, output.width);
             gemm(dout, Matrix::new(output.weights, output.width, hidden), None, dm, false)?;
         }
+        if let Some((norm, dvalues)) = extras.state_norm.as_ref().and_then(|norm| Some((norm, norm.dvalues?))) {
+            norm.backward(plan, buffers, dstates, dvalues, step)?;
+        }
         sweep_step::backward_split(cell, plan, buffers, dstates, step)?;
+        if let Some((norm, dproducts)) = extras.norm.as_ref().and_then(|norm| Some((norm, norm.dproducts?))) {
+            let dslots = Matrix::window(buffers.slots, t * rows * kept, rows, kept, kept);
+            norm.gates.backward(t * rows, dslots, Matrix::window(dproducts, t * rows * gates, rows, gates, gates))?;
+        }
         let target = match extras.backward_output() {
             Some((output, carried, _)) => Matrix::new(carried, rows, output.width),
             None => dm,
         };
-        for (gate, slot, run) in recurrent_runs(cell) {
-            let dr = Matrix::window(buffers.slots, t * rows * kept + slot * hidden, rows, run * hidden, kept);
-            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, run * hidden, target.cols, target.cols);
+        let dproducts = extras.norm.as_ref().and_then(|norm| norm.dproducts);
+        for (gate, dr) in recurrent_gradients(cell, buffers.slots, dproducts, hidden, t * rows, rows) {
+            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, dr.cols, target.cols, target.cols);
             gemm(dr, w, None, target, true)?;
         }
         if let (Some(teacher), Some((output, carried, _))) = (extras.teacher, extras.backward_output()) {
@@ -91,6 +124,24 @@ pub(crate) fn backward<C: CellKernel>(
         }
     }
     Ok(())
+}
+
+/// After a backward step, the gradients of `count` lines of the recurrent product, as `(first gate, [count, gates * H])`: runs of
+/// slots, or, where the product is normalized, what came of them.
+pub(crate) fn recurrent_gradients<'a, C: CellKernel>(
+    cell: &C,
+    slots: &'a Tensor,
+    dproducts: Option<&'a Tensor>,
+    hidden: usize,
+    line: usize,
+    count: usize,
+) -> Vec<(usize, Matrix<'a>)> {
+    let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+    if let Some(dproducts) = dproducts {
+        return vec![(0, Matrix::window(dproducts, line * gates, count, gates, gates))];
+    }
+    let run = |(gate, slot, run)| (gate, Matrix::window(slots, line * kept + slot * hidden, count, run * hidden, kept));
+    recurrent_runs(cell).into_iter().map(run).collect()
 }
 
 impl Extras<'_> {

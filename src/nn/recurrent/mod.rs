@@ -11,15 +11,18 @@ use weights::Weights;
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
+use crate::kernels::activation::Activation;
+use crate::kernels::cell_contract::{Block, CellKernel, norm_groups, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::cell_rnn::RnnCell;
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::gather;
 use crate::kernels::gemm::{Matrix, gemm};
+use crate::kernels::layer_norm::GateNorm;
+use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep_split::{self, Extras, OutputProduct};
+use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradients};
 use crate::kernels::sweep_step::{self, Buffers, Plan};
 use crate::kernels::{dropout, transpose};
 use crate::rng::{MaskKey, Rng};
@@ -33,6 +36,11 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const EXTRA: &'static str = "";
     /// Its state as a user meets it.
     type Value: CellState;
+    /// With layer normalization, where h is made of a normalized state: the cell that leaves the other factor of h in its place,
+    /// and the activation of the normalized state.
+    fn normalized_output(&self) -> Option<(Self, Activation)> {
+        None
+    }
     /// Whether its options are in their ranges.
     ///
     /// # Errors
@@ -44,6 +52,11 @@ impl Cell for LstmCell {
     const NAME: &'static str = "lstm";
     const EXTRA: &'static str = "weight_peephole";
     type Value = LstmState;
+
+    fn normalized_output(&self) -> Option<(Self, Activation)> {
+        let one = Activation::Affine { alpha: 0.0, beta: 1.0 };
+        Some((Self { output: one, ..*self }, self.output))
+    }
 
     fn check(&self, op: &str) -> Result<()> {
         for (name, activation) in [("gate", self.gate), ("candidate", self.candidate), ("output", self.output)] {
@@ -139,11 +152,33 @@ struct PassTape {
     outputs: Option<Tensor>,
     /// With DropConnect: W_hh as the products saw it [G * H, R].
     weights: Option<Tensor>,
+    /// With layer normalization.
+    norms: Option<Norms>,
+}
+
+/// What layer normalization keeps of a pass, each with the statistics of its rows.
+#[derive(Debug)]
+struct Norms {
+    /// The product of x [T * B, G * H].
+    input: Kept,
+    /// The product of h at each step [T, B, G * H].
+    recurrent: Kept,
+    /// Where it is normalized on its way to h: c after that [T, B, H].
+    state: Option<Kept>,
+}
+
+/// One side of a normalization, and the statistics of its rows [groups, lines, 2].
+#[derive(Debug)]
+struct Kept {
+    rows: Tensor,
+    stats: Tensor,
 }
 
 /// What one direction of one layer takes and gives beside its parameters.
 struct Pass<'a> {
     plan: Plan<'a>,
+    /// Backward: takes the gradient of x, to which every direction but the first adds.
+    dx: Option<&'a Tensor>,
     /// Layer and direction, as states have them.
     index: usize,
     key: Option<MaskKey>,
@@ -354,7 +389,7 @@ impl<C: Cell> Recurrent<C> {
             hidden: self.config.hidden,
             reverse: self.config.direction.passes()[direction],
             lengths,
-            output: self.config.output.is_none(),
+            output: self.config.output.is_none() && self.config.normalized_output().is_none(),
             y_stride: self.output(),
             y_offset: direction * self.config.width(),
             key: key.map_or(MaskKey::new(0, 0), |key| key.draw(draws::CELL, index)),
@@ -367,7 +402,7 @@ impl<C: Cell> Recurrent<C> {
 
     /// Whether something comes between the recurrent product and the cell, or after it.
     fn is_split(&self) -> bool {
-        self.config.output.is_some()
+        self.config.output.is_some() || self.config.layer_norm
     }
 
     fn run(
@@ -414,7 +449,7 @@ impl<C: Cell> Recurrent<C> {
             let mut passes = Vec::new();
             for index in layer * directions..(layer + 1) * directions {
                 let plan = self.plan([steps, rows], index, input.lengths, key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let pass = Pass { plan, dx: None, index, key, teacher: teacher.as_ref() };
                 let tape = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
                         self.forced(&pass, &x, &y, initial.as_deref(), &finals, train)?
@@ -504,7 +539,7 @@ impl<C: Cell> Recurrent<C> {
             None => unreachable!("only a teacher forces"),
         };
         let flat = Forced::new(plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(plan), teacher: None, ..*pass };
         debug_assert!(train || !pass.plan.random);
         let tape = self.prepare(&pass, x, 2)?;
         // What each step sees: the given state, then the targets of the steps before.
@@ -527,7 +562,8 @@ impl<C: Cell> Recurrent<C> {
     /// The buffers of a pass, with the input part of every gate; the states are not set.
     fn prepare(&self, pass: &Pass<'_>, x: &Tensor, depth: usize) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
-        let slots = self.input_part(weights, x, plan.steps * plan.rows)?;
+        let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
+        let slots = self.input_part(weights, x, plan.steps * plan.rows, norms.as_ref())?;
         let states = Tensor::uninitialized(&self.device, [C::State::LEN, depth, plan.rows, plan.hidden])?;
         let outputs = match self.config.output {
             Some((width, _)) => {
@@ -544,7 +580,63 @@ impl<C: Cell> Recurrent<C> {
             }
             _ => None,
         };
-        Ok(PassTape { slots, states, outputs, weights: dropped })
+        Ok(PassTape { slots, states, outputs, weights: dropped, norms })
+    }
+
+    /// Room for what layer normalization keeps.
+    fn norms(&self, plan: &Plan<'_>, depth: usize) -> Result<Norms> {
+        let width = C::Pre::LEN * plan.hidden;
+        let groups = self.config.cell.norms().len();
+        let lines = plan.rows * if depth > 2 { plan.steps } else { 1 };
+        let room = |shape: &[usize]| Tensor::uninitialized(&self.device, shape);
+        let kept = |lines: usize, width: usize, groups: usize| -> Result<Kept> {
+            Ok(Kept { rows: room(&[lines, width])?, stats: room(&[groups, lines, 2])? })
+        };
+        let state = match self.config.normalized_output() {
+            Some(_) => Some(kept(lines, plan.hidden, 1)?),
+            None => None,
+        };
+        Ok(Norms { input: kept(plan.steps * plan.rows, width, groups)?, recurrent: kept(lines, width, groups)?, state })
+    }
+
+    /// The normalization of the product of x.
+    fn input_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>) -> Option<GateNorm<'a>> {
+        let (Some(Norms { input, .. }), Some(gain)) = (norms, &weights.norm_ih) else { return None };
+        // The gradients of x lie in the slots of the gates themselves.
+        let groups = norm_groups(&self.config.cell).into_iter().map(|(gate, _, count)| (gate, gate, count)).collect();
+        Some(GateNorm { hidden: self.config.hidden, groups, products: &input.rows, gain: gain.value(), stats: &input.stats })
+    }
+
+    /// The normalization of the product of h.
+    fn recurrent_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>) -> Option<GateNorm<'a>> {
+        let (Some(Norms { recurrent, .. }), Some(gain)) = (norms, &weights.norm_hh) else { return None };
+        let groups = norm_groups(&self.config.cell);
+        Some(GateNorm {
+            hidden: self.config.hidden,
+            groups,
+            products: &recurrent.rows,
+            gain: gain.value(),
+            stats: &recurrent.stats,
+        })
+    }
+
+    /// The normalization of a cell state on its way to h. `y` is the sweep's.
+    fn state_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>, y: &'a Tensor) -> Option<StateNorm<'a>> {
+        let (state, (_, activation)) = (norms?.state.as_ref()?, self.config.normalized_output()?);
+        Some(StateNorm {
+            gain: weights.norm_c.as_ref()?.value(),
+            shift: weights.norm_c_bias.as_ref().map(Param::value),
+            activation,
+            values: &state.rows,
+            stats: &state.stats,
+            dvalues: None,
+            y: Some(y).filter(|_| self.config.output.is_none()),
+        })
+    }
+
+    /// The cell that a sweep runs.
+    fn swept_cell(&self) -> C {
+        self.config.normalized_output().map_or(self.config.cell, |(cell, _)| cell)
     }
 
     /// DropConnect: numbers of W_hh, or of its gradient, under this pass's mask.
@@ -554,7 +646,7 @@ impl<C: Cell> Recurrent<C> {
     }
 
     fn sweep_forward(&self, pass: &Pass<'_>, weights: &Weights, tape: &PassTape, y: &Tensor) -> Result<()> {
-        let (cell, plan) = (&self.config.cell, &pass.plan);
+        let (cell, plan) = (&self.swept_cell(), &pass.plan);
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = match (&tape.weights, &weights.weight_hh) {
             (Some(dropped), _) => transpose::matrix(dropped, dropped.shape()[0], dropped.shape()[1])?,
@@ -565,29 +657,40 @@ impl<C: Cell> Recurrent<C> {
         if !self.is_split() {
             return sweep_step::forward(cell, plan, &buffers);
         }
-        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        let norms = tape.norms.as_ref();
+        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
+        let state_norm = self.state_norm(weights, norms, y);
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, ..Extras::default() };
         let projection = weights.weight_hr.as_ref().map(Param::transposed).transpose()?;
         if let (Some(weights_hr), Some(outputs)) = (&projection, &tape.outputs) {
             let bias = weights.bias_hr.as_ref().map(Param::value);
             let width = self.config.width();
             extras.output = Some(OutputProduct { width, weights: weights_hr, bias, outputs, douts: None, carried: None, y });
         }
-        // The cell writes no y then, but something is bound in its place.
+        // Where the cell writes no y, something is still bound in its place.
         let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if extras.output.is_some() { &spare } else { y };
+        let y = if plan.output { y } else { &spare };
         sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, &extras)
     }
 
-    /// The input part of every gate and step in one product: `xp [T*B, gates*H] = x W_ih^T + b_ih`, in the first columns
-    /// of the slots `[T, B, SLOTS, H]`.
-    fn input_part(&self, weights: &Weights, x: &Tensor, rows: usize) -> Result<Tensor> {
+    /// The input part of every gate and step in one product: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in
+    /// the first columns of the slots `[T, B, SLOTS, H]`.
+    fn input_part(&self, weights: &Weights, x: &Tensor, rows: usize, norms: Option<&Norms>) -> Result<Tensor> {
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let slots = Tensor::uninitialized(&self.device, [rows, kept])?;
         let bias = weights.bias_ih.as_ref().map(Param::value);
         let x = Matrix::new(x, rows, inputs);
         let target = Matrix::window(&slots, 0, rows, gates, kept);
-        gemm(x, Matrix::new(&weights.weight_ih.transposed()?, inputs, gates), bias, target, false)?;
+        let transposed = weights.weight_ih.transposed()?;
+        let weight_ih = Matrix::new(&transposed, inputs, gates);
+        match self.input_norm(weights, norms) {
+            Some(norm) => {
+                gemm(x, weight_ih, None, Matrix::new(norm.products, rows, gates), false)?;
+                norm.forward(0, bias, target)?;
+            }
+            None => gemm(x, weight_ih, bias, target, false)?,
+        }
         Ok(slots)
     }
 
@@ -599,7 +702,7 @@ impl<C: Cell> Recurrent<C> {
         needs_dx: bool,
     ) -> Result<(Option<Tensor>, C::Value)> {
         let op = self.op("backward");
-        let RecurrentConfig { hidden, dropout, batch_first, .. } = self.config;
+        let RecurrentConfig { dropout, batch_first, .. } = self.config;
         let RecurrentTape { steps, rows, lengths, key, teacher, layers, owner, version } = tape;
         if !owner.same(self.owner()) || version != self.version() {
             return Err(super::stale_tape(&op));
@@ -631,19 +734,12 @@ impl<C: Cell> Recurrent<C> {
             for (direction, tape) in passes.into_iter().enumerate() {
                 let index = layer * directions + direction;
                 let plan = self.plan([steps, rows], index, lengths.as_ref(), key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let pass = Pass { plan, dx: dx.as_ref(), index, key, teacher: teacher.as_ref() };
                 match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
                         self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
                     }
                     _ => self.backward_pass(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?,
-                }
-                if let Some(dx) = &dx {
-                    let weights = &self.weights[index];
-                    let (count, inputs) = (steps * rows, weights.inputs());
-                    let gates = Matrix::window(&tape.slots, 0, count, C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-                    let weight_ih = Matrix::new(weights.weight_ih.value(), gates.cols, inputs);
-                    gemm(gates, weight_ih, None, Matrix::new(dx, count, inputs), direction > 0)?;
                 }
             }
             match dx {
@@ -656,7 +752,7 @@ impl<C: Cell> Recurrent<C> {
     }
 
     /// One direction of one layer backward: from dy and the gradient of the final state to that of the initial one, in the slots
-    /// those of the gates, and those of the parameters.
+    /// those of the gates, those of the parameters, and that of x.
     fn backward_pass(
         &self,
         pass: &Pass<'_>,
@@ -696,7 +792,7 @@ impl<C: Cell> Recurrent<C> {
     ) -> Result<()> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(&pass.plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass };
         let gradients = self.new_gradients(&pass)?;
         let carried = gradients.state(0, pass.plan.rows, width, self.config.hidden);
         carried.clear()?;
@@ -724,11 +820,18 @@ impl<C: Cell> Recurrent<C> {
             )),
             None => None,
         };
-        Ok(Gradients { dstates, output })
+        let lines = plan.steps * plan.rows;
+        let room = |wanted: bool, width: usize| match wanted {
+            true => Tensor::uninitialized(&self.device, [lines, width]).map(Some),
+            false => Ok(None),
+        };
+        let products = room(self.config.layer_norm, C::Pre::LEN * plan.hidden)?;
+        let values = room(self.config.normalized_output().is_some(), plan.hidden)?;
+        Ok(Gradients { dstates, output, products, values })
     }
 
     fn sweep_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
-        let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
+        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
@@ -745,7 +848,12 @@ impl<C: Cell> Recurrent<C> {
             }
             return Ok(());
         }
-        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        let norms = tape.norms.as_ref();
+        let dproducts = gradients.products.as_ref();
+        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts });
+        let state_norm = self.state_norm(weights, norms, dy);
+        let state_norm = state_norm.map(|norm| StateNorm { dvalues: gradients.values.as_ref(), ..norm });
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, ..Extras::default() };
         if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
             extras.output = Some(OutputProduct {
                 width: self.config.width(),
@@ -758,21 +866,28 @@ impl<C: Cell> Recurrent<C> {
             });
         }
         let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if extras.output.is_some() { &spare } else { dy };
+        let y = if plan.output { dy } else { &spare };
         sweep_split::backward(cell, plan, &Buffers { y, ..buffers }, &extras, &gradients.dstates)
     }
 
-    /// After a backward sweep: once for all steps, the gradients of the parameters.
+    /// After a backward sweep: once for all steps, the gradients of the parameters and of x.
     fn gradients(&self, pass: &Pass<'_>, tape: &PassTape, x: &Tensor, gradients: &Gradients) -> Result<()> {
         let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
         let (hidden, rows, count) = (plan.hidden, plan.rows, plan.steps * plan.rows);
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         // dx-part: the first columns of the slots. dr-part: one or more runs of columns.
         let input_part = Matrix::window(&tape.slots, 0, count, gates, kept);
-        let inputs = weights.inputs();
-        gemm(input_part.t(), Matrix::new(x, count, inputs), None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
         if let Some(bias) = &weights.bias_ih {
             column_sum(input_part, 0, bias.grad())?;
+        }
+        let dproducts = self.norm_gradients(pass, tape, gradients)?;
+        let dproducts = dproducts.as_ref().map_or(input_part, |dproducts| Matrix::new(dproducts, count, gates));
+        let inputs = weights.inputs();
+        gemm(dproducts.t(), Matrix::new(x, count, inputs), None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
+        if let Some(dx) = pass.dx {
+            let weight_ih = Matrix::new(weights.weight_ih.value(), gates, inputs);
+            let adds = !pass.index.is_multiple_of(self.config.directions());
+            gemm(dproducts, weight_ih, None, Matrix::new(dx, count, inputs), adds)?;
         }
         // What the products saw: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
         let (seen, width) = tape.outputs.as_ref().map_or((&tape.states, hidden), |outputs| (outputs, self.config.width()));
@@ -782,14 +897,13 @@ impl<C: Cell> Recurrent<C> {
                 Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
                 None => None,
             };
-            for (gate, slot, run) in recurrent_runs(cell) {
-                let run = run * hidden;
-                let recurrent_part = Matrix::window(&tape.slots, slot * hidden, count, run, kept);
+            for (gate, dr) in recurrent_gradients(cell, &tape.slots, gradients.products.as_ref(), hidden, 0, count) {
                 let target = dropped.as_ref().unwrap_or(weight.grad());
-                let dw = Matrix::window(target, gate * hidden * width, run, width, width);
-                gemm(recurrent_part.t(), h, None, dw, true)?;
-                if let Some(bias) = &weights.bias_hh {
-                    column_sum(recurrent_part, gate * hidden, bias.grad())?;
+                gemm(dr.t(), h, None, Matrix::window(target, gate * hidden * width, dr.cols, width, width), true)?;
+            }
+            if let Some(bias) = &weights.bias_hh {
+                for (gate, dr) in recurrent_gradients(cell, &tape.slots, None, hidden, 0, count) {
+                    column_sum(dr, gate * hidden, bias.grad())?;
                 }
             }
             if let (Some(dropped), Some(key)) = (dropped, pass.key) {
@@ -817,6 +931,31 @@ impl<C: Cell> Recurrent<C> {
         }
         Ok(())
     }
+
+    /// With layer normalization: the gradients of its parameters, and that of the product of x `[T * B, G * H]`.
+    fn norm_gradients(&self, pass: &Pass<'_>, tape: &PassTape, gradients: &Gradients) -> Result<Option<Tensor>> {
+        let (plan, weights, norms) = (&pass.plan, &self.weights[pass.index], tape.norms.as_ref());
+        let count = plan.steps * plan.rows;
+        let (Some(norm_ih), Some(norm_hh)) = (&weights.norm_ih, &weights.norm_hh) else { return Ok(None) };
+        let (Some(input), Some(recurrent)) = (self.input_norm(weights, norms), self.recurrent_norm(weights, norms)) else {
+            return Ok(None);
+        };
+        let kept = C::Slots::LEN * plan.hidden;
+        let slots = Matrix::window(&tape.slots, 0, count, kept, kept);
+        input.backward_gain(slots, norm_ih.grad())?;
+        recurrent.backward_gain(slots, norm_hh.grad())?;
+        if let (Some(norm), Some(values), Some(norm_c)) =
+            (self.state_norm(weights, norms, &tape.states), &gradients.values, &weights.norm_c)
+        {
+            norm.backward_gain(plan, &tape.states, values, norm_c.grad())?;
+            if let Some(bias) = &weights.norm_c_bias {
+                column_sum(Matrix::new(values, count, plan.hidden), 0, bias.grad())?;
+            }
+        }
+        let dproducts = Tensor::uninitialized(&self.device, [count, C::Pre::LEN * plan.hidden])?;
+        input.backward(0, slots, Matrix::new(&dproducts, count, C::Pre::LEN * plan.hidden))?;
+        Ok(Some(dproducts))
+    }
 }
 
 /// Part number `index` of a tensor of parts of `len` numbers: a layer and direction of a state.
@@ -830,6 +969,9 @@ struct Gradients {
     dstates: Tensor,
     /// With an output product: the gradient of o [B, R] from later steps, and the whole of it at each step [T, B, R].
     output: Option<(Tensor, Tensor)>,
+    /// With layer normalization: of the product of h [T, B, G * H], and of a normalized cell state [T, B, H].
+    products: Option<Tensor>,
+    values: Option<Tensor>,
 }
 
 impl Gradients {
