@@ -11,8 +11,8 @@ use common::{adapters, devices};
 use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
-    Context, Direction, Dropout, EmbeddingConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig, LstmState,
-    MaxOverTime, MeanOverTime, Module, Output, Param, Residual, Sequential, Skip, State, Tape, Value,
+    Context, Direction, Dropout, EmbeddingConfig, GruConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig,
+    LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, RnnConfig, Sequential, Skip, State, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
@@ -188,6 +188,16 @@ fn configurations() -> Result<()> {
         lstm(t, LstmConfig::new(4, 4).forget_bias(f32::NAN), text);
         let text = "lstm.init: forget_bias is given, expected biases, which bias(false) removed";
         lstm(t, LstmConfig::new(4, 4).bias(false).forget_bias(1.0), text);
+        let rng = &mut Rng::seed(0);
+        let undefined = "layer_norm, which is defined for an LSTM, and for a GRU with Reset::AfterProduct";
+        t.row(|| RnnConfig::new(4, 4).layer_norm(true).init(device, rng), Unsupported, format!("rnn.init: {undefined}"));
+        let before = GruConfig::new(4, 4).layer_norm(true).reset(Reset::BeforeProduct);
+        t.row(|| before.init(device, rng), Unsupported, format!("gru.init: {undefined}"));
+        let normalized = || LstmConfig::new(4, 4).layer_norm(true);
+        let text = "lstm.init: zoneout with layer_norm of a cell state";
+        t.row(|| normalized().zoneout(0.1, 0.0).init(device, rng), Unsupported, text);
+        let text = "lstm.init: gradient_clip with layer_norm of a cell state";
+        t.row(|| normalized().gradient_clip(1.0).init(device, rng), Unsupported, text);
         // Refused before a number is drawn.
         for (input, hidden) in [(usize::MAX, 4), (4, usize::MAX), (1 << 40, 1 << 40)] {
             let shape = [hidden.saturating_mul(4), input];
