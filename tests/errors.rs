@@ -12,7 +12,8 @@ use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limi
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
     Context, Direction, Dropout, EmbeddingConfig, GruConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig,
-    LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, RnnConfig, Sequential, Skip, State, Tape, Value,
+    LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, RnnConfig, Sequential, Skip, State, Tape,
+    Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};

@@ -239,6 +239,12 @@ impl GateNorm<'_> {
         self.products.len() / self.gain.len()
     }
 
+    /// `count` lines of the products.
+    pub fn window(&self, line: usize, count: usize) -> Matrix<'_> {
+        let width = self.gain.len();
+        Matrix::window(self.products, line * width, count, width, width)
+    }
+
     /// `y [count, GATES * H]` of the products from `line` on; the shift is laid out as the gain.
     pub fn forward(&self, line: usize, shift: Option<&Tensor>, y: Matrix<'_>) -> Result<()> {
         self.norms(line, y.rows).try_for_each(|(norm, _)| norm.forward(shift, y.columns(norm.column, norm.x.cols)))
@@ -251,16 +257,15 @@ impl GateNorm<'_> {
         })
     }
 
-    /// Adds the gain's gradient over all lines to `dgain`, of dy in slots `[lines, SLOTS * H]`.
-    pub fn backward_gain(&self, dslots: Matrix<'_>, dgain: &Tensor) -> Result<()> {
-        let mut norms = self.norms(0, dslots.rows);
+    /// Adds the gain's gradient over the lines from `line` on to `dgain`, of dy in slots `[count, SLOTS * H]`.
+    pub fn backward_gain(&self, line: usize, dslots: Matrix<'_>, dgain: &Tensor) -> Result<()> {
+        let mut norms = self.norms(line, dslots.rows);
         norms.try_for_each(|(norm, slot)| norm.backward_gain(dslots.columns(slot, norm.x.cols), dgain))
     }
 
     /// Of each group the normalization of `count` lines, and the column of the slots where its gradient starts.
     fn norms(&self, line: usize, count: usize) -> impl Iterator<Item = (Norm<'_>, usize)> {
-        let (width, lines) = (self.gain.len(), self.lines());
-        let all = Matrix::window(self.products, line * width, count, width, width);
+        let (lines, all) = (self.lines(), self.window(line, count));
         self.groups.iter().enumerate().map(move |(n, &(gate, slot, gates))| {
             let column = gate * self.hidden;
             let x = all.columns(column, gates * self.hidden);

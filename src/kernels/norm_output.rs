@@ -143,13 +143,19 @@ impl StateNorm<'_> {
         self.norm(plan, buffers.states, after, line).backward(dvalues, dc, true)
     }
 
-    /// After a backward sweep, adds the gain's gradient to `dgain`.
-    pub fn backward_gain(&self, plan: &Plan<'_>, states: &Tensor, dvalues: &Tensor, dgain: &Tensor) -> Result<()> {
-        let (count, hidden) = (plan.steps * plan.rows, plan.hidden);
+    /// After a backward sweep, adds the gain's gradient to `dgain`, of `dvalues [count, H]` from line `first` on.
+    pub fn backward_gain(
+        &self,
+        plan: &Plan<'_>,
+        states: &Tensor,
+        first: usize,
+        dvalues: Matrix<'_>,
+        dgain: &Tensor,
+    ) -> Result<()> {
         // The states after each step: those of slots 1 .. T + 1, or 0 .. T in reverse.
-        let norm = self.norm(plan, states, usize::from(!plan.reverse), 0);
-        let x = Matrix::window(norm.x.tensor, norm.x.offset, count, hidden, hidden);
-        Norm { x, ..norm }.backward_gain(Matrix::new(dvalues, count, hidden), dgain)
+        let norm = self.norm(plan, states, usize::from(!plan.reverse), first);
+        let x = Matrix::window(states, norm.x.offset + first * plan.hidden, dvalues.rows, plan.hidden, plan.hidden);
+        Norm { x, ..norm }.backward_gain(dvalues, dgain)
     }
 
     /// Of the cell states in slot `after`.

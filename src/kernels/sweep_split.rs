@@ -65,7 +65,7 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
         match &extras.norm {
             Some(ProductNorm { gates: norm, .. }) => {
                 let line = t * rows % norm.lines();
-                gemm(h, weights, None, Matrix::window(norm.products, line * gates, rows, gates, gates), false)?;
+                gemm(h, weights, None, norm.window(line, rows), false)?;
                 norm.forward(line, None, target)?;
             }
             None => gemm(h, weights, None, target, false)?,
@@ -115,7 +115,7 @@ pub(crate) fn backward<C: CellKernel>(
             None => dm,
         };
         let dproducts = extras.norm.as_ref().and_then(|norm| norm.dproducts);
-        for (gate, dr) in recurrent_gradients(cell, buffers.slots, dproducts, hidden, t * rows, rows) {
+        for (gate, dr) in recurrent_gradients(cell, buffers.slots, dproducts, hidden, [t * rows, rows]) {
             let w = Matrix::window(buffers.weights, gate * hidden * target.cols, dr.cols, target.cols, target.cols);
             gemm(dr, w, None, target, true)?;
         }
@@ -133,8 +133,7 @@ pub(crate) fn recurrent_gradients<'a, C: CellKernel>(
     slots: &'a Tensor,
     dproducts: Option<&'a Tensor>,
     hidden: usize,
-    line: usize,
-    count: usize,
+    [line, count]: [usize; 2],
 ) -> Vec<(usize, Matrix<'a>)> {
     let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
     if let Some(dproducts) = dproducts {

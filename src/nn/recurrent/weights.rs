@@ -2,7 +2,7 @@
 
 use parking_lot::Mutex;
 
-use super::{Cell, RecurrentConfig};
+use super::{Cell, CellState, RecurrentConfig};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
@@ -31,6 +31,8 @@ pub(super) struct Weights {
     pub norm_hh: Option<Param>,
     pub norm_c: Option<Param>,
     pub norm_c_bias: Option<Param>,
+    /// The state that rows start from, where it is learned: [width] each.
+    pub initial: Vec<Param>,
     /// Biases and extras in a row, and the sum of the versions that it was made of; zeros for absent biases.
     unit: Mutex<Option<(u64, Tensor)>>,
     /// How often the clip of the recurrent gradient acted, for each unit [H]; where there is a clip.
@@ -86,6 +88,12 @@ impl Weights {
         let (norm_ih, norm_hh) = (constant("norm_ih", gates, norm, 1.0)?, constant("norm_hh", gates, norm, 1.0)?);
         let norm_c = constant("norm_c", hidden, state_norm, 1.0)?;
         let norm_c_bias = constant("norm_c_bias", hidden, state_norm && config.bias, 0.0)?;
+        let states = if config.learn_initial_state { C::Value::NAMES } else { &[] };
+        let initial = states.iter().enumerate().map(|(s, name)| {
+            let width = if s == 0 { width } else { hidden };
+            Param::new(format!("initial_{name}{suffix}"), device, &vec![0.0; width], [width])
+        });
+        let initial = initial.collect::<Result<Vec<_>>>()?;
         let clipped = if config.gradient_clip > 0.0 { Some(Tensor::zeros(device, [hidden])?) } else { None };
         Ok(Self {
             weight_ih,
@@ -99,6 +107,7 @@ impl Weights {
             norm_hh,
             norm_c,
             norm_c_bias,
+            initial,
             unit: Mutex::default(),
             clipped,
         })
@@ -107,14 +116,21 @@ impl Weights {
     pub fn params(&self) -> impl Iterator<Item = &Param> {
         let optional = [&self.weight_hh, &self.bias_ih, &self.bias_hh, &self.weight_hr, &self.bias_hr, &self.extra];
         let norms = [&self.norm_ih, &self.norm_hh, &self.norm_c, &self.norm_c_bias];
-        std::iter::once(&self.weight_ih).chain(optional.into_iter().chain(norms).flatten())
+        let optional = optional.into_iter().chain(norms).flatten();
+        std::iter::once(&self.weight_ih).chain(optional).chain(&self.initial)
     }
 
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
-        let Self { weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra, .. } = self;
+        let Self { weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra, initial, .. } = self;
         let Self { norm_ih, norm_hh, norm_c, norm_c_bias, .. } = self;
         let optional = [weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra, norm_ih, norm_hh, norm_c, norm_c_bias];
-        std::iter::once(weight_ih).chain(optional.into_iter().flatten())
+        std::iter::once(weight_ih).chain(optional.into_iter().flatten()).chain(initial)
+    }
+
+    /// Numbers of each matrix that has a transposed copy.
+    pub fn transposable(&self) -> impl Iterator<Item = usize> {
+        let matrices = [Some(&self.weight_ih), self.weight_hh.as_ref(), self.weight_hr.as_ref()];
+        matrices.into_iter().flatten().map(|param| param.value().len())
     }
 
     /// I of this layer.
