@@ -586,7 +586,7 @@ fn native_backward<C: CellKernel>(
     let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
     let (slots, dstates, sums) = (&Shared::new(&mut slots), &Shared::new(dstates), &Shared::new(sums));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
-    let runs = recurrent_runs(cell);
+    let runs = recurrent_runs(cell, false);
     let parts = plan.parts::<C>(if products { plan.total } else { 1 });
     let lines = if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 };
     // Rows never meet: a part runs through all of its steps without waiting for another.

@@ -61,18 +61,19 @@ pub enum Reset {
 #[non_exhaustive]
 pub struct RecurrentConfig<C> {
     pub(super) cell: C,
-    pub(super) input: usize,
+    pub(in crate::nn) input: usize,
     pub(super) hidden: usize,
     pub(super) layers: usize,
-    pub(super) direction: Direction,
+    pub(in crate::nn) direction: Direction,
     pub(super) dropout: f32,
     pub(super) bias: bool,
-    pub(super) batch_first: bool,
+    pub(in crate::nn) batch_first: bool,
     pub(super) forget_bias: Option<f32>,
     /// R, and whether the output product has a bias.
     pub(super) output: Option<(usize, bool)>,
     pub(super) zoneout: [f32; 2],
     pub(super) weight_dropout: f32,
+    pub(super) recurrent_dropout: f32,
     pub(super) gradient_clip: f32,
     pub(super) layer_norm: bool,
     pub(super) merge: Merge,
@@ -103,6 +104,7 @@ impl<C: Cell> RecurrentConfig<C> {
             output: None,
             zoneout: [0.0; 2],
             weight_dropout: 0.0,
+            recurrent_dropout: 0.0,
             gradient_clip: 0.0,
             layer_norm: false,
             merge: Merge::Concat,
@@ -166,6 +168,13 @@ impl<C: Cell> RecurrentConfig<C> {
     /// probability `p` for the whole sequence, and the others are scaled by `1 / (1 - p)`. The weights themselves stay as they are.
     pub fn weight_dropout(self, p: f32) -> Self {
         Self { weight_dropout: p, ..self }
+    }
+
+    /// Recurrent dropout (Gal & Ghahramani 2016): in training each gate's recurrent product sees h with units zeroed with probability
+    /// `p`, by a mask of its own that is the same at all steps, and the others scaled by `1 / (1 - p)`. Where h is used outside the
+    /// products (a GRU's `z h'`), it is whole.
+    pub fn recurrent_dropout(self, p: f32) -> Self {
+        Self { recurrent_dropout: p, ..self }
     }
 
     /// In back-propagation through time, keep each element of the gradient that a step gets from later ones within `[-limit, limit]`.
@@ -236,6 +245,7 @@ impl<C: Cell> RecurrentConfig<C> {
             ("zoneout", self.zoneout[0]),
             ("zoneout", self.zoneout[1]),
             ("weight_dropout", self.weight_dropout),
+            ("recurrent_dropout", self.recurrent_dropout),
         ] {
             if !(0.0..1.0).contains(&p) {
                 return Err(Error::argument(&op, name, p, "in [0, 1)"));
@@ -266,8 +276,20 @@ impl<C: Cell> RecurrentConfig<C> {
             let expected = format!("an input as wide as the output, {}, or more layers", self.output_width());
             return Err(Error::argument(&op, "residual", format!("an input of {}", self.input), expected));
         }
-        if self.weight_dropout > 0.0 && !C::PRODUCT {
-            return Err(Error::unsupported(&op, "weight_dropout acts on the recurrent product, and this cell has none"));
+        for (name, p) in [("weight_dropout", self.weight_dropout), ("recurrent_dropout", self.recurrent_dropout)] {
+            if p > 0.0 && !C::PRODUCT {
+                return Err(Error::unsupported(&op, format!("{name} acts on the recurrent product, and this cell has none")));
+            }
+        }
+        if self.cell.gated().is_some() && self.recurrent_dropout > 0.0 {
+            let what = "recurrent_dropout with Reset::BeforeProduct: whether the mask acts before or after the reset gate is not defined";
+            return Err(Error::unsupported(&op, what));
+        }
+        if self.cell.gated().is_some() && self.output.is_some() {
+            return Err(Error::unsupported(
+                &op,
+                "an output product with Reset::BeforeProduct, whose gate would have to be as wide",
+            ));
         }
         if self.output.is_some() && self.zoneout != [0.0; 2] {
             return Err(Error::unsupported(

@@ -14,17 +14,18 @@ use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, 
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::activation::Activation;
-use crate::kernels::cell_contract::{Block, CellKernel, norm_groups};
+use crate::kernels::cell_contract::{Block, CellKernel, is_gated, norm_groups, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::cell_rnn::RnnCell;
 use crate::kernels::column_sum::column_sum;
+use crate::kernels::gate_mask::{self, Masks};
 use crate::kernels::gather;
 use crate::kernels::gemm::{Matrix, gemm};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradients};
+use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
 use crate::kernels::sweep_step::{self, Buffers, Plan};
 use crate::kernels::{dropout, elementwise, transpose};
 use crate::rng::{MaskKey, Rng};
@@ -195,6 +196,8 @@ struct Pass<'a> {
     /// Layer and direction, as states have them.
     index: usize,
     key: Option<MaskKey>,
+    /// B, also where the plan has the steps of all rows as its rows.
+    batch: usize,
     teacher: Option<&'a Teacher>,
 }
 
@@ -203,6 +206,7 @@ mod draws {
     pub const CELL: u32 = 0x6365_6c6c;
     pub const WEIGHTS: u32 = 0x7765_6967;
     pub const TEACHER: u32 = 0x7465_6163;
+    pub const GATES: u32 = 0x6761_7465;
 }
 
 impl<C: Cell> Recurrent<C> {
@@ -271,7 +275,7 @@ impl<C: Cell> Recurrent<C> {
         Ok((y.reshape([rows, self.output()])?, state))
     }
 
-    /// As [`Recurrent::forward`], with dropout, and a tape for [`Recurrent::backward`].
+    /// As [`Recurrent::forward`], with dropout of every kind, and a tape for [`Recurrent::backward`].
     ///
     /// # Errors
     /// As [`Recurrent::forward`]; [`crate::ErrorKind::Argument`] where dropout has no key.
@@ -397,6 +401,12 @@ impl<C: Cell> Recurrent<C> {
         key.filter(|_| masked).map(|key| key.layer(layer))
     }
 
+    /// Whether targets can stand in for all that recurs.
+    fn is_teachable(&self) -> bool {
+        let RecurrentConfig { layers, direction, .. } = self.config;
+        self.config.output.is_some() && C::State::LEN == 1 && layers == 1 && direction == Direction::Forward
+    }
+
     /// The teacher of a run, after checks; one that always teaches makes all steps independent.
     fn teacher(
         &self,
@@ -406,8 +416,7 @@ impl<C: Cell> Recurrent<C> {
         shape: [usize; 2],
     ) -> Result<Option<Teacher>> {
         let Some((targets, probability)) = teacher else { return Ok(None) };
-        let jordan = self.config.output.is_some() && C::State::LEN == 1;
-        if !jordan || self.config.layers > 1 || self.config.direction != Direction::Forward {
+        if !self.is_teachable() {
             let what = "a teacher needs recurrence through the output only, one layer, and time read forward (RnnConfig::jordan)";
             return Err(Error::unsupported(op, what));
         }
@@ -456,9 +465,17 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// Whether something comes between the recurrent product and the cell, or after it.
-    fn is_split(&self) -> bool {
-        self.config.output.is_some() || self.config.layer_norm
+    /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell.
+    fn is_split(&self, pass: &Pass<'_>) -> bool {
+        let RecurrentConfig { cell, output, layer_norm, .. } = &self.config;
+        output.is_some() || *layer_norm || cell.gated().is_some() || self.gate_masks(pass).is_some()
+    }
+
+    /// The masks of recurrent dropout, in training.
+    fn gate_masks(&self, pass: &Pass<'_>) -> Option<Masks> {
+        let probability = self.config.recurrent_dropout;
+        let key = pass.key.filter(|_| probability > 0.0)?;
+        Some(Masks { probability, key: key.draw(draws::GATES, pass.index), batch: pass.batch })
     }
 
     fn run(
@@ -516,7 +533,7 @@ impl<C: Cell> Recurrent<C> {
                 let index = layer * directions + direction;
                 let y = &outputs[direction.min(outputs.len() - 1)];
                 let plan = self.plan([steps, rows], window, index, input.lengths, key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
                 let tape = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => self.forced(&pass, &x, y, initial, &finals, train)?,
                     _ => self.forward_pass(&pass, &x, y, initial, &finals, train)?,
@@ -553,11 +570,12 @@ impl<C: Cell> Recurrent<C> {
 
     /// What draws masks in training, for an error.
     fn masks(&self) -> Option<String> {
-        let RecurrentConfig { dropout, zoneout, weight_dropout, .. } = self.config;
+        let RecurrentConfig { dropout, zoneout, weight_dropout, recurrent_dropout, .. } = self.config;
         match () {
             () if dropout > 0.0 => Some(format!("dropout {dropout}")),
             () if zoneout != [0.0; 2] => Some(format!("zoneout {zoneout:?}")),
             () if weight_dropout > 0.0 => Some(format!("weight_dropout {weight_dropout}")),
+            () if recurrent_dropout > 0.0 => Some(format!("recurrent_dropout {recurrent_dropout}")),
             () => None,
         }
     }
@@ -610,7 +628,7 @@ impl<C: Cell> Recurrent<C> {
             None => unreachable!("only a teacher forces"),
         };
         let flat = Forced::new(plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(plan), teacher: None, ..*pass };
         debug_assert!(train || !pass.plan.random);
         let tape = self.prepare(&pass, x, 2)?;
         // What each step sees: the given state, then the targets of the steps before.
@@ -725,13 +743,13 @@ impl<C: Cell> Recurrent<C> {
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
-        if !self.is_split() {
+        if !self.is_split(pass) {
             return sweep_step::forward(cell, plan, &buffers);
         }
         let norms = tape.norms.as_ref();
         let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
         let state_norm = self.state_norm(weights, norms, y);
-        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, ..Extras::default() };
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         let projection = weights.weight_hr.as_ref().map(Param::transposed).transpose()?;
         if let (Some(weights_hr), Some(outputs)) = (&projection, &tape.outputs) {
             let bias = weights.bias_hr.as_ref().map(Param::value);
@@ -827,7 +845,7 @@ impl<C: Cell> Recurrent<C> {
             for (direction, tape) in passes.into_iter().enumerate() {
                 let index = layer * directions + direction;
                 let plan = self.plan([steps, rows], window, index, lengths.as_ref(), key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
                 let sums = sums.get(index);
                 let dy = self.merge_backward(&dy, &factors, direction)?;
                 match &teacher {
@@ -941,7 +959,7 @@ impl<C: Cell> Recurrent<C> {
     ) -> Result<()> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(&pass.plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass };
         let gradients = self.new_gradients(&pass)?;
         let carried = gradients.state(0, pass.plan.rows, width, self.config.hidden);
         carried.clear()?;
@@ -980,7 +998,7 @@ impl<C: Cell> Recurrent<C> {
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
-        if !self.is_split() {
+        if !self.is_split(pass) {
             return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
         }
         let norms = tape.norms.as_ref();
@@ -988,7 +1006,7 @@ impl<C: Cell> Recurrent<C> {
         let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts });
         let state_norm = self.state_norm(weights, norms, dy);
         let state_norm = state_norm.map(|norm| StateNorm { dvalues: gradients.values.as_ref(), ..norm });
-        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, ..Extras::default() };
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
             extras.output = Some(OutputProduct {
                 width: self.config.width(),
@@ -1011,7 +1029,7 @@ impl<C: Cell> Recurrent<C> {
         let (hidden, rows) = (plan.hidden, plan.rows);
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let inputs = weights.inputs();
-        // What the products saw: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
+        // What the products saw, but for masks: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
         let (seen, width) = tape.outputs.as_ref().map_or((&tape.states, hidden), |outputs| (outputs, self.config.width()));
         let before = if plan.reverse { rows } else { 0 };
         for (first, count) in time_blocks(plan.steps, rows).rev() {
@@ -1030,17 +1048,30 @@ impl<C: Cell> Recurrent<C> {
                 Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
                 None => None,
             };
-            let recurrent_parts = |dproducts| recurrent_gradients(cell, &tape.slots, dproducts, hidden, [first, count]);
-            if let Some(weight) = &weights.weight_hh {
-                for (gate, part) in recurrent_parts(gradients.products.as_ref()) {
+            let masks = match self.gate_masks(pass) {
+                Some(masks) => Some((masks, Tensor::uninitialized(&self.device, [count, width])?)),
+                None => None,
+            };
+            for run @ (gate, ..) in recurrent_runs(cell, masks.is_some()) {
+                let part = |dproducts| recurrent_gradient::<C>(&tape.slots, dproducts, hidden, [first, count], run);
+                let seen = match (&masks, cell.gated()) {
+                    (Some((masks, masked)), _) => {
+                        gate_mask::spread(masks, gate..gate + 1, h, masked)?;
+                        Matrix::new(masked, count, width)
+                    }
+                    (None, Some(gated)) if is_gated(cell, gate) => {
+                        Matrix::window(&tape.slots, first * kept + gated.slot() * hidden, count, hidden, kept)
+                    }
+                    _ => h,
+                };
+                if let Some(weight) = &weights.weight_hh {
                     let target = dropped.as_ref().unwrap_or(weight.grad());
-                    let dw = Matrix::window(target, gate * hidden * width, part.cols, width, width);
-                    gemm(part.t(), h, None, dw, true)?;
+                    let dproducts = part(gradients.products.as_ref());
+                    let dw = Matrix::window(target, gate * hidden * width, dproducts.cols, width, width);
+                    gemm(dproducts.t(), seen, None, dw, true)?;
                 }
-            }
-            if let Some(bias) = &weights.bias_hh {
-                for (gate, part) in recurrent_parts(None) {
-                    column_sum(part, gate * hidden, bias.grad())?;
+                if let Some(bias) = &weights.bias_hh {
+                    column_sum(part(None), gate * hidden, bias.grad())?;
                 }
             }
             if let (Some(dropped), Some(key), Some(weight)) = (dropped, pass.key, &weights.weight_hh) {
@@ -1238,6 +1269,10 @@ impl<C: Cell> Layer for Recurrent<C> {
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = self.op("backward");
         Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
+    }
+
+    fn takes_teacher(&self) -> bool {
+        self.is_teachable()
     }
 
     fn state_len(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use super::harness::{Cases, NAN, normal, ragged};
 use crate::error::Result;
-use crate::nn::{Cell, CellState, GruConfig, Input, LstmConfig, Module, RecurrentConfig, RnnConfig};
+use crate::nn::{Cell, CellState, GruConfig, Input, LstmConfig, Module, RecurrentConfig, Reset, RnnConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Lengths, Tensor};
 use crate::verify::{Comparison, Report};
@@ -19,6 +19,8 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "lstm_learned_state", lstm().learn_initial_state(true))?;
     check(cases, "lstm_layer_norm", lstm().layers(2).layer_norm(true).projection(INPUT))?;
     check(cases, "gru_layer_norm", GruConfig::new(INPUT, HIDDEN).layer_norm(true))?;
+    check(cases, "lstm_recurrent_dropout", lstm().recurrent_dropout(0.3))?;
+    check(cases, "gru_reset_before", GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct))?;
     check(cases, "gru", GruConfig::new(INPUT, HIDDEN).layers(2))?;
     check(cases, "rnn", RnnConfig::new(INPUT, HIDDEN))?;
     check(cases, "rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4))

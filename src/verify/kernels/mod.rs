@@ -6,6 +6,8 @@
 
 mod bptt;
 mod dropout;
+mod encoder_decoder;
+mod gates;
 mod harness;
 mod layers;
 mod losses;
@@ -67,12 +69,15 @@ pub fn all() -> Vec<KernelCheck> {
         ("elementwise", pooling::elementwise),
         ("columns", pooling::columns),
         ("sample", sample::sample),
+        ("gate_mask", gates::gate_mask),
+        ("gru_reset", gates::gru_reset),
         ("lstm_sweep", sweeps::lstm_sweep),
         ("lstm_layers", layers::lstm_layers),
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
         ("jordan", networks::jordan),
         ("bptt", bptt::bptt),
+        ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];
     families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
 }
