@@ -273,6 +273,16 @@ fn configurations() -> Result<()> {
         lstm(t, LstmConfig::new(4, 4).forget_bias(f32::NAN), text);
         let text = "lstm.init: forget_bias is given, expected biases, which bias(false) removed";
         lstm(t, LstmConfig::new(4, 4).bias(false).forget_bias(1.0), text);
+        let rng = &mut Rng::seed(0);
+        let undefined = "layer_norm, which is defined for an LSTM, and for a GRU with Reset::AfterProduct";
+        t.row(|| RnnConfig::new(4, 4).layer_norm(true).init(device, rng), Unsupported, format!("rnn.init: {undefined}"));
+        let before = GruConfig::new(4, 4).layer_norm(true).reset(Reset::BeforeProduct);
+        t.row(|| before.init(device, rng), Unsupported, format!("gru.init: {undefined}"));
+        let normalized = || LstmConfig::new(4, 4).layer_norm(true);
+        let text = "lstm.init: zoneout with layer_norm of a cell state";
+        t.row(|| normalized().zoneout(0.1, 0.0).init(device, rng), Unsupported, text);
+        let text = "lstm.init: gradient_clip with layer_norm of a cell state";
+        t.row(|| normalized().gradient_clip(1.0).init(device, rng), Unsupported, text);
         for (p, given) in [(1.0, "1"), (-0.5, "-0.5"), (f32::NAN, "NaN")] {
             let text = format!("lstm.init: recurrent_dropout is {given}, expected in [0, 1)");
             lstm(t, LstmConfig::new(4, 4).recurrent_dropout(p), &text);

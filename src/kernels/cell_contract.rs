@@ -96,6 +96,11 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     fn recurrent_slot(&self, gate: usize) -> usize {
         gate
     }
+    /// Layer normalization: how many gates are normalized together, from the first on; their recurrent gradients lie in
+    /// neighbouring slots. Empty: it is not defined for this cell.
+    fn norms(&self) -> &'static [usize] {
+        &[]
+    }
     /// What makes the input of the last gate's product, where that is not h itself.
     fn gated(&self) -> Option<&dyn Gated> {
         None
@@ -159,6 +164,17 @@ pub(crate) fn recurrent_runs<C: CellKernel>(cell: &C, apart: bool) -> Vec<(usize
         }
     }
     runs
+}
+
+/// Gates whose products are normalized together, as `(first gate, first recurrent slot, count)`.
+pub(crate) fn norm_groups<C: CellKernel>(cell: &C) -> Vec<(usize, usize, usize)> {
+    let mut first = 0;
+    let group = |count: &usize| {
+        let gate = first;
+        first += count;
+        (gate, cell.recurrent_slot(gate), *count)
+    };
+    cell.norms().iter().map(group).collect()
 }
 
 /// Whether the gate's product sees what [`Gated`] makes of h.

@@ -69,6 +69,11 @@ impl CellKernel for GruCell {
         if gate == 2 && !self.reset_before { 3 } else { gate }
     }
 
+    fn norms(&self) -> &'static [usize] {
+        // Before the product, n's part is no product of h.
+        if self.reset_before { &[] } else { &[2, 1] }
+    }
+
     fn gated(&self) -> Option<&dyn Gated> {
         if self.reset_before { Some(self) } else { None }
     }

@@ -18,8 +18,10 @@ pub(crate) mod gate_mask;
 pub(crate) mod gather;
 pub(crate) mod gemm;
 pub(crate) mod gru_reset;
+pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub(crate) mod mean_squared_error;
+pub(crate) mod norm_output;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod pooling;
@@ -79,6 +81,11 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &output_step::OUTPUT,
         &output_step::OUTPUT_BACKWARD,
         &output_step::TEACH_BACKWARD,
+        &layer_norm::FORWARD,
+        &layer_norm::BACKWARD,
+        &layer_norm::BACKWARD_GAIN,
+        &norm_output::FORWARD,
+        &norm_output::BACKWARD,
         &gru_reset::RESET,
         &gru_reset::RESET_BACKWARD,
         &gate_mask::SPREAD,

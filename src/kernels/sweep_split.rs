@@ -4,6 +4,8 @@
 use super::cell_contract::{Block, CellKernel, GatedStep, is_gated, recurrent_runs};
 use super::gate_mask::{self, Masks};
 use super::gemm::{Matrix, gemm};
+use super::layer_norm::GateNorm;
+use super::norm_output::StateNorm;
 use super::output_step::{self, Teacher};
 use super::sweep_step::{self, Buffers, Plan, Step};
 use crate::error::Result;
@@ -12,12 +14,24 @@ use crate::tensor::Tensor;
 /// What a step does beside its cell.
 #[derive(Default)]
 pub(crate) struct Extras<'a> {
+    /// Layer normalization of the recurrent product.
+    pub norm: Option<ProductNorm<'a>>,
+    /// Layer normalization of an LSTM's c on its way to h; [`Plan::output`] is false.
+    pub state_norm: Option<StateNorm<'a>>,
     /// The output product `o = W_hr m + b`: o and not the cell's own output m is what the recurrence and y see.
     pub output: Option<OutputProduct<'a>>,
     /// Targets in place of o in the recurrence.
     pub teacher: Option<&'a Teacher>,
     /// What h is multiplied with on its way into each gate's product; for a cell without [`CellKernel::gated`].
     pub masks: Option<Masks>,
+}
+
+/// Layer normalization of the recurrent product.
+pub(crate) struct ProductNorm<'a> {
+    /// Of lines `[T, B]`, or `[1, B]` where nothing is kept.
+    pub gates: GateNorm<'a>,
+    /// Backward: `[T, B, GATES * H]`, the product's gradient.
+    pub dproducts: Option<&'a Tensor>,
 }
 
 /// An output product: a projection, or a Jordan network's output.
@@ -44,13 +58,24 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
     let product = Tensor::uninitialized(buffers.slots.device(), [rows, C::Pre::LEN * hidden])?;
     let masks = extras.masks_of::<C>(plan, buffers)?;
     let depth = plan.depth::<C>(buffers.states);
-    for step @ (_, before, after) in plan.order(depth) {
+    for step @ (t, before, after) in plan.order(depth) {
         if let (Some(teacher), Some(output)) = (extras.teacher, &extras.output) {
             output_step::teach(plan, teacher, output.width, output.outputs, step)?;
         }
         let h = state_of(plan, buffers, extras, before);
-        multiply(cell, plan, buffers, masks.as_ref(), h, &product, step)?;
+        let target = Matrix::new(&product, rows, C::Pre::LEN * hidden);
+        match &extras.norm {
+            Some(ProductNorm { gates, .. }) => {
+                let line = t * rows % gates.lines();
+                multiply(cell, plan, buffers, masks.as_ref(), h, gates.window(line, rows), step)?;
+                gates.forward(line, None, target)?;
+            }
+            None => multiply(cell, plan, buffers, masks.as_ref(), h, target, step)?,
+        }
         sweep_step::forward_split(cell, plan, buffers, &product, step)?;
+        if let Some(norm) = &extras.state_norm {
+            norm.forward(plan, buffers, step)?;
+        }
         if let Some(output) = &extras.output {
             let m = Matrix::window(buffers.states, after * rows * hidden, rows, hidden, hidden);
             let o = Matrix::window(output.outputs, after * rows * output.width, rows, output.width, output.width);
@@ -61,22 +86,21 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
     Ok(())
 }
 
-/// The recurrent product of a step, `product [B, GATES, H]`.
+/// The recurrent product of a step, `product [B, GATES * H]`.
 fn multiply<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,
     buffers: &Buffers<'_>,
     masks: Option<&(Masks, Tensor)>,
     h: Matrix<'_>,
-    product: &Tensor,
+    product: Matrix<'_>,
     step: Step,
 ) -> Result<()> {
     let (rows, hidden, all) = (plan.rows, plan.hidden, C::Pre::LEN);
     // Of `count` gates from `first` on, from what they see.
     let gates = |seen: Matrix<'_>, first: usize, count: usize| {
         let w = Matrix::window(buffers.weights, first * hidden, seen.cols, count * hidden, all * hidden);
-        let target = Matrix::window(product, first * hidden, rows, count * hidden, all * hidden);
-        gemm(seen, w, None, target, false)
+        gemm(seen, w, None, product.columns(first * hidden, count * hidden), false)
     };
     if let Some((masks, masked)) = masks {
         gate_mask::spread(masks, 0..all, h, masked)?;
@@ -85,7 +109,7 @@ fn multiply<C: CellKernel>(
     }
     let Some(gated) = cell.gated() else { return gates(h, 0, all) };
     gates(h, 0, all - 1)?;
-    gated.forward(&gated_step(plan, buffers, step), buffers.unit, product)?;
+    gated.forward(&gated_step(plan, buffers, step), buffers.unit, product.tensor)?;
     gates(slots_of::<C>(plan, buffers, step, gated.slot(), 1), all - 1, 1)
 }
 
@@ -111,14 +135,23 @@ pub(crate) fn backward<C: CellKernel>(
             let dout = Matrix::window(douts, t * rows * output.width, rows, output.width, output.width);
             gemm(dout, Matrix::new(output.weights, output.width, hidden), None, dm, false)?;
         }
+        if let Some((norm, dvalues)) = extras.state_norm.as_ref().and_then(|norm| Some((norm, norm.dvalues?))) {
+            norm.backward(plan, buffers, dstates, dvalues, step)?;
+        }
         sweep_step::backward_split(cell, plan, buffers, dstates, step)?;
+        if let Some((norm, dproducts)) = extras.norm.as_ref().and_then(|norm| Some((norm, norm.dproducts?))) {
+            let gates = C::Pre::LEN * hidden;
+            let dslots = slots_of::<C>(plan, buffers, step, 0, C::Slots::LEN);
+            norm.gates.backward(t * rows, dslots, Matrix::window(dproducts, t * rows * gates, rows, gates, gates))?;
+        }
         let target = match extras.backward_output() {
             Some((output, carried, _)) => Matrix::new(carried, rows, output.width),
             None => dm,
         };
-        for (gate, slot, run) in recurrent_runs(cell, masks.is_some()).into_iter().rev() {
-            let dr = slots_of::<C>(plan, buffers, step, slot, run);
-            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, run * hidden, target.cols, target.cols);
+        let dproducts = extras.norm.as_ref().and_then(|norm| norm.dproducts);
+        for run @ (gate, ..) in recurrent_runs(cell, masks.is_some()).into_iter().rev() {
+            let dr = recurrent_gradient::<C>(buffers.slots, dproducts, hidden, [t * rows, rows], run);
+            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, dr.cols, target.cols, target.cols);
             match (&masks, cell.gated(), &dseen) {
                 (Some((_, masked)), ..) => {
                     let seen = Matrix::window(masked, gate * rows * target.cols, rows, target.cols, target.cols);
@@ -140,6 +173,22 @@ pub(crate) fn backward<C: CellKernel>(
         }
     }
     Ok(())
+}
+
+/// After a backward step, the gradient of `count` lines of the recurrent product, `[count, gates * H]` for a run of gates: slots, or,
+/// where the product is normalized, what came of them.
+pub(crate) fn recurrent_gradient<'a, C: CellKernel>(
+    slots: &'a Tensor,
+    dproducts: Option<&'a Tensor>,
+    hidden: usize,
+    [line, count]: [usize; 2],
+    (gate, slot, run): (usize, usize, usize),
+) -> Matrix<'a> {
+    let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+    match dproducts {
+        Some(dproducts) => Matrix::window(dproducts, line * gates + gate * hidden, count, run * hidden, gates),
+        None => Matrix::window(slots, line * kept + slot * hidden, count, run * hidden, kept),
+    }
 }
 
 impl Extras<'_> {

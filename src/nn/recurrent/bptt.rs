@@ -111,7 +111,10 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let state: usize = (0..C::State::LEN).map(|s| config.layers * rows * layer.width_of(s)).sum();
         // The tape: gates, states, with an output product o, of each layer; the inputs of the upper layers.
         let outputs = if config.output.is_some() { (segment + 1) * rows * width } else { 0 };
-        let pass = lines * kept + C::State::LEN * (segment + 1) * rows * hidden + outputs;
+        // Layer normalization keeps the products and statistics of their rows, and the normalized cell state with its own.
+        let (norm, state_norm) = (usize::from(config.layer_norm), usize::from(config.normalized_output().is_some()));
+        let norms = norm * 2 * lines * (gates + 2 * config.cell.norms().len()) + state_norm * lines * (hidden + 2);
+        let pass = lines * kept + C::State::LEN * (segment + 1) * rows * hidden + outputs + norms;
         let tape = config.layers * pass + (config.layers - 1) * lines * layer.output();
         // While the head runs: y and dy. In backward: dy and dx; masks and sums of residual layers make copies.
         let copies = usize::from(config.dropout > 0.0) + usize::from(config.residual);
@@ -121,13 +124,15 @@ impl<C: Cell> BoundedBptt<'_, C> {
             _ => lines * layer.output(),
         };
         let douts = if config.output.is_some() { lines * width } else { 0 };
+        let dnorms = norm * (lines + lines.min(time_block(rows) * rows)) * gates + state_norm * lines * hidden;
         let carried = (C::State::LEN * rows + rows.div_ceil(4) * (config.cell.extras() + 1)) * hidden;
         // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
-        let split = config.output.is_some() || config.cell.gated().is_some() || config.recurrent_dropout > 0.0;
+        let split =
+            config.output.is_some() || config.layer_norm || config.cell.gated().is_some() || config.recurrent_dropout > 0.0;
         let product = if split { rows * gates } else { 0 };
         let masked = if config.recurrent_dropout > 0.0 { time_block(rows).min(segment) * rows * width } else { 0 };
         let head = lines * layer.output();
-        let backward = dx + douts + carried + masked + copies * lines * layer.output();
+        let backward = dx + douts + dnorms + carried + masked + copies * lines * layer.output();
         let whole = if self.needs_dx { steps * rows * config.input } else { 0 };
         let words =
             weights + dropped + (segments + 3) * state + tape + lines * layer.output() + head.max(backward) + whole + product;

@@ -75,6 +75,7 @@ pub struct RecurrentConfig<C> {
     pub(super) weight_dropout: f32,
     pub(super) recurrent_dropout: f32,
     pub(super) gradient_clip: f32,
+    pub(super) layer_norm: bool,
     pub(super) merge: Merge,
     pub(super) residual: bool,
     pub(super) learn_initial_state: bool,
@@ -105,6 +106,7 @@ impl<C: Cell> RecurrentConfig<C> {
             weight_dropout: 0.0,
             recurrent_dropout: 0.0,
             gradient_clip: 0.0,
+            layer_norm: false,
             merge: Merge::Concat,
             residual: false,
             learn_initial_state: false,
@@ -181,7 +183,16 @@ impl<C: Cell> RecurrentConfig<C> {
         Self { gradient_clip: limit, ..self }
     }
 
-    /// The layer, with every weight and bias drawn from U(-1/sqrt(hidden), 1/sqrt(hidden)), as PyTorch does.
+    /// Layer normalization (Ba, Kiros & Hinton 2016), of each step and row by itself: of `W_ih x` and of `W_hh h`, with the gains
+    /// `norm_ih` and `norm_hh` `[gates * hidden]`, before their biases are added. All four gates of an LSTM are normalized together,
+    /// and c is on its way to h, `h = o tanh(LN(c))`, with the gain `norm_c` and the shift `norm_c_bias` `[hidden]`. Of a GRU r and z
+    /// are normalized together, n by itself; its reset gate acts after the product.
+    pub fn layer_norm(self, layer_norm: bool) -> Self {
+        Self { layer_norm, ..self }
+    }
+
+    /// The layer, with every weight and bias drawn from U(-1/sqrt(hidden), 1/sqrt(hidden)), as PyTorch does; gains
+    /// of normalizations start at 1, shifts at 0.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for a size of 0, a probability outside `[0, 1)`, and other numbers out of range, by name;
@@ -199,6 +210,11 @@ impl<C: Cell> RecurrentConfig<C> {
     /// R: the width of h and of one direction's output.
     pub(super) fn width(&self) -> usize {
         self.output.map_or(self.hidden, |(width, _)| width)
+    }
+
+    /// Where a layer normalizes its cell state on the way to h: see [`Cell::normalized_output`].
+    pub(super) fn normalized_output(&self) -> Option<(C, Activation)> {
+        self.cell.normalized_output().filter(|_| self.layer_norm)
     }
 
     /// The width of a layer's output.
@@ -283,6 +299,18 @@ impl<C: Cell> RecurrentConfig<C> {
         }
         if self.output.is_some() && self.gradient_clip > 0.0 {
             return Err(Error::unsupported(&op, "gradient_clip with an output product"));
+        }
+        if self.layer_norm && self.cell.norms().is_empty() {
+            return Err(Error::unsupported(
+                &op,
+                "layer_norm, which is defined for an LSTM, and for a GRU with Reset::AfterProduct",
+            ));
+        }
+        if self.normalized_output().is_some() && self.zoneout != [0.0; 2] {
+            return Err(Error::unsupported(&op, "zoneout with layer_norm of a cell state"));
+        }
+        if self.normalized_output().is_some() && self.gradient_clip > 0.0 {
+            return Err(Error::unsupported(&op, "gradient_clip with layer_norm of a cell state"));
         }
         self.cell.check(&op)
     }

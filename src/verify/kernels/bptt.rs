@@ -18,6 +18,8 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "lstm_sums", lstm().layers(2).peepholes(true).gradient_clip(0.05))?;
     check(cases, "lstm_projection", lstm().layers(2).projection(INPUT).residual(true))?;
     check(cases, "lstm_learned_state", lstm().learn_initial_state(true))?;
+    check(cases, "lstm_layer_norm", lstm().layers(2).layer_norm(true).projection(INPUT))?;
+    check(cases, "gru_layer_norm", GruConfig::new(INPUT, HIDDEN).layer_norm(true))?;
     check(cases, "lstm_recurrent_dropout", lstm().recurrent_dropout(0.3))?;
     check(cases, "gru_reset_before", GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct))?;
     check(cases, "gru", GruConfig::new(INPUT, HIDDEN).layers(2))?;

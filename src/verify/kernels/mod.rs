@@ -13,6 +13,7 @@ mod layers;
 mod losses;
 mod math;
 mod networks;
+mod norms;
 mod optimizers;
 mod pooling;
 mod products;
@@ -63,6 +64,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("sgd", optimizers::sgd),
         ("adamw", optimizers::adamw),
         ("dropout", dropout::dropout),
+        ("layer_norm", norms::layer_norm),
         ("pooling", pooling::pooling),
         ("elementwise", pooling::elementwise),
         ("columns", pooling::columns),

@@ -166,6 +166,44 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
             weight_dropout: 0.4,
             ..Network::new("lstm_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
         },
+        Network::new("lstm_layer_norm", config().layer_norm(true), norm64(plain())),
+        Network::new("lstm_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
+        Network::new(
+            "lstm_layer_norm_no_bias",
+            config().layer_norm(true).bias(false).direction(Direction::Reverse),
+            oracle::Recurrent { bias: false, first_reverse: true, ..norm64(plain()) },
+        ),
+        Network::new(
+            "lstm_layer_norm_all",
+            deep(config().layer_norm(true).peepholes(true).coupled(true).cell_clip(0.5).gate_clip(1.0).projection(7)),
+            deep64(norm64(oracle::Recurrent {
+                cell: cell(true, true, Some(0.5)),
+                pre_clip: Some(1.0),
+                projection: Some(7),
+                ..plain()
+            })),
+        ),
+        Network::new(
+            "lstm_layer_norm_softsign",
+            config().layer_norm(true).activations(hard, Activation::Tanh, Activation::Softsign),
+            norm64(oracle::Recurrent { cell: acts(hard64, A::Tanh, A::Softsign), ..plain() }),
+        ),
+        Network {
+            weight_dropout: 0.4,
+            ..Network::new(
+                "lstm_layer_norm_weight_dropout",
+                deep(config().layer_norm(true).weight_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "lstm_layer_norm_recurrent_dropout",
+                deep(config().layer_norm(true).recurrent_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
         Network { recurrent_dropout: 0.4, ..Network::new("lstm_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
         Network {
             recurrent_dropout: 0.3,
@@ -225,6 +263,30 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
         Network {
             weight_dropout: 0.4,
             ..Network::new("gru_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
+        },
+        Network::new("gru_layer_norm", config().layer_norm(true), norm64(plain())),
+        Network::new("gru_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
+        Network::new(
+            "gru_layer_norm_no_bias",
+            config().layer_norm(true).bias(false).direction(Direction::Reverse),
+            oracle::Recurrent { bias: false, first_reverse: true, ..norm64(plain()) },
+        ),
+        Network {
+            zoneout: [0.3, 0.0],
+            weight_dropout: 0.4,
+            ..Network::new(
+                "gru_layer_norm_zoneout_weight_dropout",
+                deep(config().layer_norm(true).zoneout(0.3, 0.0).weight_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "gru_layer_norm_recurrent_dropout",
+                deep(config().layer_norm(true).recurrent_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
         },
         Network { recurrent_dropout: 0.4, ..Network::new("gru_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
         Network {
@@ -306,6 +368,11 @@ fn rnns(cases: &mut Cases<'_>) -> Result<()> {
     table.into_iter().try_for_each(|network| check(cases, network))
 }
 
+/// With layer normalization.
+fn norm64(spec: oracle::Recurrent) -> oracle::Recurrent {
+    oracle::Recurrent { layer_norm: true, ..spec }
+}
+
 /// What a case hands to both.
 pub(super) struct Given {
     pub steps: usize,
@@ -322,6 +389,11 @@ pub(super) fn check<C: Cell>(cases: &mut Cases<'_>, network: Network<C>) -> Resu
     for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false), ("_step", 1, 1, false)] {
         let mut rng = Rng::seed(network.name.len() as u64 + 7);
         let layer = network.config.clone().init(cases.device, &mut rng)?;
+        // Gains of 1 and shifts of 0 would hide where they go.
+        for (_, param) in layer.params().iter().filter(|(name, _)| name.starts_with("norm_")) {
+            let values: Vec<f32> = param.value().to_vec()?.iter().map(|value| value + 0.4 * rng.normal()).collect();
+            param.set(&values)?;
+        }
         for (_, param) in layer.params().into_iter().filter(|(name, _)| name.starts_with("initial_")) {
             param.set(&normal(&mut rng, param.value().len()))?;
         }
