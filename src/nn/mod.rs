@@ -20,8 +20,8 @@ pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig,
-    RecurrentTape, Reset, Rnn, RnnConfig,
+    Cell, CellState, Direction, GradientFlow, Gru, GruConfig, HiddenState, Inspection, Lstm, LstmConfig, LstmState, LstmTape,
+    NonFinite, Quantity, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig, SpectralRadii, StateFlow, Verdict,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};

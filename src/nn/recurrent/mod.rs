@@ -1,16 +1,21 @@
 //! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
 
 mod config;
+mod flow;
+mod inspect;
 mod state;
 mod weights;
 
 pub use config::{Direction, GruConfig, LstmConfig, RecurrentConfig, Reset, RnnConfig};
+pub use flow::{GradientFlow, SpectralRadii, StateFlow, Verdict};
+pub use inspect::{Inspection, NonFinite, Quantity};
 pub use state::{CellState, HiddenState, LstmState};
 use weights::Weights;
 
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::activation::Activation;
 use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
 use crate::kernels::cell_lstm::LstmCell;
@@ -31,6 +36,8 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const NAME: &'static str;
     /// The name of the unit parameters that are no biases.
     const EXTRA: &'static str = "";
+    /// The names of its gates: the first values that it keeps of each step.
+    const GATES: &'static [&'static str];
     /// Its state as a user meets it.
     type Value: CellState;
     /// Whether its options are in their ranges.
@@ -38,10 +45,13 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for one that is not.
     fn check(&self, op: &str) -> Result<()>;
+    /// What the values of a gate of [`Cell::GATES`] come out of, where that is one activation.
+    fn gate_activation(&self, gate: usize) -> Option<Activation>;
 }
 
 impl Cell for LstmCell {
     const NAME: &'static str = "lstm";
+    const GATES: &'static [&'static str] = &["i", "f", "g", "o"];
     const EXTRA: &'static str = "weight_peephole";
     type Value = LstmState;
 
@@ -52,10 +62,19 @@ impl Cell for LstmCell {
         config::check_limit(op, "gate_clip", self.clip)?;
         config::check_limit(op, "cell_clip", self.cell_clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        match gate {
+            1 if self.coupled => None, // 1 - i
+            2 => Some(self.candidate),
+            _ => Some(self.gate),
+        }
+    }
 }
 
 impl Cell for GruCell {
     const NAME: &'static str = "gru";
+    const GATES: &'static [&'static str] = &["r", "z", "n"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
@@ -63,15 +82,24 @@ impl Cell for GruCell {
         config::check_activation(op, "the candidate activation", self.candidate)?;
         config::check_limit(op, "gate_clip", self.clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        Some(if gate == 2 { self.candidate } else { self.gate })
+    }
 }
 
 impl Cell for RnnCell {
     const NAME: &'static str = "rnn";
+    const GATES: &'static [&'static str] = &["h"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
         config::check_activation(op, "activation", self.activation)?;
         config::check_limit(op, "gate_clip", self.clip)
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        Some(self.activation)
     }
 }
 
@@ -248,7 +276,7 @@ impl<C: Cell> Recurrent<C> {
     /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
     /// changed since the tape was recorded; what the device reports.
     pub fn backward(&self, tape: RecurrentTape, dy: &Tensor, dstate: Option<&C::Value>) -> Result<(Tensor, C::Value)> {
-        match self.run_backward(tape, dy, dstate, true)? {
+        match self.run_backward("backward", tape, dy, dstate, true, None)? {
             (Some(dx), dstate) => Ok((dx, dstate)),
             (None, _) => unreachable!("dx was asked for"),
         }
@@ -362,6 +390,7 @@ impl<C: Cell> Recurrent<C> {
             random: key.is_some(),
             zoneout: self.config.zoneout,
             clip: self.config.gradient_clip,
+            flow: false,
         }
     }
 
@@ -593,12 +622,14 @@ impl<C: Cell> Recurrent<C> {
 
     fn run_backward(
         &self,
+        method: &str,
         tape: RecurrentTape,
         dy: &Tensor,
         dstate: Option<&C::Value>,
         needs_dx: bool,
+        mut flow: Option<&mut Vec<flow::Totals>>,
     ) -> Result<(Option<Tensor>, C::Value)> {
-        let op = self.op("backward");
+        let op = self.op(method);
         let RecurrentConfig { hidden, dropout, batch_first, .. } = self.config;
         let RecurrentTape { steps, rows, lengths, key, teacher, layers, owner, version } = tape;
         if !owner.same(self.owner()) || version != self.version() {
@@ -630,13 +661,16 @@ impl<C: Cell> Recurrent<C> {
             };
             for (direction, tape) in passes.into_iter().enumerate() {
                 let index = layer * directions + direction;
-                let plan = self.plan([steps, rows], index, lengths.as_ref(), key);
+                let plan = Plan { flow: flow.is_some(), ..self.plan([steps, rows], index, lengths.as_ref(), key) };
                 let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
-                match &teacher {
+                let gradients = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
-                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
+                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?
                     }
                     _ => self.backward_pass(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?,
+                };
+                if let Some(flow) = &mut flow {
+                    flow.push(self.totals(&pass, gradients));
                 }
                 if let Some(dx) = &dx {
                     let weights = &self.weights[index];
@@ -665,7 +699,7 @@ impl<C: Cell> Recurrent<C> {
         dy: &Tensor,
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-    ) -> Result<()> {
+    ) -> Result<Gradients> {
         let gradients = self.new_gradients(pass)?;
         let rows = pass.plan.rows;
         for s in 0..C::State::LEN {
@@ -682,7 +716,7 @@ impl<C: Cell> Recurrent<C> {
             let width = self.width_of(s);
             part(state, pass.index, rows * width).copy_from(&gradients.state(s, rows, width, self.config.hidden))?;
         }
-        Ok(())
+        Ok(gradients)
     }
 
     fn forced_backward(
@@ -693,7 +727,7 @@ impl<C: Cell> Recurrent<C> {
         dy: &Tensor,
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-    ) -> Result<()> {
+    ) -> Result<Gradients> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
         let pass = Pass { plan: flat.plan(&pass.plan), index: pass.index, key: pass.key, teacher: None };
@@ -706,7 +740,8 @@ impl<C: Cell> Recurrent<C> {
         self.sweep_backward(&pass, tape, dy, &gradients)?;
         self.gradients(&pass, tape, x, &gradients)?;
         // What is left of the others belongs to the targets.
-        initial[0].copy_from(&part(&carried, 0, rows * width))
+        initial[0].copy_from(&part(&carried, 0, rows * width))?;
+        Ok(gradients)
     }
 
     /// Buffers for a backward pass: the gradients of the state are not set.
@@ -887,9 +922,9 @@ impl Forced {
 
     fn plan<'a>(&'a self, plan: &Plan<'_>) -> Plan<'a> {
         let (steps, rows) = (1, plan.steps * plan.rows);
-        let &Plan { hidden, reverse, output, y_stride, y_offset, key, start, random, zoneout, clip, .. } = plan;
+        let &Plan { hidden, reverse, output, y_stride, y_offset, key, start, random, zoneout, clip, flow, .. } = plan;
         let lengths = self.lengths.as_ref();
-        Plan { steps, rows, hidden, reverse, lengths, output, y_stride, y_offset, key, start, random, zoneout, clip }
+        Plan { steps, rows, hidden, reverse, lengths, output, y_stride, y_offset, key, start, random, zoneout, clip, flow }
     }
 }
 
@@ -922,7 +957,7 @@ impl<C: Cell> Layer for Recurrent<C> {
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = self.op("backward");
-        Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
+        Ok(self.run_backward("backward", tape.open(&op)?, dy, None, needs_dx, None)?.0)
     }
 
     fn state_len(&self) -> usize {
