@@ -5,6 +5,7 @@
 //! a kernel must neither use nor touch.
 
 mod dropout;
+mod flow;
 mod harness;
 mod layers;
 mod losses;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
         ("jordan", networks::jordan),
+        ("gradient_flow", flow::gradient_flow),
     ];
     families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
 }

@@ -21,18 +21,20 @@ pub(super) struct Network<C> {
     pub weight_dropout: f32,
     /// Whether a step at a time gives the same as all at once.
     pub streams: bool,
+    /// Whether states and the flow of gradients are looked at too.
+    pub flow: bool,
 }
 
 impl<C: Cell> Network<C> {
     pub fn new(name: &'static str, config: RecurrentConfig<C>, oracle: oracle::Recurrent) -> Self {
         let streams = oracle.directions == 1 && !oracle.first_reverse;
-        Self { name, config, oracle, zoneout: [0.0; 2], weight_dropout: 0.0, streams }
+        Self { name, config, oracle, zoneout: [0.0; 2], weight_dropout: 0.0, streams, flow: false }
     }
 }
 
 const KEY: (u64, u64) = (11, 12);
-const INPUT: usize = 5;
-const HIDDEN: usize = 19;
+pub(super) const INPUT: usize = 5;
+pub(super) const HIDDEN: usize = 19;
 
 /// Every cell and option: each row is the test of a mark in the README's table.
 pub(super) fn networks(cases: &mut Cases<'_>) -> Result<()> {
@@ -352,6 +354,9 @@ pub(super) fn check_given<C: Cell>(
                     run.near(&format!("grad.{name}"), param.grad(), &trained.dweights[slot][part], GRADIENT)?;
                 }
             }
+        }
+        if network.flow {
+            super::flow::check_flow(run, &spec, layer, (&x, input), (&dy, dstate.as_ref()), &trained)?;
         }
         if network.streams && teacher.is_none() && given.lengths.is_none() {
             stream(run, layer, &given.x, state.as_ref(), [steps, rows], &inferred.y)?;
