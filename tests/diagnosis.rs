@@ -28,10 +28,10 @@ fn set<C: Cell>(layer: &Recurrent<C>, name: &str, values: &[f32]) -> Result<()> 
     Ok(param.set(values)?)
 }
 
-fn x(device: &Device) -> Result<Tensor> {
+fn x(device: &Device) -> gatefold::Result<Tensor> {
     let mut rng = Rng::seed(4);
     let numbers: Vec<f32> = (0..STEPS * ROWS * INPUT).map(|_| rng.normal()).collect();
-    Ok(Tensor::from_slice(device, &numbers, [STEPS, ROWS, INPUT])?)
+    Tensor::from_slice(device, &numbers, [STEPS, ROWS, INPUT])
 }
 
 fn sigmoid(x: f64) -> f64 {
@@ -104,10 +104,10 @@ fn saturation() -> Result<()> {
         set(&lstm, "bias_ih_l0", &bias_i)?;
         let lengths = Lengths::from_slice(&device, &[4, 1, 0])?;
         let seen = |input: Input<'_, _>| lstm.inspect(&lstm.forward_train(&x(&device)?, input)?.2, 0, Direction::Forward);
-        let shares = seen(Input::new().lengths(&lengths)).map(|seen| seen.saturation())??;
+        let shares = seen(Input::new().lengths(&lengths))?.saturation()?;
         ensure!(shares == [("i", Some(0.8)), ("f", Some(1.0)), ("g", Some(1.0)), ("o", Some(0.0))], "{shares:?}");
         let none = Lengths::from_slice(&device, &[0, 0, 0])?;
-        let shares = seen(Input::new().lengths(&none)).map(|seen| seen.saturation())??;
+        let shares = seen(Input::new().lengths(&none))?.saturation()?;
         ensure!(shares.iter().all(|(_, share)| share.is_none()), "{shares:?}");
 
         let relu = RnnConfig::new(INPUT, HIDDEN).activation(Activation::Relu).init(&device, rng)?;

@@ -20,7 +20,8 @@ pub struct Inspection {
 
 impl Inspection {
     /// The states after each step by the names of [`CellState::NAMES`], `[seq, batch, hidden]`, or, of a layer with an output
-    /// product, its width for h. Past its end a row has what it had last, in reverse its initial state.
+    /// product, its width for h. Past its end a row has what it had last, in reverse its initial state. Where a teacher that does not
+    /// teach every step taught the next one, h is the target that stood in for it.
     pub fn states(&self) -> &[(&'static str, Tensor)] {
         &self.states
     }

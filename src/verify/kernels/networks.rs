@@ -1,7 +1,7 @@
 //! The recurrent family: every cell with every option that it has, a whole stack at a time, against the oracle: inference,
 //! training, all gradients, and streaming step by step.
 
-use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide};
+use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide, within};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::nn::{
@@ -309,6 +309,18 @@ pub(super) fn check_given<C: Cell>(
     let mut trained = spec.forward_backward(&dropped, RecurrentInput { zoneout: random.as_deref(), ..input });
     for (gradients, mask) in trained.dweights.iter_mut().zip(&masks) {
         gradients.entry("weight_hh".to_owned()).and_modify(|w| w.iter_mut().zip(mask).for_each(|(w, m)| *w *= m));
+    }
+    if let (Some((targets, probability)), Some(flags)) = (teacher, &flags)
+        && probability < 1.0
+    {
+        // A tape has what the next step saw.
+        let (states, width) = (&mut trained.states[0][0], targets.len() / (steps * rows));
+        for line in
+            (0..(steps - 1) * rows).filter(|line| flags[line + rows] && within(given.lengths.as_deref(), rows, line + rows))
+        {
+            let target = targets[line * width..][..width].iter().map(|target| f64::from(*target));
+            states[line * width..][..width].iter_mut().zip(target).for_each(|(state, target)| *state = target);
+        }
     }
     let inferred = spec.forward_backward(&weights, RecurrentInput { zoneout: mean.as_deref(), ..input });
 
