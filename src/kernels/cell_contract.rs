@@ -111,6 +111,11 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     /// From the gradient `d` of the new state.
     fn backward(&self, site: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self>;
 
+    /// The whole gradient of the new state: `d`, and what its parts get from each other within the step (c goes into h).
+    fn totals(&self, _: Self::Slots, _: Self::State, _: Self::Unit, d: Self::State) -> Self::State {
+        d
+    }
+
     /// Unit parameters that are no biases: the sweep sums their gradients.
     fn extras(&self) -> usize {
         self.unit_params() - Self::BIASES

@@ -25,8 +25,9 @@ pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Backpropagated, BoundedBptt, BpttPlan, Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState,
-    LstmTape, Merge, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig,
+    Backpropagated, BoundedBptt, BpttPlan, Cell, CellState, Direction, GradientFlow, Gru, GruConfig, HiddenState, Inspection,
+    Lstm, LstmConfig, LstmState, LstmTape, Merge, NonFinite, Quantity, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn,
+    RnnConfig, SpectralRadii, StateFlow, Verdict,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};

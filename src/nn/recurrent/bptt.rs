@@ -201,7 +201,7 @@ impl<C: Cell> BoundedBptt<'_, C> {
             drop(y);
             last.get_or_insert(state);
             let Some(tape) = tape else { unreachable!("a training run records a tape") };
-            let (part, before) = layer.run_backward_of(tape, &dy, dstate.as_ref(), self.needs_dx, &sums)?;
+            let (part, before) = layer.run_backward_of("backward", tape, &dy, dstate.as_ref(), self.needs_dx, &sums, None)?;
             if let (Some(dx), Some(part)) = (&dx, part) {
                 dx.slice(steps.start * rows * features, part.shape()).copy_from(&part)?;
             }

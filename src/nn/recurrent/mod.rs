@@ -2,11 +2,15 @@
 
 mod bptt;
 mod config;
+mod flow;
+mod inspect;
 mod state;
 mod weights;
 
 pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
 pub use config::{Direction, GruConfig, LstmConfig, Merge, RecurrentConfig, Reset, RnnConfig};
+pub use flow::{GradientFlow, SpectralRadii, StateFlow, Verdict};
+pub use inspect::{Inspection, NonFinite, Quantity};
 pub use state::{CellState, HiddenState, LstmState};
 use weights::Weights;
 
@@ -37,6 +41,8 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const NAME: &'static str;
     /// The name of the unit parameters that are no biases.
     const EXTRA: &'static str = "";
+    /// The names of its gates: the first values that it keeps of each step.
+    const GATES: &'static [&'static str];
     /// Its state as a user meets it.
     type Value: CellState;
     /// With layer normalization, where h is made of a normalized state: the cell that leaves the other factor of h in its place,
@@ -49,10 +55,13 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for one that is not.
     fn check(&self, op: &str) -> Result<()>;
+    /// What the values of a gate of [`Cell::GATES`] come out of, where that is one activation.
+    fn gate_activation(&self, gate: usize) -> Option<Activation>;
 }
 
 impl Cell for LstmCell {
     const NAME: &'static str = "lstm";
+    const GATES: &'static [&'static str] = &["i", "f", "g", "o"];
     const EXTRA: &'static str = "weight_peephole";
     type Value = LstmState;
 
@@ -68,10 +77,19 @@ impl Cell for LstmCell {
         config::check_limit(op, "gate_clip", self.clip)?;
         config::check_limit(op, "cell_clip", self.cell_clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        match gate {
+            1 if self.coupled => None, // 1 - i
+            2 => Some(self.candidate),
+            _ => Some(self.gate),
+        }
+    }
 }
 
 impl Cell for GruCell {
     const NAME: &'static str = "gru";
+    const GATES: &'static [&'static str] = &["r", "z", "n"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
@@ -79,15 +97,24 @@ impl Cell for GruCell {
         config::check_activation(op, "the candidate activation", self.candidate)?;
         config::check_limit(op, "gate_clip", self.clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        Some(if gate == 2 { self.candidate } else { self.gate })
+    }
 }
 
 impl Cell for RnnCell {
     const NAME: &'static str = "rnn";
+    const GATES: &'static [&'static str] = &["h"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
         config::check_activation(op, "activation", self.activation)?;
         config::check_limit(op, "gate_clip", self.clip)
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        Some(self.activation)
     }
 }
 
@@ -300,7 +327,7 @@ impl<C: Cell> Recurrent<C> {
     /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
     /// changed since the tape was recorded; what the device reports.
     pub fn backward(&self, tape: RecurrentTape, dy: &Tensor, dstate: Option<&C::Value>) -> Result<(Tensor, C::Value)> {
-        match self.run_backward(tape, dy, dstate, true)? {
+        match self.run_backward("backward", tape, dy, dstate, true, None)? {
             (Some(dx), dstate) => Ok((dx, dstate)),
             (None, _) => unreachable!("dx was asked for"),
         }
@@ -462,6 +489,7 @@ impl<C: Cell> Recurrent<C> {
             random: key.is_some(),
             zoneout: self.config.zoneout,
             clip: self.config.gradient_clip,
+            flow: false,
         }
     }
 
@@ -787,27 +815,33 @@ impl<C: Cell> Recurrent<C> {
 
     fn run_backward(
         &self,
+        method: &str,
         tape: RecurrentTape,
         dy: &Tensor,
         dstate: Option<&C::Value>,
         needs_dx: bool,
+        flow: Option<&mut Vec<flow::Totals>>,
     ) -> Result<(Option<Tensor>, C::Value)> {
         let sums = self.new_sums(tape.rows)?;
-        let result = self.run_backward_of(tape, dy, dstate, needs_dx, &sums)?;
+        let result = self.run_backward_of(method, tape, dy, dstate, needs_dx, &sums, flow)?;
         self.add_sums(&sums)?;
         Ok(result)
     }
 
-    /// The backward pass of a window: what the sweeps sum over steps is added to `sums`, not yet to the gradients.
+    /// The backward pass of a window: what the sweeps sum over steps is added to `sums`, not yet to the gradients. `flow` takes the
+    /// gradients of all states, pass by pass.
+    #[expect(clippy::too_many_arguments, reason = "what a backward pass takes, what a window carries on, and what is looked at")]
     fn run_backward_of(
         &self,
+        method: &str,
         tape: RecurrentTape,
         dy: &Tensor,
         dstate: Option<&C::Value>,
         needs_dx: bool,
         sums: &[Tensor],
+        mut flow: Option<&mut Vec<flow::Totals>>,
     ) -> Result<(Option<Tensor>, C::Value)> {
-        let op = self.op("backward");
+        let op = self.op(method);
         let RecurrentConfig { dropout, batch_first, .. } = self.config;
         let RecurrentTape { steps, rows, lengths, key, teacher, layers, window, given_state, owner, version } = tape;
         if !owner.same(self.owner()) || version != self.version() {
@@ -844,15 +878,18 @@ impl<C: Cell> Recurrent<C> {
             };
             for (direction, tape) in passes.into_iter().enumerate() {
                 let index = layer * directions + direction;
-                let plan = self.plan([steps, rows], window, index, lengths.as_ref(), key);
+                let plan = Plan { flow: flow.is_some(), ..self.plan([steps, rows], window, index, lengths.as_ref(), key) };
                 let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
                 let sums = sums.get(index);
                 let dy = self.merge_backward(&dy, &factors, direction)?;
-                match &teacher {
+                let gradients = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
-                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
+                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?
                     }
                     _ => self.backward_pass(&pass, &tape, [&x, &dy], finals.as_deref(), &initial, sums)?,
+                };
+                if let Some(flow) = &mut flow {
+                    flow.push(self.totals(&pass, gradients));
                 }
                 if let Some(dx) = &dx {
                     self.input_gradient(&self.weights[index], &tape, [steps, rows], dx, direction > 0)?;
@@ -921,13 +958,14 @@ impl<C: Cell> Recurrent<C> {
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
         sums: Option<&Tensor>,
-    ) -> Result<()> {
+    ) -> Result<Gradients> {
         let gradients = self.new_gradients(pass)?;
-        let kept_sums = sums.map(|sums| (gradients.dstates.slice(gradients.dstates.len() - sums.len(), [sums.len()]), sums));
+        let rows = pass.plan.rows;
+        let after_states = C::State::LEN * rows * self.config.hidden;
+        let kept_sums = sums.map(|sums| (gradients.dstates.slice(after_states, [sums.len()]), sums));
         if let Some((place, sums)) = &kept_sums {
             place.copy_from(sums)?;
         }
-        let rows = pass.plan.rows;
         for s in 0..C::State::LEN {
             let width = self.width_of(s);
             let target = gradients.state(s, rows, width, self.config.hidden);
@@ -945,7 +983,7 @@ impl<C: Cell> Recurrent<C> {
             let width = self.width_of(s);
             part(state, pass.index, rows * width).copy_from(&gradients.state(s, rows, width, self.config.hidden))?;
         }
-        Ok(())
+        Ok(gradients)
     }
 
     fn forced_backward(
@@ -956,7 +994,7 @@ impl<C: Cell> Recurrent<C> {
         dy: &Tensor,
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-    ) -> Result<()> {
+    ) -> Result<Gradients> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
         let pass = Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass };
@@ -969,7 +1007,8 @@ impl<C: Cell> Recurrent<C> {
         self.sweep_backward(&pass, tape, dy, &gradients)?;
         self.gradients(&pass, tape, x, &gradients)?;
         // What is left of the others belongs to the targets.
-        initial[0].copy_from(&part(&carried, 0, rows * width))
+        initial[0].copy_from(&part(&carried, 0, rows * width))?;
+        Ok(gradients)
     }
 
     /// Buffers for a backward pass: the gradients of the state are not set.
@@ -1268,7 +1307,7 @@ impl<C: Cell> Layer for Recurrent<C> {
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = self.op("backward");
-        Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
+        Ok(self.run_backward("backward", tape.open(&op)?, dy, None, needs_dx, None)?.0)
     }
 
     fn takes_teacher(&self) -> bool {

@@ -7,6 +7,7 @@
 mod bptt;
 mod dropout;
 mod encoder_decoder;
+mod flow;
 mod gates;
 mod harness;
 mod layers;
@@ -76,6 +77,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
         ("jordan", networks::jordan),
+        ("gradient_flow", flow::gradient_flow),
         ("bptt", bptt::bptt),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];

@@ -1,7 +1,7 @@
 //! The recurrent family: every cell with every option that it has, a whole stack at a time, against the oracle: inference,
 //! training, all gradients, and streaming step by step.
 
-use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide};
+use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide, within};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::nn::{
@@ -27,6 +27,8 @@ pub(super) struct Network<C> {
     pub recurrent_dropout: f32,
     /// Whether a step at a time gives the same as all at once.
     pub streams: bool,
+    /// Whether states and the flow of gradients are looked at too.
+    pub flow: bool,
 }
 
 impl<C: Cell> Network<C> {
@@ -42,13 +44,14 @@ impl<C: Cell> Network<C> {
             dropout: 0.0,
             learns_state: false,
             streams,
+            flow: false,
         }
     }
 }
 
 const KEY: (u64, u64) = (11, 12);
-const INPUT: usize = 5;
-const HIDDEN: usize = 19;
+pub(super) const INPUT: usize = 5;
+pub(super) const HIDDEN: usize = 19;
 
 /// Every cell and option: each row is the test of a mark in the README's table.
 pub(super) fn networks(cases: &mut Cases<'_>) -> Result<()> {
@@ -540,6 +543,18 @@ pub(super) fn check_given<C: Cell>(
     for (gradients, mask) in trained.dweights.iter_mut().zip(&masks) {
         gradients.entry("weight_hh".to_owned()).and_modify(|w| w.iter_mut().zip(mask).for_each(|(w, m)| *w *= m));
     }
+    if let (Some((targets, probability)), Some(flags)) = (teacher, &flags)
+        && probability < 1.0
+    {
+        // A tape has what the next step saw.
+        let (states, width) = (&mut trained.states[0][0], targets.len() / (steps * rows));
+        for line in
+            (0..(steps - 1) * rows).filter(|line| flags[line + rows] && within(given.lengths.as_deref(), rows, line + rows))
+        {
+            let target = targets[line * width..][..width].iter().map(|target| f64::from(*target));
+            states[line * width..][..width].iter_mut().zip(target).for_each(|(state, target)| *state = target);
+        }
+    }
     let inferred = spec.forward_backward(&weights, RecurrentInput { zoneout: mean.as_deref(), ..input });
 
     cases.run(name, |run| {
@@ -595,6 +610,9 @@ pub(super) fn check_given<C: Cell>(
                 }
                 run.near(&format!("grad.{name}"), param.grad(), &sum, GRADIENT)?;
             }
+        }
+        if network.flow {
+            super::flow::check_flow(run, &spec, layer, (&x, input), (&dy, dstate.as_ref()), &trained)?;
         }
         if network.streams && teacher.is_none() && given.lengths.is_none() {
             stream(run, layer, &given.x, state.as_ref(), [steps, rows], &inferred.y)?;
