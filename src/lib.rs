@@ -80,7 +80,7 @@ mod trainer;
 #[cfg(feature = "verify")]
 pub mod verify;
 
-pub use device::{Device, DeviceInfo};
+pub use device::{Device, DeviceInfo, MemoryUse};
 pub use error::{Error, ErrorKind, Result};
 pub use loss::{CrossEntropy, Loss, MeanSquaredError};
 pub use rng::{MaskKey, Rng};

@@ -20,8 +20,8 @@ pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig,
-    RecurrentTape, Reset, Rnn, RnnConfig,
+    Backpropagated, BoundedBptt, BpttPlan, Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState,
+    LstmTape, Merge, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};

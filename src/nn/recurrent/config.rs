@@ -32,6 +32,20 @@ impl Direction {
     }
 }
 
+/// How the outputs of two directions become the output of a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Merge {
+    /// Side by side, forward first: twice as wide.
+    #[default]
+    Concat,
+    /// Their sum.
+    Sum,
+    /// Half their sum.
+    Mean,
+    /// Their product, number by number.
+    Product,
+}
+
 /// Where a GRU's reset gate acts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reset {
@@ -61,6 +75,9 @@ pub struct RecurrentConfig<C> {
     pub(super) weight_dropout: f32,
     pub(super) recurrent_dropout: f32,
     pub(super) gradient_clip: f32,
+    pub(super) merge: Merge,
+    pub(super) residual: bool,
+    pub(super) learn_initial_state: bool,
 }
 
 /// Sizes and options of an [`super::Lstm`].
@@ -88,6 +105,9 @@ impl<C: Cell> RecurrentConfig<C> {
             weight_dropout: 0.0,
             recurrent_dropout: 0.0,
             gradient_clip: 0.0,
+            merge: Merge::Concat,
+            residual: false,
+            learn_initial_state: false,
         }
     }
 
@@ -99,6 +119,24 @@ impl<C: Cell> RecurrentConfig<C> {
     /// Which way time is read.
     pub fn direction(self, direction: Direction) -> Self {
         Self { direction, ..self }
+    }
+
+    /// How the outputs of two directions become the output of a layer; needs [`Direction::Both`] where it is not
+    /// [`Merge::Concat`].
+    pub fn merge(self, merge: Merge) -> Self {
+        Self { merge, ..self }
+    }
+
+    /// Each layer whose input is as wide as its output adds that input to its output, after dropout (He et al. 2016; Wu et al.
+    /// 2016 between recurrent layers).
+    pub fn residual(self, residual: bool) -> Self {
+        Self { residual, ..self }
+    }
+
+    /// Learn the state that rows start from where none is given: `initial_h_l0`, .. , one for each layer and direction, zeros at
+    /// first.
+    pub fn learn_initial_state(self, learn: bool) -> Self {
+        Self { learn_initial_state: learn, ..self }
     }
 
     /// In training, zero each output between two layers with probability `p` and scale the others by `1 / (1 - p)`;
@@ -163,6 +201,21 @@ impl<C: Cell> RecurrentConfig<C> {
         self.output.map_or(self.hidden, |(width, _)| width)
     }
 
+    /// The width of a layer's output.
+    pub(super) fn output_width(&self) -> usize {
+        if self.is_merged() { self.width() } else { self.directions().saturating_mul(self.width()) }
+    }
+
+    /// Whether the directions' outputs are apart before they become one.
+    pub(super) fn is_merged(&self) -> bool {
+        self.merge != Merge::Concat
+    }
+
+    /// Whether a layer with this many inputs adds them to its output.
+    pub(super) fn adds_input(&self, inputs: usize) -> bool {
+        self.residual && inputs == self.output_width()
+    }
+
     fn check(&self) -> Result<()> {
         let op = format!("{}.init", C::NAME);
         let width = self.output.map(|(width, _)| ("projection", width));
@@ -193,6 +246,19 @@ impl<C: Cell> RecurrentConfig<C> {
         }
         if self.forget_bias.is_some() && !self.bias {
             return Err(Error::argument(&op, "forget_bias", "given", "biases, which bias(false) removed"));
+        }
+        if self.is_merged() && self.direction != Direction::Both {
+            let expected = "Direction::Both, whose two outputs it makes one";
+            return Err(Error::argument(
+                &op,
+                "merge",
+                format!("{:?} with Direction::{:?}", self.merge, self.direction),
+                expected,
+            ));
+        }
+        if self.residual && self.layers == 1 && !self.adds_input(self.input) {
+            let expected = format!("an input as wide as the output, {}, or more layers", self.output_width());
+            return Err(Error::argument(&op, "residual", format!("an input of {}", self.input), expected));
         }
         for (name, p) in [("weight_dropout", self.weight_dropout), ("recurrent_dropout", self.recurrent_dropout)] {
             if p > 0.0 && !C::PRODUCT {

@@ -2,7 +2,7 @@
 
 use parking_lot::Mutex;
 
-use super::{Cell, RecurrentConfig};
+use super::{Cell, CellState, RecurrentConfig};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
@@ -26,6 +26,8 @@ pub(super) struct Weights {
     /// The output product: [R, H], and perhaps a bias [R].
     pub weight_hr: Option<Param>,
     pub bias_hr: Option<Param>,
+    /// The state that rows start from, where it is learned: [width] each.
+    pub initial: Vec<Param>,
     /// Biases and extras in a row, and the sum of the versions that it was made of; zeros for absent biases.
     unit: Mutex<Option<(u64, Tensor)>>,
     /// How often the clip of the recurrent gradient acted, for each unit [H]; where there is a clip.
@@ -72,18 +74,32 @@ impl Weights {
             0 => None,
             count => Some(param(C::EXTRA, &[count * hidden])?),
         };
+        let states = if config.learn_initial_state { C::Value::NAMES } else { &[] };
+        let initial = states.iter().enumerate().map(|(s, name)| {
+            let width = if s == 0 { width } else { hidden };
+            Param::new(format!("initial_{name}{suffix}"), device, &vec![0.0; width], [width])
+        });
+        let initial = initial.collect::<Result<Vec<_>>>()?;
         let clipped = if config.gradient_clip > 0.0 { Some(Tensor::zeros(device, [hidden])?) } else { None };
-        Ok(Self { weight_ih, weight_hh, bias_ih, bias_hh, extra, weight_hr, bias_hr, unit: Mutex::default(), clipped })
+        Ok(Self { weight_ih, weight_hh, bias_ih, bias_hh, extra, weight_hr, bias_hr, initial, unit: Mutex::default(), clipped })
     }
 
     pub fn params(&self) -> impl Iterator<Item = &Param> {
         let optional = [&self.weight_hh, &self.bias_ih, &self.bias_hh, &self.weight_hr, &self.bias_hr, &self.extra];
-        std::iter::once(&self.weight_ih).chain(optional.into_iter().flatten())
+        std::iter::once(&self.weight_ih).chain(optional.into_iter().flatten()).chain(&self.initial)
     }
 
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
-        let Self { weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra, .. } = self;
-        std::iter::once(weight_ih).chain([weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra].into_iter().flatten())
+        let Self { weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra, initial, .. } = self;
+        std::iter::once(weight_ih)
+            .chain([weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra].into_iter().flatten())
+            .chain(initial)
+    }
+
+    /// Numbers of each matrix that has a transposed copy.
+    pub fn transposable(&self) -> impl Iterator<Item = usize> {
+        let matrices = [Some(&self.weight_ih), self.weight_hh.as_ref(), self.weight_hr.as_ref()];
+        matrices.into_iter().flatten().map(|param| param.value().len())
     }
 
     /// I of this layer.

@@ -5,7 +5,8 @@ use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::nn::{
-    Activation, Cell, CellState, Direction, GruConfig, Input, LstmConfig, Module, Recurrent, RecurrentConfig, Reset, RnnConfig,
+    Activation, Cell, CellState, Direction, GruConfig, Input, LstmConfig, Merge, Module, Recurrent, RecurrentConfig, Reset,
+    RnnConfig,
 };
 use crate::rng::{MaskKey, Rng, philox, unit};
 use crate::tensor::Tensor;
@@ -20,6 +21,10 @@ pub(super) struct Network<C> {
     pub zoneout: [f32; 2],
     pub weight_dropout: f32,
     pub recurrent_dropout: f32,
+    /// Between layers.
+    pub dropout: f32,
+    /// Whether the initial state is learned, where none is given.
+    pub learns_state: bool,
     /// Whether a step at a time gives the same as all at once.
     pub streams: bool,
 }
@@ -27,7 +32,17 @@ pub(super) struct Network<C> {
 impl<C: Cell> Network<C> {
     pub fn new(name: &'static str, config: RecurrentConfig<C>, oracle: oracle::Recurrent) -> Self {
         let streams = oracle.directions == 1 && !oracle.first_reverse;
-        Self { name, config, oracle, zoneout: [0.0; 2], weight_dropout: 0.0, recurrent_dropout: 0.0, streams }
+        Self {
+            name,
+            config,
+            oracle,
+            zoneout: [0.0; 2],
+            weight_dropout: 0.0,
+            recurrent_dropout: 0.0,
+            dropout: 0.0,
+            learns_state: false,
+            streams,
+        }
     }
 }
 
@@ -109,6 +124,43 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
             config().activations(Activation::Sigmoid, Activation::Softplus, elu),
             oracle::Recurrent { cell: acts(A::Sigmoid, A::Softplus, elu64), ..plain() },
         ),
+        Network { dropout: 0.3, ..Network::new("lstm_dropout", deep(config().dropout(0.3)), deep64(plain())) },
+        Network::new(
+            "lstm_merge_sum",
+            deep(config().merge(Merge::Sum)),
+            oracle::Recurrent { merge: oracle::Merge::Sum, ..deep64(plain()) },
+        ),
+        Network::new(
+            "lstm_merge_mean",
+            deep(config().merge(Merge::Mean)),
+            oracle::Recurrent { merge: oracle::Merge::Mean, ..deep64(plain()) },
+        ),
+        Network::new(
+            "lstm_merge_product",
+            deep(config().merge(Merge::Product)),
+            oracle::Recurrent { merge: oracle::Merge::Product, ..deep64(plain()) },
+        ),
+        Network::new(
+            "lstm_residual",
+            config().layers(3).residual(true),
+            oracle::Recurrent { layers: 3, residual: true, ..plain() },
+        ),
+        Network {
+            dropout: 0.3,
+            ..Network::new(
+                "lstm_residual_merge_dropout",
+                deep(config().projection(INPUT).merge(Merge::Sum).residual(true).dropout(0.3)),
+                oracle::Recurrent { projection: Some(INPUT), residual: true, merge: oracle::Merge::Sum, ..deep64(plain()) },
+            )
+        },
+        Network {
+            learns_state: true,
+            ..Network::new(
+                "lstm_learned_state",
+                deep(config().projection(7).learn_initial_state(true)),
+                oracle::Recurrent { projection: Some(7), ..deep64(plain()) },
+            )
+        },
         Network { zoneout: [0.3, 0.2], ..Network::new("lstm_zoneout", deep(config().zoneout(0.3, 0.2)), deep64(plain())) },
         Network {
             weight_dropout: 0.4,
@@ -270,6 +322,9 @@ pub(super) fn check<C: Cell>(cases: &mut Cases<'_>, network: Network<C>) -> Resu
     for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false), ("_step", 1, 1, false)] {
         let mut rng = Rng::seed(network.name.len() as u64 + 7);
         let layer = network.config.clone().init(cases.device, &mut rng)?;
+        for (_, param) in layer.params().into_iter().filter(|(name, _)| name.starts_with("initial_")) {
+            param.set(&normal(&mut rng, param.value().len()))?;
+        }
         let slots = network.oracle.layers * network.oracle.directions;
         let lengths = is_ragged.then(|| ragged(&mut rng, steps, rows));
         let mut x = normal(&mut rng, steps * rows * INPUT);
@@ -303,6 +358,7 @@ pub(super) fn check_given<C: Cell>(
     let Given { steps, rows, .. } = *given;
     let spec = network.oracle;
     let slots = spec.layers * spec.directions;
+    let layer_width = layer.output();
     let key = MaskKey::new(KEY.0, KEY.1);
 
     // Training: what the masks are, the oracle is told.
@@ -311,12 +367,16 @@ pub(super) fn check_given<C: Cell>(
         let ending = suffix(&spec, slot);
         let mut parts = Weights::new();
         for (name, param) in layer.params() {
-            if let Some(part) = name.strip_suffix(&ending) {
+            if let Some(part) = name.strip_suffix(&ending).filter(|part| !part.starts_with("initial_")) {
                 parts.insert(part.to_owned(), wide(&param.value().to_vec()?));
             }
         }
         weights.push(parts);
     }
+    let between = if network.dropout > 0.0 { spec.layers - 1 } else { 0 };
+    let drops: Vec<Vec<f64>> = (0..between)
+        .map(|layer| wide(&super::dropout::mask(steps, rows, layer_width, network.dropout, key.layer(layer))))
+        .collect();
     let mut dropped = weights.clone();
     let mut masks = Vec::new();
     if network.weight_dropout > 0.0 {
@@ -356,8 +416,22 @@ pub(super) fn check_given<C: Cell>(
     };
     let lengths64: Option<Vec<usize>> = given.lengths.as_ref().map(|lengths| lengths.iter().map(|n| *n as usize).collect());
     let x = wide(&given.x);
-    let (state, dstate): (Vec<Vec<f64>>, Vec<Vec<f64>>) =
+    let (mut state, dstate): (Vec<Vec<f64>>, Vec<Vec<f64>>) =
         (given.state.iter().map(|s| wide(s)).collect(), given.dstate.iter().map(|s| wide(s)).collect());
+    let learned = network.learns_state && state.is_empty();
+    if learned {
+        // Each row starts from the same numbers.
+        for name in C::Value::NAMES {
+            let mut rows_of = Vec::new();
+            for slot in 0..slots {
+                let name = format!("initial_{name}{}", suffix(&spec, slot));
+                for (_, param) in layer.params().into_iter().filter(|(full, _)| *full == name) {
+                    rows_of.extend(wide(&param.value().to_vec()?).repeat(rows));
+                }
+            }
+            state.push(rows_of);
+        }
+    }
     let (state, dstate): (Vec<&[f64]>, Vec<&[f64]>) =
         (state.iter().map(Vec::as_slice).collect(), dstate.iter().map(Vec::as_slice).collect());
     let dy = wide(&given.dy);
@@ -389,7 +463,7 @@ pub(super) fn check_given<C: Cell>(
         false => Vec::new(),
     };
     let (random, mean) = (zoneout(true), zoneout(false));
-    let drawn = RecurrentInput { zoneout: random.as_deref(), recurrent_masks: &recurrent_masks, ..input };
+    let drawn = RecurrentInput { zoneout: random.as_deref(), recurrent_masks: &recurrent_masks, masks: &drops, ..input };
     let mut trained = spec.forward_backward(&dropped, drawn);
     for (gradients, mask) in trained.dweights.iter_mut().zip(&masks) {
         gradients.entry("weight_hh".to_owned()).and_modify(|w| w.iter_mut().zip(mask).for_each(|(w, m)| *w *= m));
@@ -434,9 +508,20 @@ pub(super) fn check_given<C: Cell>(
         for slot in 0..slots {
             let ending = suffix(&spec, slot);
             for (name, param) in layer.params() {
-                if let Some(part) = name.strip_suffix(&ending) {
+                let Some(part) = name.strip_suffix(&ending) else { continue };
+                let Some(state) = part.strip_prefix("initial_") else {
                     run.near(&format!("grad.{name}"), param.grad(), &trained.dweights[slot][part], GRADIENT)?;
+                    continue;
+                };
+                // The sum over the rows, or nothing where a state was given.
+                let width = param.value().len();
+                let s = C::Value::NAMES.iter().position(|name| *name == state).unwrap_or_default();
+                let rows_of = trained.dstate[s][slot * rows * width..][..rows * width].chunks_exact(width);
+                let mut sum = vec![0.0; width];
+                for row in rows_of.filter(|_| learned) {
+                    sum.iter_mut().zip(row).for_each(|(sum, d)| *sum += d);
                 }
+                run.near(&format!("grad.{name}"), param.grad(), &sum, GRADIENT)?;
             }
         }
         if network.streams && teacher.is_none() && given.lengths.is_none() {
