@@ -127,9 +127,7 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let dnorms = norm * (lines + lines.min(time_block(rows) * rows)) * gates + state_norm * lines * hidden;
         let carried = (C::State::LEN * rows + rows.div_ceil(4) * (config.cell.extras() + 1)) * hidden;
         // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
-        let split =
-            config.output.is_some() || config.layer_norm || config.cell.gated().is_some() || config.recurrent_dropout > 0.0;
-        let product = if split { rows * gates } else { 0 };
+        let product = if layer.is_split(true) { rows * gates } else { 0 };
         let masked = if config.recurrent_dropout > 0.0 { time_block(rows).min(segment) * rows * width } else { 0 };
         let head = lines * layer.output();
         let backward = dx + douts + dnorms + carried + masked + copies * lines * layer.output();

@@ -493,10 +493,11 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell.
-    fn is_split(&self, pass: &Pass<'_>) -> bool {
-        let RecurrentConfig { cell, output, layer_norm, .. } = &self.config;
-        output.is_some() || *layer_norm || cell.gated().is_some() || self.gate_masks(pass).is_some()
+    /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell. `draws`: in
+    /// training, with a key.
+    fn is_split(&self, draws: bool) -> bool {
+        let RecurrentConfig { cell, output, layer_norm, recurrent_dropout, .. } = &self.config;
+        output.is_some() || *layer_norm || cell.gated().is_some() || (draws && *recurrent_dropout > 0.0)
     }
 
     /// The masks of recurrent dropout, in training.
@@ -771,7 +772,7 @@ impl<C: Cell> Recurrent<C> {
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
-        if !self.is_split(pass) {
+        if !self.is_split(pass.key.is_some()) {
             return sweep_step::forward(cell, plan, &buffers);
         }
         let norms = tape.norms.as_ref();
@@ -1037,7 +1038,7 @@ impl<C: Cell> Recurrent<C> {
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
-        if !self.is_split(pass) {
+        if !self.is_split(pass.key.is_some()) {
             return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
         }
         let norms = tape.norms.as_ref();
