@@ -20,8 +20,9 @@ pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig,
-    RecurrentTape, Reset, Rnn, RnnConfig,
+    Cell, CellState, Direction, Gru, GruConfig, HiddenState, IndRnn, IndRnnConfig, Lstm, LstmConfig, LstmState, LstmTape, MinGru,
+    MinGruConfig, MinLstm, MinLstmConfig, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig, SLstm, SLstmConfig,
+    SLstmState,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};

@@ -1,11 +1,13 @@
-//! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
+//! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`], [`Rnn`] and others are faces.
 
 mod config;
 mod state;
 mod weights;
 
-pub use config::{Direction, GruConfig, LstmConfig, RecurrentConfig, Reset, RnnConfig};
-pub use state::{CellState, HiddenState, LstmState};
+pub use config::{
+    Direction, GruConfig, IndRnnConfig, LstmConfig, MinGruConfig, MinLstmConfig, RecurrentConfig, Reset, RnnConfig, SLstmConfig,
+};
+pub use state::{CellState, HiddenState, LstmState, SLstmState};
 use weights::Weights;
 
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
@@ -13,12 +15,17 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
+use crate::kernels::cell_indrnn::IndRnnCell;
 use crate::kernels::cell_lstm::LstmCell;
+use crate::kernels::cell_min_gru::MinGruCell;
+use crate::kernels::cell_min_lstm::MinLstmCell;
 use crate::kernels::cell_rnn::RnnCell;
+use crate::kernels::cell_slstm::SLstmCell;
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::gather;
 use crate::kernels::gemm::{Matrix, gemm};
 use crate::kernels::output_step::Teacher;
+use crate::kernels::sweep_scan;
 use crate::kernels::sweep_split::{self, Extras, OutputProduct};
 use crate::kernels::sweep_step::{self, Buffers, Plan};
 use crate::kernels::{dropout, transpose};
@@ -31,6 +38,8 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const NAME: &'static str;
     /// The name of the unit parameters that are no biases.
     const EXTRA: &'static str = "";
+    /// The range that they are drawn from; `None`: that of all other parameters.
+    const EXTRA_RANGE: Option<(f32, f32)> = None;
     /// Its state as a user meets it.
     type Value: CellState;
     /// Whether its options are in their ranges.
@@ -75,6 +84,44 @@ impl Cell for RnnCell {
     }
 }
 
+impl Cell for IndRnnCell {
+    const NAME: &'static str = "indrnn";
+    const EXTRA: &'static str = "weight_hh";
+    const EXTRA_RANGE: Option<(f32, f32)> = Some((0.0, 1.0));
+    type Value = HiddenState;
+
+    fn check(&self, op: &str) -> Result<()> {
+        config::check_activation(op, "activation", self.activation)
+    }
+}
+
+impl Cell for SLstmCell {
+    const NAME: &'static str = "slstm";
+    type Value = SLstmState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Cell for MinGruCell {
+    const NAME: &'static str = "min_gru";
+    type Value = HiddenState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl Cell for MinLstmCell {
+    const NAME: &'static str = "min_lstm";
+    type Value = HiddenState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Layers x directions of a recurrent cell.
 #[derive(Debug)]
 pub struct Recurrent<C: Cell> {
@@ -102,6 +149,52 @@ pub type Gru = Recurrent<GruCell>;
 /// The vanilla recurrent network, with the equations and parameter names of PyTorch's `nn.RNN`: `h(t) = tanh(b + W h(t-1) + U x(t))`.
 /// [`RnnConfig::jordan`] makes it one whose recurrence goes through the output only.
 pub type Rnn = Recurrent<RnnCell>;
+/// The independently recurrent network (Li et al. 2018, "Independently Recurrent Neural Network"):
+/// `h(t) = act(W x(t) + b + u h(t-1))`, products of vectors elementwise, relu unless [`IndRnnConfig::activation`] says otherwise.
+///
+/// A unit sees its own past alone; another layer mixes units. Parameters: `weight_ih [hidden, input]`, `bias_ih [hidden]`,
+/// `weight_hh [hidden]`, which is u. u starts as U(0, 1): of the paper's range for relu, `[0, 2^(1/T)]`, what fits any number of
+/// steps T.
+pub type IndRnn = Recurrent<IndRnnCell>;
+/// The scalar LSTM of xLSTM (Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory"), stabilized, with an exponential input
+/// gate, a sigmoid forget gate and full recurrent matrices. Gates i, f, z, o, in this order; with
+/// `s = W_ih x(t) + b_ih + W_hh h(t-1) + b_hh` of each, products of vectors elementwise:
+///
+/// ```text
+/// m = max(log sigmoid(s_f) + m', s_i)    i = exp(s_i - m)    f = exp(log sigmoid(s_f) + m' - m)
+/// c = f c' + i tanh(s_z)    n = f n' + i    h = sigmoid(s_o) c / n
+/// ```
+///
+/// A state of zeros is the usual start. From it n grows to what the input gates let in, and where that is less than 1e-30 (s_i
+/// some 69 below `log sigmoid(s_f) + m'` at every step so far) nothing was: h is 0 there, and c / n has no gradient.
+///
+/// ```
+/// # fn main() -> gatefold::Result<()> {
+/// use gatefold::{Device, Rng, Tensor, nn::SLstmConfig};
+/// let device = Device::cpu();
+/// let slstm = SLstmConfig::new(3, 8).init(&device, &mut Rng::seed(0))?;
+/// let (y, state) = slstm.forward(&Tensor::zeros(&device, [5, 2, 3])?, None)?;
+/// assert_eq!((y.shape(), state.m.shape()), (&[5, 2, 8][..], &[1, 2, 8][..]));
+/// # Ok(()) }
+/// ```
+pub type SLstm = Recurrent<SLstmCell>;
+/// minGRU (Feng et al. 2024, "Were RNNs All We Needed?"), gates z, n, which see x alone, so that `weight_ih [2 * hidden, input]` and
+/// `bias_ih [2 * hidden]` are all parameters; with `x = W_ih x(t) + b_ih` of each, products of vectors elementwise:
+///
+/// ```text
+/// h = (1 - z) h' + z g(x_n)    z = sigmoid(x_z)    g(v) = v + 1/2 if v >= 0, else sigmoid(v)
+/// ```
+///
+/// This is linear in h', so that on a GPU long sequences of few rows and units run as a scan, many steps at once; streams, zoneout
+/// and the clip of the gradient take one step after another. Both give the same numbers up to rounding.
+pub type MinGru = Recurrent<MinGruCell>;
+/// minLSTM (Feng et al. 2024, "Were RNNs All We Needed?"), gates f, i, n, which see x alone, so that `weight_ih [3 * hidden, input]`
+/// and `bias_ih [3 * hidden]` are all parameters; g and the scan as in [`MinGru`]:
+///
+/// ```text
+/// h = f / (f + i) h' + i / (f + i) g(x_n)    f, i = sigmoid(x)
+/// ```
+pub type MinLstm = Recurrent<MinLstmCell>;
 
 /// What [`Recurrent::forward_train`] keeps for [`Recurrent::backward`]. Dropping it truncates back-propagation here.
 #[derive(Debug)]
@@ -562,6 +655,9 @@ impl<C: Cell> Recurrent<C> {
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
+        if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
+            return sweep_scan::forward(kernels, cell, plan, &buffers);
+        }
         if !self.is_split() {
             return sweep_step::forward(cell, plan, &buffers);
         }
@@ -732,6 +828,9 @@ impl<C: Cell> Recurrent<C> {
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
+        if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
+            return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates);
+        }
         if !self.is_split() {
             sweep_step::backward(cell, plan, &buffers, &gradients.dstates)?;
             // The last part of the initial state's gradient.

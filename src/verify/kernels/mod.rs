@@ -14,6 +14,7 @@ mod optimizers;
 mod pooling;
 mod products;
 mod sample;
+mod scans;
 mod sums;
 mod sweeps;
 
@@ -69,6 +70,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
         ("jordan", networks::jordan),
+        ("scans", scans::scans),
     ];
     families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
 }
