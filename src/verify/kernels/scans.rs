@@ -39,11 +39,11 @@ fn against_steps<C: Cell>(cases: &mut Cases<'_>) -> Result<()> {
     let mut sizes = vec![[100, 3, 63], [33, 2, 64], [64, 4, 65], [31, 5, 1], [97, 1, 130]]; // [T, B, H]; a block has 32 steps
     sizes.extend([1, 2, 31, 32, 33, 64, 65, 100].map(|steps| [steps, 3, 7]));
     // More blocks and rows than one dimension of workgroups has.
-    sizes.push([65, 65_535 / 3 + 9, 1]);
+    sizes.push([33, 65_535 / 2 + 9, 1]);
     for [steps, rows, hidden] in sizes {
         for (reverse, is_ragged) in [(false, false), (true, false), (false, true), (true, true)] {
-            if rows > 1000 && reverse != is_ragged {
-                continue;
+            if rows > 1000 && !(reverse && is_ragged) {
+                continue; // once is enough: it is slow
             }
             let lengths = is_ragged.then(|| ragged(&mut rng, steps, rows));
             let mut x = normal(&mut rng, steps * rows * C::Slots::LEN * hidden);
