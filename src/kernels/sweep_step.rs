@@ -1,7 +1,5 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl` and its native twin.
 
-use parking_lot::Mutex;
-
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
 use super::math::Lanes;
@@ -18,7 +16,7 @@ params! {
     /// The shader's uniform struct.
     Sweep {
         rows: u32, hidden: u32, depth: u32,
-        t: u32, before: u32, after: u32, later: u32, recurrent: u32,
+        t: u32, before: u32, after: u32, later: u32, recurrent: u32, finish: u32,
         ragged: u32, keep: u32,
         output: u32, y_stride: u32, y_offset: u32,
         key0: u32, key1: u32, start: u32,
@@ -103,6 +101,9 @@ pub(crate) struct Plan<'a> {
     pub key: MaskKey,
     /// Steps of the sequence before step 0, for the masks.
     pub start: usize,
+    /// Steps of the sequence that this is a window of: what is worth threads for the whole is for each window, so that the
+    /// bits are the same.
+    pub total: usize,
     /// Whether zoneout draws, as in training, or takes its mean.
     pub random: bool,
     /// What part of h, and of the other states, is held back; 0: none.
@@ -150,22 +151,21 @@ impl<'a> Plan<'a> {
 
     /// Words of `dstates`: the state's gradient, and room for sums where they are wanted.
     pub fn dstates_len<C: CellKernel>(&self, cell: &C) -> usize {
-        let sums = if self.sums(cell) { self.tiles() * (cell.extras() + 1) } else { 0 };
-        (C::State::LEN * self.rows + sums) * self.hidden
+        C::State::LEN * self.rows * self.hidden + self.sums_len(cell)
     }
 
-    /// Where the sums lie in `dstates`: the first word of `[tiles, extras + 1, H]`, and the tiles. The last line of a tile is that
-    /// of the clip's counts.
-    pub fn sums_at<C: CellKernel>(&self, cell: &C) -> Option<(usize, usize)> {
-        self.sums(cell).then(|| (C::State::LEN * self.rows * self.hidden, self.tiles()))
+    /// Words of the sums, which end `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of the clip's counts.
+    pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
+        if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
     }
 
     fn sums<C: CellKernel>(&self, cell: &C) -> bool {
         cell.extras() > 0 || self.clip > 0.0
     }
 
+    /// Tiles on a GPU, parts of the batch on the CPU.
     fn tiles(&self) -> usize {
-        self.rows.div_ceil(ROWS)
+        self.rows.div_ceil(ROWS).max(threads())
     }
 
     fn constants<C: CellKernel>(&self, cell: &C, backward: bool) -> Vec<(&'static str, f64)> {
@@ -186,6 +186,7 @@ impl<'a> Plan<'a> {
             after: after as u32,
             later: 0,
             recurrent: 0,
+            finish: 0,
             ragged: self.lengths.is_some().into(),
             keep: u32::from(depth > 2 || self.steps == 1),
             output: self.output.into(),
@@ -289,24 +290,30 @@ pub(crate) fn forward_split<C: CellKernel>(
 }
 
 /// Runs the cell backward over all steps. `dstates` of [`Plan::dstates_len`] words: the gradient of the final state
-/// `[STATES, B, H]` comes in, that of the initial state goes out, but for the part that comes through the first step's
-/// product; sums are added to those behind it.
+/// `[STATES, B, H]` comes in, that of the initial state goes out; sums are added to those behind it.
 pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
     let depth = plan.steps + 1;
     debug_assert_eq!(plan.depth::<C>(buffers.states), depth, "backward needs every state");
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>());
+            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
             Ok(())
         }
         Backend::Gpu(gpu) => {
             let mut later = None;
-            let steps = plan.order(depth).rev().map(|step| {
+            let mut params = |step: Step, finish: bool| {
                 let recurrent = u32::from(later.is_some());
-                let params = Sweep { later: later.unwrap_or(0), recurrent, ..plan.params(depth, step) };
+                let finish = u32::from(finish);
+                let params = Sweep { later: later.unwrap_or(0), recurrent, finish, ..plan.params(depth, step) };
                 later = Some(step.0 as u32);
                 (params, plan.groups(ROWS, UNITS))
-            });
+            };
+            let mut steps: Vec<_> = plan.order(depth).rev().map(|step| params(step, false)).collect();
+            // The product of the first step, whose gradient is the initial state's.
+            if let (true, Some(first)) = (C::PRODUCT, plan.order(depth).next()) {
+                steps.push(params(first, true));
+            }
+            let steps = steps.into_iter();
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, steps)
         }
@@ -323,7 +330,7 @@ pub(crate) fn backward_split<C: CellKernel>(
 ) -> Result<()> {
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &[step]);
+            native_backward(cell, plan, buffers, dstates, &[step], false);
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -442,7 +449,7 @@ fn native_forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_
     let (slots, states, y) = (&Shared::new(&mut slots), &Shared::new(&mut states), &Shared::new(&mut y));
     let (unit, arch) = (&*unit, pulp::Arch::new());
     // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, plan.parts::<C>(plan.steps), |first, count| {
+    for_parts(rows, plan.parts::<C>(plan.total), |first, count| {
         let mut product = vec![0.0f32; count * gates];
         for step @ (_, before, _) in plan.order(depth) {
             if C::PRODUCT {
@@ -564,48 +571,48 @@ impl<C: CellKernel> BackwardStep<'_, C> {
     }
 }
 
-/// Steps in the order of computation. Where there are several, this forms the products between them too.
-fn native_backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor, steps: &[Step]) {
+/// Steps in the order of computation. `products`: whether this forms the recurrent products too, with threads for all of the plan.
+fn native_backward<C: CellKernel>(
+    cell: &C,
+    plan: &Plan<'_>,
+    buffers: &Buffers<'_>,
+    dstates: &Tensor,
+    steps: &[Step],
+    products: bool,
+) {
     let (rows, hidden) = (plan.rows, plan.hidden);
     let kept = C::Slots::LEN * hidden;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let (states, dy) = (buffers.states.native::<f32>(), buffers.y.native::<f32>());
     let (mut slots, mut dstates) = (buffers.slots.native_mut::<f32>(), dstates.native_mut::<f32>());
-    let (dstates, all_sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
-    let (slots, dstates) = (&Shared::new(&mut slots), &Shared::new(dstates));
+    let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
+    let (slots, dstates, sums) = (&Shared::new(&mut slots), &Shared::new(dstates), &Shared::new(sums));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
-    let runs = recurrent_runs(cell);
-    let sums_of_parts = Mutex::new(Vec::new());
+    let runs = recurrent_runs(cell, false);
+    let parts = plan.parts::<C>(if products { plan.total } else { 1 });
+    let lines = if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 };
     // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, plan.parts::<C>(steps.len()), |first, count| {
-        let mut sums = vec![0.0f32; if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 }];
-        let mut later = None;
+    for_parts(rows, parts, |first, count| {
+        let part = first / rows.div_ceil(parts);
         for step @ (t, ..) in steps {
-            if let Some(later) = later {
-                // The gradient that comes back through W_hh from the step handled before.
-                // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
-                let dr = unsafe { slots.slice((later * rows + first) * kept, count * kept) };
-                // SAFETY: as above.
-                let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
-                for (gate, slot, run) in &runs {
-                    let w = &weights[gate * hidden * hidden..];
-                    let sizes = [count, hidden, run * hidden];
-                    let dr = &dr[slot * hidden..];
-                    gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
-                }
+            // SAFETY: the lines of this part alone.
+            let sums = unsafe { sums.slice(part * lines, lines) };
+            let rows_of = (first, count);
+            arch.dispatch(BackwardStep { cell: *cell, plan, step: *step, rows: rows_of, unit, states, dy, slots, dstates, sums });
+            if !products {
+                continue;
             }
-            later = Some(*t);
-            let (rows, sums) = ((first, count), &mut sums[..]);
-            arch.dispatch(BackwardStep { cell: *cell, plan, step: *step, rows, unit, states, dy, slots, dstates, sums });
-        }
-        if !sums.is_empty() {
-            sums_of_parts.lock().push((first, sums));
+            // The gradient that goes back through W_hh to the step before.
+            // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
+            let dr = unsafe { slots.slice((t * rows + first) * kept, count * kept) };
+            // SAFETY: as above.
+            let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
+            for (gate, slot, run) in &runs {
+                let w = &weights[gate * hidden * hidden..];
+                let sizes = [count, hidden, run * hidden];
+                let dr = &dr[slot * hidden..];
+                gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
+            }
         }
     });
-    // In the order of the rows, whichever thread was first.
-    let mut sums_of_parts = sums_of_parts.into_inner();
-    sums_of_parts.sort_by_key(|(first, _)| *first);
-    for (_, sums) in sums_of_parts {
-        all_sums.iter_mut().zip(sums).for_each(|(all, part)| *all += part);
-    }
 }

@@ -3,6 +3,7 @@
 
 mod dropout;
 mod embedding;
+mod encoder_decoder;
 mod linear;
 mod param;
 mod pooling;
@@ -13,16 +14,20 @@ mod sequential;
 use std::any::Any;
 
 pub use crate::kernels::activation::Activation;
+pub use crate::kernels::sample::Choice;
 pub use dropout::Dropout;
 pub use embedding::{Embedding, EmbeddingConfig};
+pub use encoder_decoder::{
+    Decoded, Decoding, EncoderDecoder, EncoderDecoderConfig, EncoderDecoderTape, GruEncoderDecoder, LstmEncoderDecoder,
+};
 pub use linear::{Linear, LinearConfig};
 pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Cell, CellState, Direction, Gru, GruConfig, HiddenState, IndRnn, IndRnnConfig, Lstm, LstmConfig, LstmState, LstmTape, MinGru,
-    MinGruConfig, MinLstm, MinLstmConfig, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig, SLstm, SLstmConfig,
-    SLstmState,
+    Backpropagated, BoundedBptt, BpttPlan, Cell, CellState, Direction, Gru, GruConfig, HiddenState, IndRnn, IndRnnConfig, Lstm,
+    LstmConfig, LstmState, LstmTape, Merge, MinGru, MinGruConfig, MinLstm, MinLstmConfig, Recurrent, RecurrentConfig,
+    RecurrentTape, Reset, Rnn, RnnConfig, SLstm, SLstmConfig, SLstmState,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};
@@ -265,6 +270,11 @@ pub trait Layer: Module + Send + Sync {
     /// # Errors
     /// What the layer refuses, and what its device reports.
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>>;
+
+    /// Whether it can use [`Context::teacher`]; a model whose last layer cannot is refused one.
+    fn takes_teacher(&self) -> bool {
+        false
+    }
 
     /// How many tensors its state has: a row of layers inside another one finds each layer's part of its state by that.
     fn state_len(&self) -> usize {

@@ -77,7 +77,22 @@ fn sweep<C: Cell>(run: &mut Run<'_>, sweep: &Sweep, depth: usize, scan: bool) ->
     let (key, zoneout) = (MaskKey::new(0, 0), [0.0; 2]);
     let (lengths, y_stride, y_offset) = (lengths.as_ref(), hidden + 3, 2);
     let (output, start, random, clip) = (true, 0, false, 0.0);
-    let plan = Plan { steps, rows, hidden, reverse, lengths, output, y_stride, y_offset, key, start, random, zoneout, clip };
+    let plan = Plan {
+        steps,
+        rows,
+        hidden,
+        reverse,
+        lengths,
+        output,
+        y_stride,
+        y_offset,
+        key,
+        start,
+        total: steps,
+        random,
+        zoneout,
+        clip,
+    };
     let slots = Tensor::from_slice(device, &sweep.x, [steps, rows, C::Slots::LEN, hidden])?;
     let states = Tensor::zeros(device, [depth, rows, hidden])?;
     states.slice(plan.ends(depth).0 * rows * hidden, [rows * hidden]).write(&sweep.initial)?;
