@@ -3,6 +3,7 @@
 //! The native half of a cell computes sixteen units at once, in [`Lanes`]. A cell is a value: its options are its fields.
 
 use super::math::Lanes;
+use super::sweep_scan::ScanKernels;
 use crate::backend::Kernel;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -83,6 +84,8 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     const PRODUCT: bool;
     /// The cell on the GPU.
     const KERNELS: &'static StepKernels;
+    /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
+    const SCAN: Option<&'static ScanKernels> = None;
 
     /// How many of the unit's parameters this cell has; the others are zero.
     fn unit_params(&self) -> usize {

@@ -25,9 +25,10 @@ params! {
     }
 }
 
-/// A cell composed with this file's shader: the contract, the cell, holding back, the functions that they use.
+/// A cell composed with this file's shader: the contract, the cell and more files of its own, holding back, the functions that
+/// they use.
 macro_rules! step_kernels {
-    ($name:literal, $cell:literal) => {{
+    ($name:literal, $cell:literal $(, $more:literal)*) => {{
         use crate::backend::Kernel;
         use crate::kernels::{READ, READ_WRITE};
         const FORWARD: Kernel = Kernel {
@@ -36,6 +37,7 @@ macro_rules! step_kernels {
                 include_str!("../../shaders/sweep_step.wgsl"),
                 include_str!("../../shaders/cell_contract.wgsl"),
                 include_str!(concat!("../../shaders/", $cell)),
+                $(include_str!(concat!("../../shaders/", $more)),)*
                 include_str!("../../shaders/hold.wgsl"),
                 include_str!("../../shaders/activation.wgsl"),
                 include_str!("../../shaders/math.wgsl"),

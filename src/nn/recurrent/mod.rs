@@ -1,4 +1,4 @@
-//! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
+//! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`], [`Rnn`] and others are faces.
 
 mod bptt;
 mod config;
@@ -8,10 +8,13 @@ mod state;
 mod weights;
 
 pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
-pub use config::{Direction, GruConfig, LstmConfig, Merge, RecurrentConfig, Reset, RnnConfig};
+pub use config::{
+    Direction, GruConfig, IndRnnConfig, LstmConfig, Merge, MinGruConfig, MinLstmConfig, RecurrentConfig, Reset, RnnConfig,
+    SLstmConfig,
+};
 pub use flow::{GradientFlow, SpectralRadii, StateFlow, Verdict};
 pub use inspect::{Inspection, NonFinite, Quantity};
-pub use state::{CellState, HiddenState, LstmState};
+pub use state::{CellState, HiddenState, LstmState, SLstmState};
 use weights::Weights;
 
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
@@ -20,8 +23,12 @@ use crate::error::{Error, Result};
 use crate::kernels::activation::Activation;
 use crate::kernels::cell_contract::{Block, CellKernel, is_gated, norm_groups, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
+use crate::kernels::cell_indrnn::IndRnnCell;
 use crate::kernels::cell_lstm::LstmCell;
+use crate::kernels::cell_min_gru::MinGruCell;
+use crate::kernels::cell_min_lstm::MinLstmCell;
 use crate::kernels::cell_rnn::RnnCell;
+use crate::kernels::cell_slstm::SLstmCell;
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::gate_mask::{self, Masks};
 use crate::kernels::gather;
@@ -29,6 +36,7 @@ use crate::kernels::gemm::{Matrix, gemm};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
+use crate::kernels::sweep_scan;
 use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
 use crate::kernels::sweep_step::{self, Buffers, Plan};
 use crate::kernels::{dropout, elementwise, transpose};
@@ -43,6 +51,8 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const EXTRA: &'static str = "";
     /// The names of its gates: the first values that it keeps of each step.
     const GATES: &'static [&'static str];
+    /// The range that they are drawn from; `None`: that of all other parameters.
+    const EXTRA_RANGE: Option<(f32, f32)> = None;
     /// Its state as a user meets it.
     type Value: CellState;
     /// With layer normalization, where h is made of a normalized state: the cell that leaves the other factor of h in its place,
@@ -118,6 +128,68 @@ impl Cell for RnnCell {
     }
 }
 
+impl Cell for IndRnnCell {
+    const NAME: &'static str = "indrnn";
+    const GATES: &'static [&'static str] = &["h"];
+    const EXTRA: &'static str = "weight_hh";
+    const EXTRA_RANGE: Option<(f32, f32)> = Some((0.0, 1.0));
+    type Value = HiddenState;
+
+    fn check(&self, op: &str) -> Result<()> {
+        config::check_activation(op, "activation", self.activation)
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        Some(self.activation)
+    }
+}
+
+impl Cell for SLstmCell {
+    const NAME: &'static str = "slstm";
+    const GATES: &'static [&'static str] = &["i_pre", "f_pre", "z", "o"];
+    type Value = SLstmState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        match gate {
+            2 => Some(Activation::Tanh),
+            3 => Some(Activation::Sigmoid),
+            _ => None, // kept as they are before their exponentials
+        }
+    }
+}
+
+impl Cell for MinGruCell {
+    const NAME: &'static str = "min_gru";
+    const GATES: &'static [&'static str] = &["z", "n"];
+    type Value = HiddenState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        (gate == 0).then_some(Activation::Sigmoid)
+    }
+}
+
+impl Cell for MinLstmCell {
+    const NAME: &'static str = "min_lstm";
+    const GATES: &'static [&'static str] = &["f_pre", "i_pre", "n"];
+    type Value = HiddenState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        None // f and i are kept as they are before their sigmoids
+    }
+}
+
 /// Layers x directions of a recurrent cell.
 #[derive(Debug)]
 pub struct Recurrent<C: Cell> {
@@ -145,6 +217,52 @@ pub type Gru = Recurrent<GruCell>;
 /// The vanilla recurrent network, with the equations and parameter names of PyTorch's `nn.RNN`: `h(t) = tanh(b + W h(t-1) + U x(t))`.
 /// [`RnnConfig::jordan`] makes it one whose recurrence goes through the output only.
 pub type Rnn = Recurrent<RnnCell>;
+/// The independently recurrent network (Li et al. 2018, "Independently Recurrent Neural Network"):
+/// `h(t) = act(W x(t) + b + u h(t-1))`, products of vectors elementwise, relu unless [`IndRnnConfig::activation`] says otherwise.
+///
+/// A unit sees its own past alone; another layer mixes units. Parameters: `weight_ih [hidden, input]`, `bias_ih [hidden]`,
+/// `weight_hh [hidden]`, which is u. u starts as U(0, 1): of the paper's range for relu, `[0, 2^(1/T)]`, what fits any number of
+/// steps T.
+pub type IndRnn = Recurrent<IndRnnCell>;
+/// The scalar LSTM of xLSTM (Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory"), stabilized, with an exponential input
+/// gate, a sigmoid forget gate and full recurrent matrices. Gates i, f, z, o, in this order; with
+/// `s = W_ih x(t) + b_ih + W_hh h(t-1) + b_hh` of each, products of vectors elementwise:
+///
+/// ```text
+/// m = max(log sigmoid(s_f) + m', s_i)    i = exp(s_i - m)    f = exp(log sigmoid(s_f) + m' - m)
+/// c = f c' + i tanh(s_z)    n = f n' + i    h = sigmoid(s_o) c / n
+/// ```
+///
+/// A state of zeros is the usual start. From it n grows to what the input gates let in, and where that is less than 1e-30 (s_i
+/// some 69 below `log sigmoid(s_f) + m'` at every step so far) nothing was: h is 0 there, and c / n has no gradient.
+///
+/// ```
+/// # fn main() -> gatefold::Result<()> {
+/// use gatefold::{Device, Rng, Tensor, nn::SLstmConfig};
+/// let device = Device::cpu();
+/// let slstm = SLstmConfig::new(3, 8).init(&device, &mut Rng::seed(0))?;
+/// let (y, state) = slstm.forward(&Tensor::zeros(&device, [5, 2, 3])?, None)?;
+/// assert_eq!((y.shape(), state.m.shape()), (&[5, 2, 8][..], &[1, 2, 8][..]));
+/// # Ok(()) }
+/// ```
+pub type SLstm = Recurrent<SLstmCell>;
+/// minGRU (Feng et al. 2024, "Were RNNs All We Needed?"), gates z, n, which see x alone, so that `weight_ih [2 * hidden, input]` and
+/// `bias_ih [2 * hidden]` are all parameters; with `x = W_ih x(t) + b_ih` of each, products of vectors elementwise:
+///
+/// ```text
+/// h = (1 - z) h' + z g(x_n)    z = sigmoid(x_z)    g(v) = v + 1/2 if v >= 0, else sigmoid(v)
+/// ```
+///
+/// This is linear in h', so that on a GPU long sequences of few rows and units run as a scan, many steps at once; streams, zoneout
+/// and the clip of the gradient take one step after another. Both give the same numbers up to rounding.
+pub type MinGru = Recurrent<MinGruCell>;
+/// minLSTM (Feng et al. 2024, "Were RNNs All We Needed?"), gates f, i, n, which see x alone, so that `weight_ih [3 * hidden, input]`
+/// and `bias_ih [3 * hidden]` are all parameters; g and the scan as in [`MinGru`]:
+///
+/// ```text
+/// h = f / (f + i) h' + i / (f + i) g(x_n)    f, i = sigmoid(x)
+/// ```
+pub type MinLstm = Recurrent<MinLstmCell>;
 
 /// What [`Recurrent::forward_train`] keeps for [`Recurrent::backward`]. Dropping it truncates back-propagation here.
 #[derive(Debug)]
@@ -773,6 +891,9 @@ impl<C: Cell> Recurrent<C> {
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
         if !self.is_split(pass.key.is_some()) {
+            if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
+                return sweep_scan::forward(kernels, cell, plan, &buffers);
+            }
             return sweep_step::forward(cell, plan, &buffers);
         }
         let norms = tape.norms.as_ref();
@@ -1039,6 +1160,9 @@ impl<C: Cell> Recurrent<C> {
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
         if !self.is_split(pass.key.is_some()) {
+            if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
+                return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates);
+            }
             return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
         }
         let norms = tape.norms.as_ref();

@@ -4,7 +4,9 @@ use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, ragged};
 use super::networks::{Given, HIDDEN, INPUT, Network, check, check_given};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
-use crate::nn::{Cell, CellState, Direction, GruConfig, Input, LstmConfig, Module, Recurrent, RnnConfig};
+use crate::nn::{
+    Cell, CellState, Direction, GruConfig, Input, LstmConfig, MinGruConfig, Module, Recurrent, RnnConfig, SLstmConfig,
+};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
 use crate::verify::{Comparison, oracle};
@@ -33,6 +35,10 @@ pub(super) fn gradient_flow(cases: &mut Cases<'_>) -> Result<()> {
         check(cases, Network { flow: true, ..network })?;
     }
     check(cases, Network { flow: true, ..Network::new("gru", gru.layers(2).direction(Direction::Both), deep(gru64)) })?;
+    let slstm = SLstmConfig::new(INPUT, HIDDEN).layers(2).direction(Direction::Both);
+    check(cases, Network { flow: true, ..Network::new("slstm", slstm, deep(oracle::Cell::SLstm)) })?;
+    let min_gru = MinGruConfig::new(INPUT, HIDDEN).layers(2).direction(Direction::Both);
+    check(cases, Network { flow: true, ..Network::new("min_gru", min_gru, deep(oracle::Cell::MinGru)) })?;
     let reverse = oracle::Recurrent { first_reverse: true, ..spec(rnn64) };
     for network in [
         Network::new("rnn", rnn.clone().layers(2).direction(Direction::Both), deep(rnn64)),

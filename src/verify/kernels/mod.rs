@@ -19,6 +19,7 @@ mod optimizers;
 mod pooling;
 mod products;
 mod sample;
+mod scans;
 mod sums;
 mod sweeps;
 
@@ -78,6 +79,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("networks", networks::networks),
         ("jordan", networks::jordan),
         ("gradient_flow", flow::gradient_flow),
+        ("scans", scans::scans),
         ("bptt", bptt::bptt),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];
