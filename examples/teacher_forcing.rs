@@ -174,13 +174,12 @@ fn main() -> Result<()> {
     }
     bar.finish_and_clear();
 
+    println!("{} steps of {} sequences of {STEPS}; losses on {HELD_OUT} held-out ones.", args.steps, args.batch);
     println!(
-        "{} steps of {} sequences of {STEPS}; losses on {HELD_OUT} held-out ones; no forecast beats {:.4},",
-        args.steps,
-        args.batch,
+        "The noise of the sensor alone is {:.4}. Gap: what the loss of the teacher costs; below 0 the network does better",
         NOISE * NOISE
     );
-    println!("the sensor's noise. Gap: what it costs at the end to lose the teacher.");
+    println!("left alone, because the teacher, too, is noisy.");
     println!("training            forced loss  free-running loss      gap  steps/s");
     for regime in &regimes {
         let [forced, free] = regime.curve[regime.curve.len() - 1];
