@@ -5,6 +5,7 @@ struct Dropout {
     count: u32, // T * B * width
     width: u32,
     batch: u32,
+    start: u32, // steps of the sequence before the first
     p: f32,     // the probability of a zero
     scale: f32, // 1 / (1 - p)
     key0: u32,
@@ -22,7 +23,7 @@ fn dropout(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups
     for (var at = id.x; at < params.count; at += groups.x * LANES) {
         let unit = at % params.width;
         let row = at / params.width;
-        let bits = philox(vec2(params.key0, params.key1), vec4(unit, row % params.batch, row / params.batch, 0u));
+        let bits = philox(vec2(params.key0, params.key1), vec4(unit, row % params.batch, params.start + row / params.batch, 0u));
         y[at] = select(0.0, x[at] * params.scale, unit_f32(bits.x) >= params.p);
     }
 }

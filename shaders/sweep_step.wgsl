@@ -15,6 +15,7 @@ struct Sweep {
     after: u32,  // slot of the state after it
     later: u32,  // backward: the step handled before this one
     recurrent: u32, // backward: 1 where there is such a step
+    finish: u32, // backward: 1: nothing but the product of the first step, for the gradient of the initial state
     ragged: u32, // 1: steps past lengths[row] hold the state and output zeros
     keep: u32,   // forward: 1: store what backward needs
     output: u32, // 1: y is this state 0 (backward: dy is its gradient); 0: y is made of it elsewhere
@@ -38,11 +39,12 @@ struct Sweep {
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
 // What goes from later steps to earlier ones: the gradient of the state [STATES, B, H]; then, where the cell or the clip needs
 // them, sums for each tile of ROWS rows [tiles, SUMS, H]: the gradients of the unit parameters from BIASES on, and how often
-// the clip acted.
+// the clip acted; then, for the flow of the gradient, that of each state after each step [T, STATES, B, H].
 @group(0) @binding(7) var<storage, read_write> dstates: array<f32>;
 @group(0) @binding(8) var<storage, read> products: array<f32>; // forward_split: [B, GATES, H]
 
 override sums: bool = false; // whether dstates has room for the sums
+override flow: bool = false; // and for the gradients of all steps
 
 const LANES = 64u;
 const ROWS = 4u;  // of a lane, written out below as the components of a vector
@@ -218,6 +220,15 @@ fn add_sums(tile: u32, unit: u32, dunit: Unit, clipped: u32) {
     dstates[at + counts * params.hidden] += f32(clipped);
 }
 
+// The whole gradient of each state after this step, behind the sums.
+fn store_flow(row: u32, unit: u32, d: State) {
+    var before = STATES * params.rows;
+    if sums { before += (params.rows + ROWS - 1u) / ROWS * (unit_params - BIASES + 1u); }
+    for (var s = 0u; s < STATES; s++) {
+        dstates[(before + (params.t * STATES + s) * params.rows + row) * params.hidden + unit] = d[s];
+    }
+}
+
 struct StepBackward { dunit: Unit, clipped: u32 }
 
 fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
@@ -225,8 +236,13 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
     var d: State;
     for (var s = 0u; s < STATES; s++) { d[s] = dstates[(s * params.rows + row) * params.hidden + unit]; }
     d[0] += dh;
+    if params.finish == 1u {
+        dstates[row * params.hidden + unit] = d[0];
+        return result;
+    }
     var dslots: Slots;
     for (var s = 0u; s < SLOTS; s++) { dslots[s] = 0.0; }
+    var totals: State;
     if is_valid(row) {
         for (var s = 0u; s < STATES; s++) {
             let kept = clip_to(params.clip, d[s]);
@@ -239,7 +255,9 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
         let previous = load_state(params.before, row, unit);
         let site = site_of(row, unit);
         var held_back: State; // its gradient passes the cell by
+        if flow && !zoneout { totals = cell_totals(saved, previous, p, d); }
         if zoneout {
+            totals = d; // what was held back goes into nothing else of its step
             for (var s = 0u; s < STATES; s++) {
                 let k = held(site, s);
                 held_back[s] = k * d[s];
@@ -252,6 +270,7 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
         if zoneout { for (var s = 0u; s < STATES; s++) { d[s] += held_back[s]; } }
         result.dunit = out.dunit;
     }
+    if flow { store_flow(row, unit, totals); }
     for (var s = 0u; s < SLOTS; s++) { slots[slot_at(params.t, row, s, unit)] = dslots[s]; }
     for (var s = 0u; s < STATES; s++) { dstates[(s * params.rows + row) * params.hidden + unit] = d[s]; }
     return result;

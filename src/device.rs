@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 #[cfg(feature = "verify")]
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::adapter::{self, Adapter};
 use crate::backend::gpu::Gpu;
@@ -23,6 +24,9 @@ pub struct Device {
 
 struct Inner {
     backend: Backend,
+    /// Bytes that tensors hold, now and at most.
+    held: AtomicU64,
+    peak: AtomicU64,
     #[cfg(feature = "verify")]
     poison: AtomicBool,
 }
@@ -32,6 +36,15 @@ struct Inner {
 pub(crate) enum Backend {
     Native,
     Gpu(Gpu),
+}
+
+/// Bytes of memory that tensors on a device hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Now.
+    pub held: u64,
+    /// The most since the device was opened or [`Device::reset_peak`] was called.
+    pub peak: u64,
 }
 
 /// What is known of one adapter (or the native CPU) without opening it.
@@ -184,6 +197,8 @@ impl Device {
         Self {
             inner: Arc::new(Inner {
                 backend,
+                held: AtomicU64::new(0),
+                peak: AtomicU64::new(0),
                 #[cfg(feature = "verify")]
                 poison: AtomicBool::new(false),
             }),
@@ -231,6 +246,27 @@ impl Device {
             Backend::Native => 0,
             Backend::Gpu(gpu) => gpu.submissions(),
         }
+    }
+
+    /// How much memory tensors hold. What a GPU's buffer pool keeps for reuse is not counted.
+    pub fn memory(&self) -> MemoryUse {
+        MemoryUse { held: self.inner.held.load(Ordering::Relaxed), peak: self.inner.peak.load(Ordering::Relaxed) }
+    }
+
+    /// Counts the peak from now on.
+    pub fn reset_peak(&self) {
+        self.inner.peak.store(self.inner.held.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+
+    /// A tensor takes `bytes`.
+    pub(crate) fn hold(&self, bytes: u64) {
+        let held = self.inner.held.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.inner.peak.fetch_max(held, Ordering::Relaxed);
+    }
+
+    /// A tensor gives them back.
+    pub(crate) fn release(&self, bytes: u64) {
+        self.inner.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn backend(&self) -> &Backend {

@@ -15,6 +15,19 @@ enum Buffer {
     Gpu(GpuBuffer),
 }
 
+/// A block of memory, counted on its device.
+struct Block {
+    buffer: Buffer,
+    device: Device,
+    bytes: u64,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.device.release(self.bytes);
+    }
+}
+
 /// Sizes of a tensor, outermost first; anything that turns into a `Vec<usize>`: `[seq, batch, 28]`.
 pub type Shape = Vec<usize>;
 
@@ -28,8 +41,7 @@ pub(crate) const POISON: u32 = 0x7fc0_dead;
 /// an optimizer's step changes the value of a parameter ([`crate::nn::Param`]), seen through every clone of it.
 #[derive(Clone)]
 pub struct Tensor {
-    device: Device,
-    buffer: Arc<Buffer>,
+    block: Arc<Block>,
     /// In 32-bit words from the start of the buffer.
     offset: usize,
     shape: Shape,
@@ -91,7 +103,10 @@ impl Tensor {
             Backend::Native => Buffer::Native(NativeBuffer::new(count)?),
             Backend::Gpu(gpu) => Buffer::Gpu(gpu.allocate(count)?),
         };
-        let tensor = Self { device: device.clone(), buffer: Arc::new(buffer), offset: 0, shape };
+        let bytes = 4 * count as u64;
+        device.hold(bytes);
+        let block = Arc::new(Block { buffer, device: device.clone(), bytes });
+        let tensor = Self { block, offset: 0, shape };
         #[cfg(feature = "verify")]
         if device.is_poisoned() {
             tensor.write(&vec![POISON; count])?;
@@ -101,7 +116,7 @@ impl Tensor {
 
     /// The device that holds it.
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.block.device
     }
 
     /// Its sizes, outermost first.
@@ -167,7 +182,7 @@ impl Tensor {
     }
 
     pub(crate) fn read_back<T: bytemuck::Pod>(&self) -> Result<Vec<T>> {
-        match (&*self.buffer, self.device.backend()) {
+        match (&self.block.buffer, self.device().backend()) {
             (Buffer::Gpu(_), Backend::Gpu(gpu)) => Ok(bytemuck::pod_collect_to_vec(&gpu.read(self.range())?)),
             _ => Ok(self.native().to_vec()),
         }
@@ -175,7 +190,7 @@ impl Tensor {
 
     /// Replaces all values, in the order of recorded work.
     pub(crate) fn write<T: bytemuck::Pod>(&self, data: &[T]) -> Result<()> {
-        match (&*self.buffer, self.device.backend()) {
+        match (&self.block.buffer, self.device().backend()) {
             (Buffer::Gpu(_), Backend::Gpu(gpu)) => gpu.upload(bytemuck::cast_slice(data), self.range()),
             _ => {
                 self.native_mut().copy_from_slice(data);
@@ -186,7 +201,7 @@ impl Tensor {
 
     /// Sets all values to zero.
     pub(crate) fn clear(&self) -> Result<()> {
-        match (&*self.buffer, self.device.backend()) {
+        match (&self.block.buffer, self.device().backend()) {
             (Buffer::Gpu(_), Backend::Gpu(gpu)) => gpu.clear(self.range()),
             _ => {
                 self.native_mut::<u32>().fill(0);
@@ -198,7 +213,7 @@ impl Tensor {
     /// Copies all values of `from`, which has as many and lies in other memory.
     pub(crate) fn copy_from(&self, from: &Tensor) -> Result<()> {
         debug_assert_eq!(self.len(), from.len(), "copy");
-        match (&*self.buffer, self.device.backend()) {
+        match (&self.block.buffer, self.device().backend()) {
             (Buffer::Gpu(_), Backend::Gpu(gpu)) => gpu.copy(from.range(), self.range()),
             _ => {
                 self.native_mut::<u32>().copy_from_slice(&from.native());
@@ -209,12 +224,12 @@ impl Tensor {
 
     /// Whether both lie in one block of memory.
     pub(crate) fn shares_memory(&self, other: &Tensor) -> bool {
-        Arc::ptr_eq(&self.buffer, &other.buffer)
+        Arc::ptr_eq(&self.block, &other.block)
     }
 
     /// For a launch on a GPU: the bytes that the tensor occupies.
     pub(crate) fn range(&self) -> Range {
-        match &*self.buffer {
+        match &self.block.buffer {
             Buffer::Gpu(buffer) => Range::new(buffer, self.offset as u64 * 4, self.len() as u64 * 4),
             Buffer::Native(_) => unreachable!("a native tensor given to a GPU kernel: callers compare devices first"),
         }
@@ -222,7 +237,7 @@ impl Tensor {
 
     /// For a CPU twin: the values, locked for reading.
     pub(crate) fn native<T: bytemuck::Pod>(&self) -> MappedRwLockReadGuard<'_, [T]> {
-        match &*self.buffer {
+        match &self.block.buffer {
             Buffer::Native(buffer) => buffer.read(self.offset..self.offset + self.len()),
             Buffer::Gpu(_) => unreachable!("a GPU tensor given to a CPU twin: callers compare devices first"),
         }
@@ -230,7 +245,7 @@ impl Tensor {
 
     /// For a CPU twin: the values, locked for writing.
     pub(crate) fn native_mut<T: bytemuck::Pod>(&self) -> MappedRwLockWriteGuard<'_, [T]> {
-        match &*self.buffer {
+        match &self.block.buffer {
             Buffer::Native(buffer) => buffer.write(self.offset..self.offset + self.len()),
             Buffer::Gpu(_) => unreachable!("a GPU tensor given to a CPU twin: callers compare devices first"),
         }
@@ -247,7 +262,7 @@ impl Tensor {
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tensor({:?} on {})", self.shape, self.device.info())
+        write!(f, "Tensor({:?} on {})", self.shape, self.device().info())
     }
 }
 

@@ -61,6 +61,10 @@ impl CellKernel for LstmCell {
         constants
     }
 
+    fn norms(&self) -> &'static [usize] {
+        &[4]
+    }
+
     #[inline(always)]
     fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
         let c_before = previous[1];
@@ -78,6 +82,14 @@ impl CellKernel for LstmCell {
         let c = clip_to(self.cell_clip, f * c_before + i * g);
         let o = self.gate.apply(clip_to(self.clip, gate(3) + p[6] * c));
         ([o * self.output.apply(c), c], [i, f, g, o])
+    }
+
+    #[inline(always)]
+    fn totals(&self, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Self::State {
+        let [i, f, g, o] = saved;
+        let y = self.output.apply(clip_to(self.cell_clip, f * previous[1] + i * g));
+        let d_out = d[0] * y * self.gate.clipped_slope(self.clip, o);
+        [d[0], d[1] + d[0] * o * self.output.slope(y) + d_out * p[6]]
     }
 
     #[inline(always)]

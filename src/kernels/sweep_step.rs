@@ -1,7 +1,5 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl` and its native twin.
 
-use parking_lot::Mutex;
-
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
 use super::math::Lanes;
@@ -18,7 +16,7 @@ params! {
     /// The shader's uniform struct.
     Sweep {
         rows: u32, hidden: u32, depth: u32,
-        t: u32, before: u32, after: u32, later: u32, recurrent: u32,
+        t: u32, before: u32, after: u32, later: u32, recurrent: u32, finish: u32,
         ragged: u32, keep: u32,
         output: u32, y_stride: u32, y_offset: u32,
         key0: u32, key1: u32, start: u32,
@@ -101,12 +99,17 @@ pub(crate) struct Plan<'a> {
     pub key: MaskKey,
     /// Steps of the sequence before step 0, for the masks.
     pub start: usize,
+    /// Steps of the sequence that this is a window of: what is worth threads for the whole is for each window, so that the
+    /// bits are the same.
+    pub total: usize,
     /// Whether zoneout draws, as in training, or takes its mean.
     pub random: bool,
     /// What part of h, and of the other states, is held back; 0: none.
     pub zoneout: [f32; 2],
     /// In backward, a bound for each element of the gradient of the state that later steps give; 0: none.
     pub clip: f32,
+    /// In backward, whether to keep the whole gradient of the states after every step.
+    pub flow: bool,
 }
 
 /// The buffers of a sweep.
@@ -146,30 +149,40 @@ impl<'a> Plan<'a> {
         if self.reverse { (self.steps % depth, 0) } else { (0, self.steps % depth) }
     }
 
-    /// Words of `dstates`: the state's gradient, and room for sums where they are wanted.
+    /// Words of `dstates`: the state's gradient, and room for sums and for the flow where they are wanted.
     pub fn dstates_len<C: CellKernel>(&self, cell: &C) -> usize {
-        let sums = if self.sums(cell) { self.tiles() * (cell.extras() + 1) } else { 0 };
-        (C::State::LEN * self.rows + sums) * self.hidden
+        let flow = if self.flow { self.steps * C::State::LEN * self.rows * self.hidden } else { 0 };
+        self.after_sums(cell) + flow
     }
 
-    /// Where the sums lie in `dstates`: the first word of `[tiles, extras + 1, H]`, and the tiles. The last line of a tile is that
-    /// of the clip's counts.
-    pub fn sums_at<C: CellKernel>(&self, cell: &C) -> Option<(usize, usize)> {
-        self.sums(cell).then(|| (C::State::LEN * self.rows * self.hidden, self.tiles()))
+    /// Where the flow lies in `dstates`: the first word of `[T, STATES, B, H]`, zeros past a row's end.
+    pub fn flow_at<C: CellKernel>(&self, cell: &C) -> Option<usize> {
+        self.flow.then(|| self.after_sums(cell))
+    }
+
+    fn after_sums<C: CellKernel>(&self, cell: &C) -> usize {
+        C::State::LEN * self.rows * self.hidden + self.sums_len(cell)
+    }
+
+    /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of the clip's counts.
+    pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
+        if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
     }
 
     fn sums<C: CellKernel>(&self, cell: &C) -> bool {
         cell.extras() > 0 || self.clip > 0.0
     }
 
+    /// Tiles on a GPU, parts of the batch on the CPU.
     fn tiles(&self) -> usize {
-        self.rows.div_ceil(ROWS)
+        self.rows.div_ceil(ROWS).max(threads())
     }
 
     fn constants<C: CellKernel>(&self, cell: &C, backward: bool) -> Vec<(&'static str, f64)> {
         let mut constants = cell.constants();
         constants.push(("zoneout", f64::from(u8::from(self.zoneout != [0.0; 2]))));
         constants.push(("sums", f64::from(u8::from(backward && self.sums(cell)))));
+        constants.push(("flow", f64::from(u8::from(backward && self.flow))));
         constants
     }
 
@@ -184,6 +197,7 @@ impl<'a> Plan<'a> {
             after: after as u32,
             later: 0,
             recurrent: 0,
+            finish: 0,
             ragged: self.lengths.is_some().into(),
             keep: u32::from(depth > 2 || self.steps == 1),
             output: self.output.into(),
@@ -287,24 +301,30 @@ pub(crate) fn forward_split<C: CellKernel>(
 }
 
 /// Runs the cell backward over all steps. `dstates` of [`Plan::dstates_len`] words: the gradient of the final state
-/// `[STATES, B, H]` comes in, that of the initial state goes out, but for the part that comes through the first step's
-/// product; sums are added to those behind it.
+/// `[STATES, B, H]` comes in, that of the initial state goes out; sums are added to those behind it.
 pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
     let depth = plan.steps + 1;
     debug_assert_eq!(plan.depth::<C>(buffers.states), depth, "backward needs every state");
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>());
+            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
             Ok(())
         }
         Backend::Gpu(gpu) => {
             let mut later = None;
-            let steps = plan.order(depth).rev().map(|step| {
+            let mut params = |step: Step, finish: bool| {
                 let recurrent = u32::from(later.is_some());
-                let params = Sweep { later: later.unwrap_or(0), recurrent, ..plan.params(depth, step) };
+                let finish = u32::from(finish);
+                let params = Sweep { later: later.unwrap_or(0), recurrent, finish, ..plan.params(depth, step) };
                 later = Some(step.0 as u32);
                 (params, plan.groups(ROWS, UNITS))
-            });
+            };
+            let mut steps: Vec<_> = plan.order(depth).rev().map(|step| params(step, false)).collect();
+            // The product of the first step, whose gradient is the initial state's.
+            if let (true, Some(first)) = (C::PRODUCT, plan.order(depth).next()) {
+                steps.push(params(first, true));
+            }
+            let steps = steps.into_iter();
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, steps)
         }
@@ -321,7 +341,7 @@ pub(crate) fn backward_split<C: CellKernel>(
 ) -> Result<()> {
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &[step]);
+            native_backward(cell, plan, buffers, dstates, &[step], false);
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -440,7 +460,7 @@ fn native_forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_
     let (slots, states, y) = (&Shared::new(&mut slots), &Shared::new(&mut states), &Shared::new(&mut y));
     let (unit, arch) = (&*unit, pulp::Arch::new());
     // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, plan.parts::<C>(plan.steps), |first, count| {
+    for_parts(rows, plan.parts::<C>(plan.total), |first, count| {
         let mut product = vec![0.0f32; count * gates];
         for step @ (_, before, _) in plan.order(depth) {
             if C::PRODUCT {
@@ -486,6 +506,8 @@ struct BackwardStep<'a, C> {
     dy: &'a [f32],
     slots: &'a Shared<'a>,
     dstates: &'a Shared<'a>,
+    /// [T, STATES, B, H], or nothing.
+    flow: &'a Shared<'a>,
     /// [extras + 1, H] of this part, or nothing.
     sums: &'a mut [f32],
 }
@@ -503,6 +525,10 @@ impl<C: CellKernel> pulp::WithSimd for BackwardStep<'_, C> {
             let slots = unsafe { slots.slice((t * rows + row) * kept, kept) };
             if !plan.is_valid(t, row) {
                 slots.fill(0.0);
+                for s in 0..if plan.flow { C::State::LEN } else { 0 } {
+                    // SAFETY: as above.
+                    unsafe { self.flow.slice(((t * C::State::LEN + s) * rows + row) * hidden, hidden) }.fill(0.0);
+                }
                 continue;
             }
             let dy = if plan.output { &dy[(t * rows + row) * plan.y_stride + plan.y_offset..][..hidden] } else { &[] };
@@ -521,7 +547,7 @@ impl<C: CellKernel> BackwardStep<'_, C> {
     /// `width` units of a row from unit `at` on; `dy` and `slots` are that row's.
     #[inline(always)]
     fn units(&mut self, (row, at, width): (usize, usize, usize), dy: &[f32], slots: &mut [f32]) {
-        let Self { cell, plan, step: (t, before, _), unit, states, dstates, .. } = *self;
+        let Self { cell, plan, step: (t, before, _), unit, states, dstates, flow, .. } = *self;
         let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.steps + 1);
         let saved = C::Slots::from_fn(|s| Lanes::load(&slots[s * hidden + at..][..width]));
         let p = load_unit(&cell, unit, hidden, (at, width));
@@ -543,6 +569,14 @@ impl<C: CellKernel> BackwardStep<'_, C> {
         let holds = plan.zoneout != [0.0; 2];
         // The gradient of what was held back passes the cell by.
         let held = C::State::from_fn(|s| if holds { plan.held(site, s) * d.lanes()[s] } else { Lanes::splat(0.0) });
+        if plan.flow {
+            // What was held back goes into nothing else of its step.
+            let totals = if holds { d } else { cell.totals(saved, previous, p, d) };
+            for (s, value) in totals.lanes().iter().enumerate() {
+                // SAFETY: as above.
+                value.store(unsafe { flow.slice(((t * C::State::LEN + s) * rows + row) * hidden + at, width) });
+            }
+        }
         let d = C::State::from_fn(|s| d.lanes()[s] - held.lanes()[s]);
         let Backward { slots: gradients, previous: direct, unit: dunit } = cell.backward(site, saved, previous, p, d);
         for (s, value) in gradients.lanes().iter().enumerate() {
@@ -562,48 +596,50 @@ impl<C: CellKernel> BackwardStep<'_, C> {
     }
 }
 
-/// Steps in the order of computation. Where there are several, this forms the products between them too.
-fn native_backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor, steps: &[Step]) {
+/// Steps in the order of computation. `products`: whether this forms the recurrent products too, with threads for all of the plan.
+fn native_backward<C: CellKernel>(
+    cell: &C,
+    plan: &Plan<'_>,
+    buffers: &Buffers<'_>,
+    dstates: &Tensor,
+    steps: &[Step],
+    products: bool,
+) {
     let (rows, hidden) = (plan.rows, plan.hidden);
     let kept = C::Slots::LEN * hidden;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let (states, dy) = (buffers.states.native::<f32>(), buffers.y.native::<f32>());
     let (mut slots, mut dstates) = (buffers.slots.native_mut::<f32>(), dstates.native_mut::<f32>());
-    let (dstates, all_sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
+    let (dstates, flow) = dstates.split_at_mut(plan.after_sums(cell));
+    let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
     let (slots, dstates) = (&Shared::new(&mut slots), &Shared::new(dstates));
+    let (sums, flow) = (&Shared::new(sums), &Shared::new(flow));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
-    let runs = recurrent_runs(cell);
-    let sums_of_parts = Mutex::new(Vec::new());
+    let runs = recurrent_runs(cell, false);
+    let parts = plan.parts::<C>(if products { plan.total } else { 1 });
+    let lines = if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 };
     // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, plan.parts::<C>(steps.len()), |first, count| {
-        let mut sums = vec![0.0f32; if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 }];
-        let mut later = None;
+    for_parts(rows, parts, |first, count| {
+        let part = first / rows.div_ceil(parts);
         for step @ (t, ..) in steps {
-            if let Some(later) = later {
-                // The gradient that comes back through W_hh from the step handled before.
-                // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
-                let dr = unsafe { slots.slice((later * rows + first) * kept, count * kept) };
-                // SAFETY: as above.
-                let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
-                for (gate, slot, run) in &runs {
-                    let w = &weights[gate * hidden * hidden..];
-                    let sizes = [count, hidden, run * hidden];
-                    let dr = &dr[slot * hidden..];
-                    gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
-                }
+            // SAFETY: the lines of this part alone.
+            let sums = unsafe { sums.slice(part * lines, lines) };
+            let (cell, step, part) = (*cell, *step, (first, count));
+            arch.dispatch(BackwardStep { cell, plan, step, rows: part, unit, states, dy, slots, dstates, flow, sums });
+            if !products {
+                continue;
             }
-            later = Some(*t);
-            let (rows, sums) = ((first, count), &mut sums[..]);
-            arch.dispatch(BackwardStep { cell: *cell, plan, step: *step, rows, unit, states, dy, slots, dstates, sums });
-        }
-        if !sums.is_empty() {
-            sums_of_parts.lock().push((first, sums));
+            // The gradient that goes back through W_hh to the step before.
+            // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
+            let dr = unsafe { slots.slice((t * rows + first) * kept, count * kept) };
+            // SAFETY: as above.
+            let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
+            for (gate, slot, run) in &runs {
+                let w = &weights[gate * hidden * hidden..];
+                let sizes = [count, hidden, run * hidden];
+                let dr = &dr[slot * hidden..];
+                gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
+            }
         }
     });
-    // In the order of the rows, whichever thread was first.
-    let mut sums_of_parts = sums_of_parts.into_inner();
-    sums_of_parts.sort_by_key(|(first, _)| *first);
-    for (_, sums) in sums_of_parts {
-        all_sums.iter_mut().zip(sums).for_each(|(all, part)| *all += part);
-    }
 }

@@ -27,7 +27,7 @@ impl Dropout {
 
     fn apply(&self, op: &str, x: &Tensor, key: MaskKey) -> Result<Tensor> {
         match *x.shape() {
-            [.., rows, width] => dropout::dropout(x, rows, width, self.p, key),
+            [.., rows, width] => dropout::dropout(x, [0, rows, width], self.p, key),
             ref shape => Err(Error::shape(op, "x", shape, "[.., batch, features]")),
         }
     }

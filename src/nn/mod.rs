@@ -3,6 +3,7 @@
 
 mod dropout;
 mod embedding;
+mod encoder_decoder;
 mod linear;
 mod param;
 mod pooling;
@@ -13,15 +14,20 @@ mod sequential;
 use std::any::Any;
 
 pub use crate::kernels::activation::Activation;
+pub use crate::kernels::sample::Choice;
 pub use dropout::Dropout;
 pub use embedding::{Embedding, EmbeddingConfig};
+pub use encoder_decoder::{
+    Decoded, Decoding, EncoderDecoder, EncoderDecoderConfig, EncoderDecoderTape, GruEncoderDecoder, LstmEncoderDecoder,
+};
 pub use linear::{Linear, LinearConfig};
 pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState, LstmTape, Recurrent, RecurrentConfig,
-    RecurrentTape, Reset, Rnn, RnnConfig,
+    Backpropagated, BoundedBptt, BpttPlan, Cell, CellState, Direction, GradientFlow, Gru, GruConfig, HiddenState, Inspection,
+    Lstm, LstmConfig, LstmState, LstmTape, Merge, NonFinite, Quantity, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn,
+    RnnConfig, SpectralRadii, StateFlow, Verdict,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};

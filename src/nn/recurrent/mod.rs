@@ -1,27 +1,37 @@
 //! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
 
+mod bptt;
 mod config;
+mod flow;
+mod inspect;
 mod state;
 mod weights;
 
-pub use config::{Direction, GruConfig, LstmConfig, RecurrentConfig, Reset, RnnConfig};
+pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
+pub use config::{Direction, GruConfig, LstmConfig, Merge, RecurrentConfig, Reset, RnnConfig};
+pub use flow::{GradientFlow, SpectralRadii, StateFlow, Verdict};
+pub use inspect::{Inspection, NonFinite, Quantity};
 pub use state::{CellState, HiddenState, LstmState};
 use weights::Weights;
 
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
+use crate::kernels::activation::Activation;
+use crate::kernels::cell_contract::{Block, CellKernel, is_gated, norm_groups, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::cell_rnn::RnnCell;
 use crate::kernels::column_sum::column_sum;
+use crate::kernels::gate_mask::{self, Masks};
 use crate::kernels::gather;
 use crate::kernels::gemm::{Matrix, gemm};
+use crate::kernels::layer_norm::GateNorm;
+use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep_split::{self, Extras, OutputProduct};
+use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
 use crate::kernels::sweep_step::{self, Buffers, Plan};
-use crate::kernels::{dropout, transpose};
+use crate::kernels::{dropout, elementwise, transpose};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Ids, Lengths, Tensor};
 
@@ -31,19 +41,34 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const NAME: &'static str;
     /// The name of the unit parameters that are no biases.
     const EXTRA: &'static str = "";
+    /// The names of its gates: the first values that it keeps of each step.
+    const GATES: &'static [&'static str];
     /// Its state as a user meets it.
     type Value: CellState;
+    /// With layer normalization, where h is made of a normalized state: the cell that leaves the other factor of h in its place,
+    /// and the activation of the normalized state.
+    fn normalized_output(&self) -> Option<(Self, Activation)> {
+        None
+    }
     /// Whether its options are in their ranges.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for one that is not.
     fn check(&self, op: &str) -> Result<()>;
+    /// What the values of a gate of [`Cell::GATES`] come out of, where that is one activation.
+    fn gate_activation(&self, gate: usize) -> Option<Activation>;
 }
 
 impl Cell for LstmCell {
     const NAME: &'static str = "lstm";
+    const GATES: &'static [&'static str] = &["i", "f", "g", "o"];
     const EXTRA: &'static str = "weight_peephole";
     type Value = LstmState;
+
+    fn normalized_output(&self) -> Option<(Self, Activation)> {
+        let one = Activation::Affine { alpha: 0.0, beta: 1.0 };
+        Some((Self { output: one, ..*self }, self.output))
+    }
 
     fn check(&self, op: &str) -> Result<()> {
         for (name, activation) in [("gate", self.gate), ("candidate", self.candidate), ("output", self.output)] {
@@ -52,10 +77,19 @@ impl Cell for LstmCell {
         config::check_limit(op, "gate_clip", self.clip)?;
         config::check_limit(op, "cell_clip", self.cell_clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        match gate {
+            1 if self.coupled => None, // 1 - i
+            2 => Some(self.candidate),
+            _ => Some(self.gate),
+        }
+    }
 }
 
 impl Cell for GruCell {
     const NAME: &'static str = "gru";
+    const GATES: &'static [&'static str] = &["r", "z", "n"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
@@ -63,15 +97,24 @@ impl Cell for GruCell {
         config::check_activation(op, "the candidate activation", self.candidate)?;
         config::check_limit(op, "gate_clip", self.clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        Some(if gate == 2 { self.candidate } else { self.gate })
+    }
 }
 
 impl Cell for RnnCell {
     const NAME: &'static str = "rnn";
+    const GATES: &'static [&'static str] = &["h"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
         config::check_activation(op, "activation", self.activation)?;
         config::check_limit(op, "gate_clip", self.clip)
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        Some(self.activation)
     }
 }
 
@@ -112,6 +155,10 @@ pub struct RecurrentTape {
     key: Option<MaskKey>,
     teacher: Option<(Tensor, f32)>,
     layers: Vec<LayerTape>,
+    /// What part of a sequence this is.
+    window: Window,
+    /// Whether the initial state was given, and not the layer's own.
+    given_state: bool,
     /// Whose tape it is, and of which of its parameters' values.
     owner: Version,
     version: u64,
@@ -126,6 +173,15 @@ struct LayerTape {
     x: Tensor,
     /// For each direction.
     passes: Vec<PassTape>,
+    /// The directions' outputs [T, B, R], where they are multiplied.
+    factors: Vec<Tensor>,
+}
+
+/// A part of a sequence: the steps before it, and all steps of the sequence.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    start: usize,
+    total: usize,
 }
 
 /// What one direction of one layer leaves for its backward pass.
@@ -139,6 +195,26 @@ struct PassTape {
     outputs: Option<Tensor>,
     /// With DropConnect: W_hh as the products saw it [G * H, R].
     weights: Option<Tensor>,
+    /// With layer normalization.
+    norms: Option<Norms>,
+}
+
+/// What layer normalization keeps of a pass, each with the statistics of its rows.
+#[derive(Debug)]
+struct Norms {
+    /// The product of x [T * B, G * H].
+    input: Kept,
+    /// The product of h at each step [T, B, G * H].
+    recurrent: Kept,
+    /// Where it is normalized on its way to h: c after that [T, B, H].
+    state: Option<Kept>,
+}
+
+/// One side of a normalization, and the statistics of its rows [groups, lines, 2].
+#[derive(Debug)]
+struct Kept {
+    rows: Tensor,
+    stats: Tensor,
 }
 
 /// What one direction of one layer takes and gives beside its parameters.
@@ -147,6 +223,8 @@ struct Pass<'a> {
     /// Layer and direction, as states have them.
     index: usize,
     key: Option<MaskKey>,
+    /// B, also where the plan has the steps of all rows as its rows.
+    batch: usize,
     teacher: Option<&'a Teacher>,
 }
 
@@ -155,13 +233,14 @@ mod draws {
     pub const CELL: u32 = 0x6365_6c6c;
     pub const WEIGHTS: u32 = 0x7765_6967;
     pub const TEACHER: u32 = 0x7465_6163;
+    pub const GATES: u32 = 0x6761_7465;
 }
 
 impl<C: Cell> Recurrent<C> {
     fn init(config: RecurrentConfig<C>, device: &Device, rng: &mut Rng) -> Result<Self> {
         let mut weights = Vec::new();
         for layer in 0..config.layers {
-            let inputs = if layer == 0 { config.input } else { config.directions().saturating_mul(config.width()) };
+            let inputs = if layer == 0 { config.input } else { config.output_width() };
             for reverse in config.direction.passes() {
                 let suffix = format!("_l{layer}{}", if *reverse { "_reverse" } else { "" });
                 weights.push(Weights::init(&config, inputs, &suffix, device, rng)?);
@@ -180,9 +259,9 @@ impl<C: Cell> Recurrent<C> {
         self.config.hidden
     }
 
-    /// Numbers in an output row: directions x hidden, or x the width of the output product.
+    /// Numbers in an output row: hidden, or the width of the output product; twice as many for two directions side by side.
     pub fn output(&self) -> usize {
-        self.config.directions() * self.config.width()
+        self.config.output_width()
     }
 
     /// Outputs and final state for x `[seq, batch, input]`: y `[seq, batch, directions * hidden]`, zero past a row's
@@ -195,7 +274,7 @@ impl<C: Cell> Recurrent<C> {
     where
         C::Value: 'a,
     {
-        let (y, state, _) = self.run("forward", x, input.into(), false)?;
+        let (y, state, _) = self.run("forward", x, input.into(), false, None)?;
         Ok((y, state))
     }
 
@@ -219,11 +298,11 @@ impl<C: Cell> Recurrent<C> {
             return Err(Error::shape(&op, "x", x.shape(), format!("[batch, {}]", self.config.input)));
         }
         let sequence = if self.config.batch_first { [rows, 1, features] } else { [1, rows, features] };
-        let (y, state, _) = self.run("step", &x.reshape(sequence)?, input.into(), false)?;
+        let (y, state, _) = self.run("step", &x.reshape(sequence)?, input.into(), false, None)?;
         Ok((y.reshape([rows, self.output()])?, state))
     }
 
-    /// As [`Recurrent::forward`], with dropout, and a tape for [`Recurrent::backward`].
+    /// As [`Recurrent::forward`], with dropout of every kind, and a tape for [`Recurrent::backward`].
     ///
     /// # Errors
     /// As [`Recurrent::forward`]; [`crate::ErrorKind::Argument`] where dropout has no key.
@@ -235,7 +314,7 @@ impl<C: Cell> Recurrent<C> {
     where
         C::Value: 'a,
     {
-        match self.run("forward_train", x, input.into(), true)? {
+        match self.run("forward_train", x, input.into(), true, None)? {
             (y, state, Some(tape)) => Ok((y, state, tape)),
             (.., None) => unreachable!("a training run records a tape"),
         }
@@ -248,7 +327,7 @@ impl<C: Cell> Recurrent<C> {
     /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
     /// changed since the tape was recorded; what the device reports.
     pub fn backward(&self, tape: RecurrentTape, dy: &Tensor, dstate: Option<&C::Value>) -> Result<(Tensor, C::Value)> {
-        match self.run_backward(tape, dy, dstate, true)? {
+        match self.run_backward("backward", tape, dy, dstate, true, None)? {
             (Some(dx), dstate) => Ok((dx, dstate)),
             (None, _) => unreachable!("dx was asked for"),
         }
@@ -308,6 +387,41 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
+    /// The learned initial state, for each row; `None` where it is zero.
+    fn learned_state(&self, rows: usize) -> Result<Option<Vec<Tensor>>> {
+        if !self.config.learn_initial_state {
+            return Ok(None);
+        }
+        let states = self.new_state(rows)?;
+        let first_row = Tensor::zeros(&self.device, [rows])?;
+        for (index, weights) in self.weights.iter().enumerate() {
+            for (state, param) in states.iter().zip(&weights.initial) {
+                let width = param.value().len();
+                part(state, index, rows * width).copy_from(&gather::gather(&first_row, param.value(), width)?)?;
+            }
+        }
+        Ok(Some(states))
+    }
+
+    /// The layer's output from those of its directions; and these, where backward needs them.
+    fn merge(&self, mut outputs: Vec<Tensor>) -> Result<(Tensor, Vec<Tensor>)> {
+        match (self.config.merge, &outputs[..]) {
+            (Merge::Sum, [a, b]) => Ok((elementwise::add(a, b)?, Vec::new())),
+            (Merge::Mean, [a, b]) => Ok((elementwise::scale(&elementwise::add(a, b)?, 0.5)?, Vec::new())),
+            (Merge::Product, [a, b]) => Ok((elementwise::multiply(a, b)?, outputs)),
+            _ => Ok((outputs.swap_remove(0), Vec::new())),
+        }
+    }
+
+    /// The gradient of each direction's output from that of the layer's.
+    fn merge_backward(&self, dy: &Tensor, factors: &[Tensor], direction: usize) -> Result<Tensor> {
+        match (self.config.merge, factors) {
+            (Merge::Mean, _) => elementwise::scale(dy, 0.5),
+            (Merge::Product, [a, b]) => elementwise::multiply(dy, if direction == 0 { b } else { a }),
+            _ => Ok(dy.clone()),
+        }
+    }
+
     /// The key of the mask between `layer` and the next; `None` where there is no mask.
     fn mask_key(&self, key: Option<MaskKey>, layer: usize) -> Option<MaskKey> {
         let masked = self.config.dropout > 0.0 && layer + 1 < self.config.layers;
@@ -351,7 +465,14 @@ impl<C: Cell> Recurrent<C> {
         Ok(Some(Teacher { targets: targets.clone(), probability, key }))
     }
 
-    fn plan<'a>(&self, [steps, rows]: [usize; 2], index: usize, lengths: Option<&'a Lengths>, key: Option<MaskKey>) -> Plan<'a> {
+    fn plan<'a>(
+        &self,
+        [steps, rows]: [usize; 2],
+        window: Window,
+        index: usize,
+        lengths: Option<&'a Lengths>,
+        key: Option<MaskKey>,
+    ) -> Plan<'a> {
         let direction = index % self.config.directions();
         Plan {
             steps,
@@ -359,20 +480,31 @@ impl<C: Cell> Recurrent<C> {
             hidden: self.config.hidden,
             reverse: self.config.direction.passes()[direction],
             lengths,
-            output: self.config.output.is_none(),
+            output: self.config.output.is_none() && self.config.normalized_output().is_none(),
             y_stride: self.output(),
-            y_offset: direction * self.config.width(),
+            y_offset: if self.config.is_merged() { 0 } else { direction * self.config.width() },
             key: key.map_or(MaskKey::new(0, 0), |key| key.draw(draws::CELL, index)),
-            start: 0,
+            start: window.start,
+            total: window.total,
             random: key.is_some(),
             zoneout: self.config.zoneout,
             clip: self.config.gradient_clip,
+            flow: false,
         }
     }
 
-    /// Whether something comes between the recurrent product and the cell, or after it.
-    fn is_split(&self) -> bool {
-        self.config.output.is_some()
+    /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell. `draws`: in
+    /// training, with a key.
+    fn is_split(&self, draws: bool) -> bool {
+        let RecurrentConfig { cell, output, layer_norm, recurrent_dropout, .. } = &self.config;
+        output.is_some() || *layer_norm || cell.gated().is_some() || (draws && *recurrent_dropout > 0.0)
+    }
+
+    /// The masks of recurrent dropout, in training.
+    fn gate_masks(&self, pass: &Pass<'_>) -> Option<Masks> {
+        let probability = self.config.recurrent_dropout;
+        let key = pass.key.filter(|_| probability > 0.0)?;
+        Some(Masks { probability, key: key.draw(draws::GATES, pass.index), batch: pass.batch })
     }
 
     fn run(
@@ -381,6 +513,7 @@ impl<C: Cell> Recurrent<C> {
         x: &Tensor,
         input: Input<'_, C::Value>,
         train: bool,
+        window: Option<Window>,
     ) -> Result<(Tensor, C::Value, Option<RecurrentTape>)> {
         let op = self.op(method);
         let RecurrentConfig { layers, dropout, batch_first, .. } = self.config;
@@ -409,31 +542,43 @@ impl<C: Cell> Recurrent<C> {
         let teacher = self.teacher(&op, input.teacher, input.key, [steps, rows])?;
         let key = input.key.filter(|_| train);
 
+        let window = window.unwrap_or(Window { start: 0, total: steps });
         let directions = self.config.directions();
         let finals = self.new_state(rows)?;
-        let initial = input.state.map(|state| state.tensors());
+        let initial = match input.state {
+            Some(state) => Some(state.tensors().into_iter().cloned().collect()),
+            None => self.learned_state(rows)?,
+        };
+        let initial = initial.as_deref();
         let mut x = if batch_first { transpose::leading(x)? } else { x.clone() };
         let mut tapes = Vec::new();
         for layer in 0..layers {
-            let y = Tensor::uninitialized(&self.device, [steps, rows, self.output()])?;
+            // One for both directions, or one for each.
+            let outputs = (0..if self.config.is_merged() { directions } else { 1 })
+                .map(|_| Tensor::uninitialized(&self.device, [steps, rows, self.output()]))
+                .collect::<Result<Vec<_>>>()?;
             let mut passes = Vec::new();
-            for index in layer * directions..(layer + 1) * directions {
-                let plan = self.plan([steps, rows], index, input.lengths, key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+            for direction in 0..directions {
+                let index = layer * directions + direction;
+                let y = &outputs[direction.min(outputs.len() - 1)];
+                let plan = self.plan([steps, rows], window, index, input.lengths, key);
+                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
                 let tape = match &teacher {
-                    Some(teacher) if teacher.probability >= 1.0 => {
-                        self.forced(&pass, &x, &y, initial.as_deref(), &finals, train)?
-                    }
-                    _ => self.forward_pass(&pass, &x, &y, initial.as_deref(), &finals, train)?,
+                    Some(teacher) if teacher.probability >= 1.0 => self.forced(&pass, &x, y, initial, &finals, train)?,
+                    _ => self.forward_pass(&pass, &x, y, initial, &finals, train)?,
                 };
                 passes.push(tape);
             }
+            let (mut y, factors) = self.merge(outputs)?;
+            if let Some(key) = self.mask_key(key, layer) {
+                y = dropout::dropout(&y, [window.start, rows, self.output()], dropout, key)?;
+            }
+            if self.config.adds_input(x.shape()[2]) {
+                y = elementwise::add(&y, &valid_rows(&x, input.lengths)?)?;
+            }
             let input_of_layer = std::mem::replace(&mut x, y);
             if train {
-                tapes.push(LayerTape { x: input_of_layer, passes });
-                if let Some(key) = self.mask_key(input.key, layer) {
-                    x = dropout::dropout(&x, rows, self.output(), dropout, key)?;
-                }
+                tapes.push(LayerTape { x: input_of_layer, passes, factors });
             }
         }
         let y = if batch_first { transpose::leading(&x)? } else { x };
@@ -444,6 +589,8 @@ impl<C: Cell> Recurrent<C> {
             key: input.key,
             teacher: input.teacher.map(|(targets, probability)| (targets.clone(), probability)),
             layers: tapes,
+            window,
+            given_state: input.state.is_some(),
             owner: self.owner().clone(),
             version: self.version(),
         });
@@ -452,11 +599,12 @@ impl<C: Cell> Recurrent<C> {
 
     /// What draws masks in training, for an error.
     fn masks(&self) -> Option<String> {
-        let RecurrentConfig { dropout, zoneout, weight_dropout, .. } = self.config;
+        let RecurrentConfig { dropout, zoneout, weight_dropout, recurrent_dropout, .. } = self.config;
         match () {
             () if dropout > 0.0 => Some(format!("dropout {dropout}")),
             () if zoneout != [0.0; 2] => Some(format!("zoneout {zoneout:?}")),
             () if weight_dropout > 0.0 => Some(format!("weight_dropout {weight_dropout}")),
+            () if recurrent_dropout > 0.0 => Some(format!("recurrent_dropout {recurrent_dropout}")),
             () => None,
         }
     }
@@ -467,7 +615,7 @@ impl<C: Cell> Recurrent<C> {
         pass: &Pass<'_>,
         x: &Tensor,
         y: &Tensor,
-        initial: Option<&[&Tensor]>,
+        initial: Option<&[Tensor]>,
         finals: &[Tensor],
         train: bool,
     ) -> Result<PassTape> {
@@ -479,7 +627,7 @@ impl<C: Cell> Recurrent<C> {
             let width = self.width_of(s);
             let from = tape.state_slot::<C>(s, first, plan, width);
             match initial {
-                Some(initial) => from.copy_from(&part(initial[s], pass.index, plan.rows * width))?,
+                Some(initial) => from.copy_from(&part(&initial[s], pass.index, plan.rows * width))?,
                 None => from.clear()?,
             }
             debug_assert_eq!(state.len(), self.weights.len() * plan.rows * width);
@@ -499,7 +647,7 @@ impl<C: Cell> Recurrent<C> {
         pass: &Pass<'_>,
         x: &Tensor,
         y: &Tensor,
-        initial: Option<&[&Tensor]>,
+        initial: Option<&[Tensor]>,
         finals: &[Tensor],
         train: bool,
     ) -> Result<PassTape> {
@@ -509,14 +657,14 @@ impl<C: Cell> Recurrent<C> {
             None => unreachable!("only a teacher forces"),
         };
         let flat = Forced::new(plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(plan), teacher: None, ..*pass };
         debug_assert!(train || !pass.plan.random);
         let tape = self.prepare(&pass, x, 2)?;
         // What each step sees: the given state, then the targets of the steps before.
         let seen = tape.state_slot::<C>(0, 0, &pass.plan, width);
         let block = plan.rows * width;
         match initial {
-            Some(initial) => part(&seen, 0, block).copy_from(initial[0])?,
+            Some(initial) => part(&seen, 0, block).copy_from(&initial[0])?,
             None => part(&seen, 0, block).clear()?,
         }
         if plan.steps > 1 {
@@ -532,7 +680,8 @@ impl<C: Cell> Recurrent<C> {
     /// The buffers of a pass, with the input part of every gate; the states are not set.
     fn prepare(&self, pass: &Pass<'_>, x: &Tensor, depth: usize) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
-        let slots = self.input_part(weights, x, plan.steps * plan.rows)?;
+        let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
+        let slots = self.input_part(weights, x, [plan.steps, plan.rows], norms.as_ref())?;
         let states = Tensor::uninitialized(&self.device, [C::State::LEN, depth, plan.rows, plan.hidden])?;
         let outputs = match self.config.output {
             Some((width, _)) => {
@@ -549,17 +698,73 @@ impl<C: Cell> Recurrent<C> {
             }
             _ => None,
         };
-        Ok(PassTape { slots, states, outputs, weights: dropped })
+        Ok(PassTape { slots, states, outputs, weights: dropped, norms })
+    }
+
+    /// Room for what layer normalization keeps.
+    fn norms(&self, plan: &Plan<'_>, depth: usize) -> Result<Norms> {
+        let width = C::Pre::LEN * plan.hidden;
+        let groups = self.config.cell.norms().len();
+        let lines = plan.rows * if depth > 2 { plan.steps } else { 1 };
+        let room = |shape: &[usize]| Tensor::uninitialized(&self.device, shape);
+        let kept = |lines: usize, width: usize, groups: usize| -> Result<Kept> {
+            Ok(Kept { rows: room(&[lines, width])?, stats: room(&[groups, lines, 2])? })
+        };
+        let state = match self.config.normalized_output() {
+            Some(_) => Some(kept(lines, plan.hidden, 1)?),
+            None => None,
+        };
+        Ok(Norms { input: kept(plan.steps * plan.rows, width, groups)?, recurrent: kept(lines, width, groups)?, state })
+    }
+
+    /// The normalization of the product of x.
+    fn input_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>) -> Option<GateNorm<'a>> {
+        let (Some(Norms { input, .. }), Some(gain)) = (norms, &weights.norm_ih) else { return None };
+        // The gradients of x lie in the slots of the gates themselves.
+        let groups = norm_groups(&self.config.cell).into_iter().map(|(gate, _, count)| (gate, gate, count)).collect();
+        Some(GateNorm { hidden: self.config.hidden, groups, products: &input.rows, gain: gain.value(), stats: &input.stats })
+    }
+
+    /// The normalization of the product of h.
+    fn recurrent_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>) -> Option<GateNorm<'a>> {
+        let (Some(Norms { recurrent, .. }), Some(gain)) = (norms, &weights.norm_hh) else { return None };
+        let groups = norm_groups(&self.config.cell);
+        Some(GateNorm {
+            hidden: self.config.hidden,
+            groups,
+            products: &recurrent.rows,
+            gain: gain.value(),
+            stats: &recurrent.stats,
+        })
+    }
+
+    /// The normalization of a cell state on its way to h. `y` is the sweep's.
+    fn state_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>, y: &'a Tensor) -> Option<StateNorm<'a>> {
+        let (state, (_, activation)) = (norms?.state.as_ref()?, self.config.normalized_output()?);
+        Some(StateNorm {
+            gain: weights.norm_c.as_ref()?.value(),
+            shift: weights.norm_c_bias.as_ref().map(Param::value),
+            activation,
+            values: &state.rows,
+            stats: &state.stats,
+            dvalues: None,
+            y: Some(y).filter(|_| self.config.output.is_none()),
+        })
+    }
+
+    /// The cell that a sweep runs.
+    fn swept_cell(&self) -> C {
+        self.config.normalized_output().map_or(self.config.cell, |(cell, _)| cell)
     }
 
     /// DropConnect: numbers of W_hh, or of its gradient, under this pass's mask.
     fn drop_weights(&self, weights: &Tensor, key: MaskKey, index: usize) -> Result<Tensor> {
         let [rows, cols] = [weights.shape()[0], weights.shape()[1]];
-        dropout::dropout(weights, rows, cols, self.config.weight_dropout, key.draw(draws::WEIGHTS, index))
+        dropout::dropout(weights, [0, rows, cols], self.config.weight_dropout, key.draw(draws::WEIGHTS, index))
     }
 
     fn sweep_forward(&self, pass: &Pass<'_>, weights: &Weights, tape: &PassTape, y: &Tensor) -> Result<()> {
-        let (cell, plan) = (&self.config.cell, &pass.plan);
+        let (cell, plan) = (&self.swept_cell(), &pass.plan);
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = match (&tape.weights, &weights.weight_hh) {
             (Some(dropped), _) => transpose::matrix(dropped, dropped.shape()[0], dropped.shape()[1])?,
@@ -567,45 +772,79 @@ impl<C: Cell> Recurrent<C> {
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
-        if !self.is_split() {
+        if !self.is_split(pass.key.is_some()) {
             return sweep_step::forward(cell, plan, &buffers);
         }
-        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        let norms = tape.norms.as_ref();
+        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
+        let state_norm = self.state_norm(weights, norms, y);
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         let projection = weights.weight_hr.as_ref().map(Param::transposed).transpose()?;
         if let (Some(weights_hr), Some(outputs)) = (&projection, &tape.outputs) {
             let bias = weights.bias_hr.as_ref().map(Param::value);
             let width = self.config.width();
             extras.output = Some(OutputProduct { width, weights: weights_hr, bias, outputs, douts: None, carried: None, y });
         }
-        // The cell writes no y then, but something is bound in its place.
+        // Where the cell writes no y, something is still bound in its place.
         let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if extras.output.is_some() { &spare } else { y };
+        let y = if plan.output { y } else { &spare };
         sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, &extras)
     }
 
-    /// The input part of every gate and step in one product: `xp [T*B, gates*H] = x W_ih^T + b_ih`, in the first columns
+    /// The input part of every gate and step: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in the first columns
     /// of the slots `[T, B, SLOTS, H]`.
-    fn input_part(&self, weights: &Weights, x: &Tensor, rows: usize) -> Result<Tensor> {
+    fn input_part(&self, weights: &Weights, x: &Tensor, [steps, rows]: [usize; 2], norms: Option<&Norms>) -> Result<Tensor> {
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-        let slots = Tensor::uninitialized(&self.device, [rows, kept])?;
+        let slots = Tensor::uninitialized(&self.device, [steps * rows, kept])?;
         let bias = weights.bias_ih.as_ref().map(Param::value);
-        let x = Matrix::new(x, rows, inputs);
-        let target = Matrix::window(&slots, 0, rows, gates, kept);
-        gemm(x, Matrix::new(&weights.weight_ih.transposed()?, inputs, gates), bias, target, false)?;
+        let transposed = weights.weight_ih.transposed()?;
+        for (first, count) in time_blocks(steps, rows) {
+            let x = Matrix::window(x, first * inputs, count, inputs, inputs);
+            let target = Matrix::window(&slots, first * kept, count, gates, kept);
+            let weight_ih = Matrix::new(&transposed, inputs, gates);
+            match self.input_norm(weights, norms) {
+                Some(norm) => {
+                    gemm(x, weight_ih, None, norm.window(first, count), false)?;
+                    norm.forward(first, bias, target)?;
+                }
+                None => gemm(x, weight_ih, bias, target, false)?,
+            }
+        }
         Ok(slots)
     }
 
     fn run_backward(
         &self,
+        method: &str,
         tape: RecurrentTape,
         dy: &Tensor,
         dstate: Option<&C::Value>,
         needs_dx: bool,
+        flow: Option<&mut Vec<flow::Totals>>,
     ) -> Result<(Option<Tensor>, C::Value)> {
-        let op = self.op("backward");
-        let RecurrentConfig { hidden, dropout, batch_first, .. } = self.config;
-        let RecurrentTape { steps, rows, lengths, key, teacher, layers, owner, version } = tape;
+        let sums = self.new_sums(tape.rows)?;
+        let result = self.run_backward_of(method, tape, dy, dstate, needs_dx, &sums, flow)?;
+        self.add_sums(&sums)?;
+        Ok(result)
+    }
+
+    /// The backward pass of a window: what the sweeps sum over steps is added to `sums`, not yet to the gradients. `flow` takes the
+    /// gradients of all states, pass by pass.
+    #[expect(clippy::too_many_arguments, reason = "what a backward pass takes, what a window carries on, and what is looked at")]
+    fn run_backward_of(
+        &self,
+        method: &str,
+        tape: RecurrentTape,
+        dy: &Tensor,
+        dstate: Option<&C::Value>,
+        needs_dx: bool,
+        sums: &[Tensor],
+        mut flow: Option<&mut Vec<flow::Totals>>,
+    ) -> Result<(Option<Tensor>, C::Value)> {
+        let op = self.op(method);
+        let RecurrentConfig { dropout, batch_first, .. } = self.config;
+        let RecurrentTape { steps, rows, lengths, key, teacher, layers, window, given_state, owner, version } = tape;
         if !owner.same(self.owner()) || version != self.version() {
             return Err(super::stale_tape(&op));
         }
@@ -624,40 +863,90 @@ impl<C: Cell> Recurrent<C> {
         let finals = dstate.map(|dstate| dstate.tensors());
         let initial = self.new_state(rows)?;
         let mut dy = if batch_first { transpose::leading(dy)? } else { dy.clone() };
-        for (layer, LayerTape { x, passes }) in layers.into_iter().enumerate().rev() {
+        let mut dx = None;
+        for (layer, LayerTape { x, passes, factors }) in layers.into_iter().enumerate().rev() {
             let directions = passes.len();
+            let added = match self.config.adds_input(x.shape()[2]) && (needs_dx || layer > 0) {
+                true => Some(valid_rows(&dy, lengths.as_ref())?),
+                false => None,
+            };
             if let Some(key) = self.mask_key(key, layer) {
-                dy = dropout::dropout(&dy, rows, self.output(), dropout, key)?;
+                dy = dropout::dropout(&dy, [window.start, rows, self.output()], dropout, key)?;
             }
-            let dx = match needs_dx || layer > 0 {
+            dx = match needs_dx || layer > 0 {
                 true => Some(Tensor::uninitialized(&self.device, x.shape())?),
                 false => None,
             };
             for (direction, tape) in passes.into_iter().enumerate() {
                 let index = layer * directions + direction;
-                let plan = self.plan([steps, rows], index, lengths.as_ref(), key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
-                match &teacher {
+                let plan = Plan { flow: flow.is_some(), ..self.plan([steps, rows], window, index, lengths.as_ref(), key) };
+                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
+                let sums = sums.get(index);
+                let dy = self.merge_backward(&dy, &factors, direction)?;
+                let gradients = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
-                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
+                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?
                     }
-                    _ => self.backward_pass(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?,
+                    _ => self.backward_pass(&pass, &tape, [&x, &dy], finals.as_deref(), &initial, sums)?,
+                };
+                if let Some(flow) = &mut flow {
+                    flow.push(self.totals(&pass, gradients));
                 }
                 if let Some(dx) = &dx {
-                    let weights = &self.weights[index];
-                    let (count, inputs) = (steps * rows, weights.inputs());
-                    let gates = Matrix::window(&tape.slots, 0, count, C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-                    let weight_ih = Matrix::new(weights.weight_ih.value(), gates.cols, inputs);
-                    gemm(gates, weight_ih, None, Matrix::new(dx, count, inputs), direction > 0)?;
+                    self.input_gradient(&self.weights[index], &tape, [steps, rows], dx, direction > 0)?;
                 }
             }
-            match dx {
-                Some(dx) => dy = dx,
-                None => return Ok((None, self.state(initial))),
+            if let (Some(dx), Some(added)) = (&mut dx, added) {
+                *dx = elementwise::add(dx, &added)?;
+            }
+            if let Some(dx) = &dx {
+                dy = dx.clone();
             }
         }
-        let dx = if batch_first { transpose::leading(&dy)? } else { dy };
-        Ok((Some(dx), self.state(initial)))
+        if self.config.learn_initial_state && !given_state {
+            for (index, weights) in self.weights.iter().enumerate() {
+                for (gradient, param) in initial.iter().zip(&weights.initial) {
+                    let width = param.value().len();
+                    column_sum(Matrix::window(gradient, index * rows * width, rows, width, width), 0, param.grad())?;
+                }
+            }
+        }
+        let dx = match (dx, batch_first) {
+            (Some(dx), true) if needs_dx => Some(transpose::leading(&dx)?),
+            (dx, _) => dx.filter(|_| needs_dx),
+        };
+        Ok((dx, self.state(initial)))
+    }
+
+    /// The gradient of the product of x in a block, where it is normalized, `[count, G * H]`; else that in the slots is it.
+    fn through_input_norm(&self, weights: &Weights, tape: &PassTape, [first, count]: [usize; 2]) -> Result<Option<Tensor>> {
+        let Some(norm) = self.input_norm(weights, tape.norms.as_ref()) else { return Ok(None) };
+        let (gates, kept) = (C::Pre::LEN * self.config.hidden, C::Slots::LEN * self.config.hidden);
+        let dproducts = Tensor::uninitialized(&self.device, [count, gates])?;
+        let dslots = Matrix::window(&tape.slots, first * kept, count, kept, kept);
+        norm.backward(first, dslots, Matrix::new(&dproducts, count, gates))?;
+        Ok(Some(dproducts))
+    }
+
+    /// `dx (+)= dx-part . W_ih`, from the gradients in the slots.
+    fn input_gradient(
+        &self,
+        weights: &Weights,
+        tape: &PassTape,
+        [steps, rows]: [usize; 2],
+        dx: &Tensor,
+        accumulate: bool,
+    ) -> Result<()> {
+        let (hidden, inputs) = (self.config.hidden, weights.inputs());
+        let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+        for (first, count) in time_blocks(steps, rows) {
+            let normalized = self.through_input_norm(weights, tape, [first, count])?;
+            let part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
+            let part = normalized.as_ref().map_or(part, |part| Matrix::new(part, count, gates));
+            let weight_ih = Matrix::new(weights.weight_ih.value(), gates, inputs);
+            gemm(part, weight_ih, None, Matrix::window(dx, first * inputs, count, inputs, inputs), accumulate)?;
+        }
+        Ok(())
     }
 
     /// One direction of one layer backward: from dy and the gradient of the final state to that of the initial one, in the slots
@@ -666,13 +955,18 @@ impl<C: Cell> Recurrent<C> {
         &self,
         pass: &Pass<'_>,
         tape: &PassTape,
-        x: &Tensor,
-        dy: &Tensor,
+        [x, dy]: [&Tensor; 2],
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-    ) -> Result<()> {
+        sums: Option<&Tensor>,
+    ) -> Result<Gradients> {
         let gradients = self.new_gradients(pass)?;
         let rows = pass.plan.rows;
+        let after_states = C::State::LEN * rows * self.config.hidden;
+        let kept_sums = sums.map(|sums| (gradients.dstates.slice(after_states, [sums.len()]), sums));
+        if let Some((place, sums)) = &kept_sums {
+            place.copy_from(sums)?;
+        }
         for s in 0..C::State::LEN {
             let width = self.width_of(s);
             let target = gradients.state(s, rows, width, self.config.hidden);
@@ -682,12 +976,15 @@ impl<C: Cell> Recurrent<C> {
             }
         }
         self.sweep_backward(pass, tape, dy, &gradients)?;
+        if let Some((place, sums)) = &kept_sums {
+            sums.copy_from(place)?;
+        }
         self.gradients(pass, tape, x, &gradients)?;
         for (s, state) in initial.iter().enumerate() {
             let width = self.width_of(s);
             part(state, pass.index, rows * width).copy_from(&gradients.state(s, rows, width, self.config.hidden))?;
         }
-        Ok(())
+        Ok(gradients)
     }
 
     fn forced_backward(
@@ -698,10 +995,10 @@ impl<C: Cell> Recurrent<C> {
         dy: &Tensor,
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-    ) -> Result<()> {
+    ) -> Result<Gradients> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(&pass.plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass };
         let gradients = self.new_gradients(&pass)?;
         let carried = gradients.state(0, pass.plan.rows, width, self.config.hidden);
         carried.clear()?;
@@ -711,17 +1008,14 @@ impl<C: Cell> Recurrent<C> {
         self.sweep_backward(&pass, tape, dy, &gradients)?;
         self.gradients(&pass, tape, x, &gradients)?;
         // What is left of the others belongs to the targets.
-        initial[0].copy_from(&part(&carried, 0, rows * width))
+        initial[0].copy_from(&part(&carried, 0, rows * width))?;
+        Ok(gradients)
     }
 
     /// Buffers for a backward pass: the gradients of the state are not set.
     fn new_gradients(&self, pass: &Pass<'_>) -> Result<Gradients> {
         let plan = &pass.plan;
-        let len = plan.dstates_len(&self.config.cell);
-        let dstates = match plan.sums_at(&self.config.cell) {
-            Some(_) => Tensor::zeros(&self.device, [len])?,
-            None => Tensor::uninitialized(&self.device, [len])?,
-        };
+        let dstates = Tensor::uninitialized(&self.device, [plan.dstates_len(&self.config.cell)])?;
         let output = match self.config.output {
             Some((width, _)) => Some((
                 Tensor::uninitialized(&self.device, [plan.rows, width])?,
@@ -729,28 +1023,30 @@ impl<C: Cell> Recurrent<C> {
             )),
             None => None,
         };
-        Ok(Gradients { dstates, output })
+        let lines = plan.steps * plan.rows;
+        let room = |wanted: bool, width: usize| match wanted {
+            true => Tensor::uninitialized(&self.device, [lines, width]).map(Some),
+            false => Ok(None),
+        };
+        let products = room(self.config.layer_norm, C::Pre::LEN * plan.hidden)?;
+        let values = room(self.config.normalized_output().is_some(), plan.hidden)?;
+        Ok(Gradients { dstates, output, products, values })
     }
 
     fn sweep_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
-        let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
+        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
-        if !self.is_split() {
-            sweep_step::backward(cell, plan, &buffers, &gradients.dstates)?;
-            // The last part of the initial state's gradient.
-            let (rows, hidden) = (plan.rows, plan.hidden);
-            let kept = C::Slots::LEN * hidden;
-            let first_step = if plan.reverse { plan.steps - 1 } else { 0 };
-            for (gate, slot, run) in recurrent_runs(cell) {
-                let dr = Matrix::window(&tape.slots, first_step * rows * kept + slot * hidden, rows, run * hidden, kept);
-                let w = Matrix::window(recurrent, gate * hidden * hidden, run * hidden, hidden, hidden);
-                gemm(dr, w, None, Matrix::window(&gradients.dstates, 0, rows, hidden, hidden), true)?;
-            }
-            return Ok(());
+        if !self.is_split(pass.key.is_some()) {
+            return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
         }
-        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        let norms = tape.norms.as_ref();
+        let dproducts = gradients.products.as_ref();
+        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts });
+        let state_norm = self.state_norm(weights, norms, dy);
+        let state_norm = state_norm.map(|norm| StateNorm { dvalues: gradients.values.as_ref(), ..norm });
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
             extras.output = Some(OutputProduct {
                 width: self.config.width(),
@@ -763,65 +1059,149 @@ impl<C: Cell> Recurrent<C> {
             });
         }
         let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if extras.output.is_some() { &spare } else { dy };
+        let y = if plan.output { dy } else { &spare };
         sweep_split::backward(cell, plan, &Buffers { y, ..buffers }, &extras, &gradients.dstates)
     }
 
     /// After a backward sweep: once for all steps, the gradients of the parameters.
     fn gradients(&self, pass: &Pass<'_>, tape: &PassTape, x: &Tensor, gradients: &Gradients) -> Result<()> {
         let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
-        let (hidden, rows, count) = (plan.hidden, plan.rows, plan.steps * plan.rows);
+        let (hidden, rows) = (plan.hidden, plan.rows);
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-        // dx-part: the first columns of the slots. dr-part: one or more runs of columns.
-        let input_part = Matrix::window(&tape.slots, 0, count, gates, kept);
         let inputs = weights.inputs();
-        gemm(input_part.t(), Matrix::new(x, count, inputs), None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
-        if let Some(bias) = &weights.bias_ih {
-            column_sum(input_part, 0, bias.grad())?;
-        }
-        // What the products saw: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
+        // What the products saw, but for masks: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
         let (seen, width) = tape.outputs.as_ref().map_or((&tape.states, hidden), |outputs| (outputs, self.config.width()));
-        let h = Matrix::window(seen, if plan.reverse { rows * width } else { 0 }, count, width, width);
-        if let Some(weight) = &weights.weight_hh {
+        let before = if plan.reverse { rows } else { 0 };
+        for (first, count) in time_blocks(plan.steps, rows).rev() {
+            // dx-part: the first columns of the slots. dr-part: one or more runs of columns.
+            let input_part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
+            let x = Matrix::window(x, first * inputs, count, inputs, inputs);
+            let normalized = self.through_input_norm(weights, tape, [first, count])?;
+            let dproducts = normalized.as_ref().map_or(input_part, |part| Matrix::new(part, count, gates));
+            gemm(dproducts.t(), x, None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
+            self.norm_gradients(pass, tape, gradients, [first, count])?;
+            if let Some(bias) = &weights.bias_ih {
+                column_sum(input_part, 0, bias.grad())?;
+            }
+            let h = Matrix::window(seen, (before + first) * width, count, width, width);
             let dropped = match &tape.weights {
                 Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
                 None => None,
             };
-            for (gate, slot, run) in recurrent_runs(cell) {
-                let run = run * hidden;
-                let recurrent_part = Matrix::window(&tape.slots, slot * hidden, count, run, kept);
-                let target = dropped.as_ref().unwrap_or(weight.grad());
-                let dw = Matrix::window(target, gate * hidden * width, run, width, width);
-                gemm(recurrent_part.t(), h, None, dw, true)?;
+            let masks = match self.gate_masks(pass) {
+                Some(masks) => Some((masks, Tensor::uninitialized(&self.device, [count, width])?)),
+                None => None,
+            };
+            for run @ (gate, ..) in recurrent_runs(cell, masks.is_some()) {
+                let part = |dproducts| recurrent_gradient::<C>(&tape.slots, dproducts, hidden, [first, count], run);
+                let seen = match (&masks, cell.gated()) {
+                    (Some((masks, masked)), _) => {
+                        gate_mask::spread(masks, gate..gate + 1, h, masked)?;
+                        Matrix::new(masked, count, width)
+                    }
+                    (None, Some(gated)) if is_gated(cell, gate) => {
+                        Matrix::window(&tape.slots, first * kept + gated.slot() * hidden, count, hidden, kept)
+                    }
+                    _ => h,
+                };
+                if let Some(weight) = &weights.weight_hh {
+                    let target = dropped.as_ref().unwrap_or(weight.grad());
+                    let dproducts = part(gradients.products.as_ref());
+                    let dw = Matrix::window(target, gate * hidden * width, dproducts.cols, width, width);
+                    gemm(dproducts.t(), seen, None, dw, true)?;
+                }
                 if let Some(bias) = &weights.bias_hh {
-                    column_sum(recurrent_part, gate * hidden, bias.grad())?;
+                    column_sum(part(None), gate * hidden, bias.grad())?;
                 }
             }
-            if let (Some(dropped), Some(key)) = (dropped, pass.key) {
+            if let (Some(dropped), Some(key), Some(weight)) = (dropped, pass.key, &weights.weight_hh) {
                 let dropped = self.drop_weights(&dropped, key, pass.index)?;
                 column_sum(Matrix::new(&dropped, 1, gates * width), 0, weight.grad())?;
             }
-        }
-        if let (Some(weight_hr), Some((_, douts))) = (&weights.weight_hr, &gradients.output) {
-            // The cell's own outputs: the states after each step.
-            let m = Matrix::window(&tape.states, if plan.reverse { 0 } else { rows * hidden }, count, hidden, hidden);
-            let douts = Matrix::new(douts, count, width);
-            gemm(douts.t(), m, None, Matrix::new(weight_hr.grad(), width, hidden), true)?;
-            if let Some(bias) = &weights.bias_hr {
-                column_sum(douts, 0, bias.grad())?;
-            }
-        }
-        if let Some((at, tiles)) = plan.sums_at(cell) {
-            let (extras, line) = (cell.extras() * hidden, (cell.extras() + 1) * hidden);
-            if let Some(extra) = &weights.extra {
-                column_sum(Matrix::window(&gradients.dstates, at, tiles, extras, line), 0, extra.grad())?;
-            }
-            if let Some(clipped) = &weights.clipped {
-                column_sum(Matrix::window(&gradients.dstates, at + extras, tiles, hidden, line), 0, clipped)?;
+            if let (Some(weight_hr), Some((_, douts))) = (&weights.weight_hr, &gradients.output) {
+                // The cell's own outputs: the states after each step.
+                let m = Matrix::window(&tape.states, (rows - before + first) * hidden, count, hidden, hidden);
+                let douts = Matrix::window(douts, first * width, count, width, width);
+                gemm(douts.t(), m, None, Matrix::new(weight_hr.grad(), width, hidden), true)?;
+                if let Some(bias) = &weights.bias_hr {
+                    column_sum(douts, 0, bias.grad())?;
+                }
             }
         }
         Ok(())
     }
+
+    /// The gradients of the parameters of layer normalization in a block.
+    fn norm_gradients(&self, pass: &Pass<'_>, tape: &PassTape, gradients: &Gradients, [first, count]: [usize; 2]) -> Result<()> {
+        let (hidden, weights, norms) = (pass.plan.hidden, &self.weights[pass.index], tape.norms.as_ref());
+        let kept = C::Slots::LEN * hidden;
+        let slots = Matrix::window(&tape.slots, first * kept, count, kept, kept);
+        let gates =
+            [(self.input_norm(weights, norms), &weights.norm_ih), (self.recurrent_norm(weights, norms), &weights.norm_hh)];
+        for (norm, gain) in gates {
+            if let (Some(norm), Some(gain)) = (norm, gain) {
+                norm.backward_gain(first, slots, gain.grad())?;
+            }
+        }
+        let norm = self.state_norm(weights, norms, &tape.states);
+        if let (Some(norm), Some(values), Some(gain)) = (norm, &gradients.values, &weights.norm_c) {
+            let values = Matrix::window(values, first * hidden, count, hidden, hidden);
+            norm.backward_gain(&pass.plan, &tape.states, first, values, gain.grad())?;
+            if let Some(shift) = &weights.norm_c_bias {
+                column_sum(values, 0, shift.grad())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Room for the sums of each layer and direction over a batch, zeros: see [`Plan::sums_at`]; empty where there are none.
+    fn new_sums(&self, rows: usize) -> Result<Vec<Tensor>> {
+        let plan = self.plan([1, rows], Window { start: 0, total: 1 }, 0, None, None);
+        match plan.sums_len(&self.config.cell) {
+            0 => Ok(Vec::new()),
+            len => self.weights.iter().map(|_| Tensor::zeros(&self.device, [len])).collect(),
+        }
+    }
+
+    /// Adds the sums of all steps to the gradients that they are of.
+    fn add_sums(&self, sums: &[Tensor]) -> Result<()> {
+        let (extras, hidden) = (self.config.cell.extras() * self.config.hidden, self.config.hidden);
+        for (weights, sums) in self.weights.iter().zip(sums) {
+            let line = extras + hidden;
+            let tiles = sums.len() / line;
+            if let Some(extra) = &weights.extra {
+                column_sum(Matrix::window(sums, 0, tiles, extras, line), 0, extra.grad())?;
+            }
+            if let Some(clipped) = &weights.clipped {
+                column_sum(Matrix::window(sums, extras, tiles, hidden, line), 0, clipped)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A sequence in blocks of time, as `(first row, rows)`. All products over time go block by block, those that sum over time from
+/// the last block to the first: a sequence in windows of whole blocks then gives the same bits as at once. A block is long enough to
+/// keep the products busy; its bytes are a multiple of what bindings are aligned to.
+fn time_blocks(steps: usize, rows: usize) -> impl DoubleEndedIterator<Item = (usize, usize)> {
+    let block = time_block(rows);
+    (0..steps.div_ceil(block)).map(move |n| (n * block * rows, block.min(steps - n * block) * rows))
+}
+
+/// Steps of a block.
+fn time_block(rows: usize) -> usize {
+    1024usize.div_ceil(rows).next_multiple_of(64)
+}
+
+/// `x [T, B, F]` with zeros past each row's end.
+fn valid_rows(x: &Tensor, lengths: Option<&Lengths>) -> Result<Tensor> {
+    let Some(lengths) = lengths else { return Ok(x.clone()) };
+    let (rows, width) = (x.shape()[1], x.shape()[2]);
+    let count = x.len() / width;
+    // A place past the table gives zeros.
+    let place = |line: usize| if (line / rows) < lengths.host()[line % rows] as usize { line } else { count } as u32;
+    let places = Ids::from_slice(x.device(), &(0..count).map(place).collect::<Vec<_>>(), [count])?;
+    gather::gather(places.tensor(), x, width)?.reshape(x.shape())
 }
 
 /// Part number `index` of a tensor of parts of `len` numbers: a layer and direction of a state.
@@ -835,6 +1215,9 @@ struct Gradients {
     dstates: Tensor,
     /// With an output product: the gradient of o [B, R] from later steps, and the whole of it at each step [T, B, R].
     output: Option<(Tensor, Tensor)>,
+    /// With layer normalization: of the product of h [T, B, G * H], and of a normalized cell state [T, B, H].
+    products: Option<Tensor>,
+    values: Option<Tensor>,
 }
 
 impl Gradients {
@@ -892,9 +1275,7 @@ impl Forced {
 
     fn plan<'a>(&'a self, plan: &Plan<'_>) -> Plan<'a> {
         let (steps, rows) = (1, plan.steps * plan.rows);
-        let &Plan { hidden, reverse, output, y_stride, y_offset, key, start, random, zoneout, clip, .. } = plan;
-        let lengths = self.lengths.as_ref();
-        Plan { steps, rows, hidden, reverse, lengths, output, y_stride, y_offset, key, start, random, zoneout, clip }
+        Plan { steps, rows, lengths: self.lengths.as_ref(), total: steps, ..*plan }
     }
 }
 
@@ -927,7 +1308,7 @@ impl<C: Cell> Layer for Recurrent<C> {
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = self.op("backward");
-        Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
+        Ok(self.run_backward("backward", tape.open(&op)?, dy, None, needs_dx, None)?.0)
     }
 
     fn takes_teacher(&self) -> bool {
@@ -972,6 +1353,6 @@ impl<C: Cell> Recurrent<C> {
         }
         let state = self.given_state(&op, context.state)?;
         let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
-        self.run(method, x.numbers(&op)?, input, train)
+        self.run(method, x.numbers(&op)?, input, train, None)
     }
 }

@@ -33,8 +33,8 @@ pub(super) fn dropout(cases: &mut Cases<'_>) -> Result<()> {
         let (y, dx) = (masked(&x), masked(&dy));
         cases.run(format!("{steps}x{rows}x{width}, p {p}"), |run| {
             let (x, dy) = (run.input("x", &x, [steps, rows, width])?, run.input("dy", &dy, [steps, rows, width])?);
-            run.bits("y", &kernels::dropout::dropout(&x, rows, width, p, key)?, &y)?;
-            run.bits("dx", &kernels::dropout::dropout(&dy, rows, width, p, key)?, &dx)?;
+            run.bits("y", &kernels::dropout::dropout(&x, [0, rows, width], p, key)?, &y)?;
+            run.bits("dx", &kernels::dropout::dropout(&dy, [0, rows, width], p, key)?, &dx)?;
             // Five standard deviations.
             let (zeros, n) = (mask.iter().filter(|mask| **mask == 0.0).count() as f64, mask.len() as f64);
             let p = f64::from(p);
@@ -48,11 +48,14 @@ pub(super) fn dropout(cases: &mut Cases<'_>) -> Result<()> {
     cases.run("a padded batch", |run| {
         let ones =
             |steps: usize, rows: usize| Tensor::from_slice(run.device, &vec![1.0; steps * rows * width], [steps, rows, width]);
-        let small: Vec<u32> = kernels::dropout::dropout(&ones(steps, rows)?, rows, width, 0.5, key)?.read_back()?;
-        let large: Vec<u32> = kernels::dropout::dropout(&ones(steps + 2, rows + 4)?, rows + 4, width, 0.5, key)?.read_back()?;
+        let small: Vec<u32> = kernels::dropout::dropout(&ones(steps, rows)?, [0, rows, width], 0.5, key)?.read_back()?;
+        let large: Vec<u32> =
+            kernels::dropout::dropout(&ones(steps + 2, rows + 4)?, [0, rows + 4, width], 0.5, key)?.read_back()?;
         let part: Vec<u32> = (0..steps).flat_map(|t| &large[t * (rows + 4) * width..][..rows * width]).copied().collect();
         run.comparisons.push(Comparison::bits("masks", &part, &small));
-        let other: Vec<u32> = kernels::dropout::dropout(&ones(steps, rows)?, rows, width, 0.5, key.layer(1))?.read_back()?;
+        let late: Vec<u32> = kernels::dropout::dropout(&ones(steps - 1, rows)?, [1, rows, width], 0.5, key)?.read_back()?;
+        run.comparisons.push(Comparison::bits("masks of a later window", &late, &small[rows * width..]));
+        let other: Vec<u32> = kernels::dropout::dropout(&ones(steps, rows)?, [0, rows, width], 0.5, key.layer(1))?.read_back()?;
         let differ = f64::from(u8::from(other == small));
         run.comparisons.push(Comparison { tensor: "another key, the same mask".into(), error: differ, bound: 0.0 });
         Ok(())

@@ -1,11 +1,12 @@
 //! The recurrent family: every cell with every option that it has, a whole stack at a time, against the oracle: inference,
 //! training, all gradients, and streaming step by step.
 
-use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide};
+use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide, within};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::nn::{
-    Activation, Cell, CellState, Direction, GruConfig, Input, LstmConfig, Module, Recurrent, RecurrentConfig, RnnConfig,
+    Activation, Cell, CellState, Direction, GruConfig, Input, LstmConfig, Merge, Module, Recurrent, RecurrentConfig, Reset,
+    RnnConfig,
 };
 use crate::rng::{MaskKey, Rng, philox, unit};
 use crate::tensor::Tensor;
@@ -19,20 +20,38 @@ pub(super) struct Network<C> {
     /// Probabilities of what draws masks, as given to the configuration.
     pub zoneout: [f32; 2],
     pub weight_dropout: f32,
+    /// Between layers.
+    pub dropout: f32,
+    /// Whether the initial state is learned, where none is given.
+    pub learns_state: bool,
+    pub recurrent_dropout: f32,
     /// Whether a step at a time gives the same as all at once.
     pub streams: bool,
+    /// Whether states and the flow of gradients are looked at too.
+    pub flow: bool,
 }
 
 impl<C: Cell> Network<C> {
     pub fn new(name: &'static str, config: RecurrentConfig<C>, oracle: oracle::Recurrent) -> Self {
         let streams = oracle.directions == 1 && !oracle.first_reverse;
-        Self { name, config, oracle, zoneout: [0.0; 2], weight_dropout: 0.0, streams }
+        Self {
+            name,
+            config,
+            oracle,
+            zoneout: [0.0; 2],
+            weight_dropout: 0.0,
+            recurrent_dropout: 0.0,
+            dropout: 0.0,
+            learns_state: false,
+            streams,
+            flow: false,
+        }
     }
 }
 
 const KEY: (u64, u64) = (11, 12);
-const INPUT: usize = 5;
-const HIDDEN: usize = 19;
+pub(super) const INPUT: usize = 5;
+pub(super) const HIDDEN: usize = 19;
 
 /// Every cell and option: each row is the test of a mark in the README's table.
 pub(super) fn networks(cases: &mut Cases<'_>) -> Result<()> {
@@ -108,10 +127,112 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
             config().activations(Activation::Sigmoid, Activation::Softplus, elu),
             oracle::Recurrent { cell: acts(A::Sigmoid, A::Softplus, elu64), ..plain() },
         ),
+        Network { dropout: 0.3, ..Network::new("lstm_dropout", deep(config().dropout(0.3)), deep64(plain())) },
+        Network::new(
+            "lstm_merge_sum",
+            deep(config().merge(Merge::Sum)),
+            oracle::Recurrent { merge: oracle::Merge::Sum, ..deep64(plain()) },
+        ),
+        Network::new(
+            "lstm_merge_mean",
+            deep(config().merge(Merge::Mean)),
+            oracle::Recurrent { merge: oracle::Merge::Mean, ..deep64(plain()) },
+        ),
+        Network::new(
+            "lstm_merge_product",
+            deep(config().merge(Merge::Product)),
+            oracle::Recurrent { merge: oracle::Merge::Product, ..deep64(plain()) },
+        ),
+        Network::new(
+            "lstm_residual",
+            config().layers(3).residual(true),
+            oracle::Recurrent { layers: 3, residual: true, ..plain() },
+        ),
+        Network {
+            dropout: 0.3,
+            ..Network::new(
+                "lstm_residual_merge_dropout",
+                deep(config().projection(INPUT).merge(Merge::Sum).residual(true).dropout(0.3)),
+                oracle::Recurrent { projection: Some(INPUT), residual: true, merge: oracle::Merge::Sum, ..deep64(plain()) },
+            )
+        },
+        Network {
+            learns_state: true,
+            ..Network::new(
+                "lstm_learned_state",
+                deep(config().projection(7).learn_initial_state(true)),
+                oracle::Recurrent { projection: Some(7), ..deep64(plain()) },
+            )
+        },
         Network { zoneout: [0.3, 0.2], ..Network::new("lstm_zoneout", deep(config().zoneout(0.3, 0.2)), deep64(plain())) },
         Network {
             weight_dropout: 0.4,
             ..Network::new("lstm_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
+        },
+        Network::new("lstm_layer_norm", config().layer_norm(true), norm64(plain())),
+        Network::new("lstm_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
+        Network::new(
+            "lstm_layer_norm_no_bias",
+            config().layer_norm(true).bias(false).direction(Direction::Reverse),
+            oracle::Recurrent { bias: false, first_reverse: true, ..norm64(plain()) },
+        ),
+        Network::new(
+            "lstm_layer_norm_all",
+            deep(config().layer_norm(true).peepholes(true).coupled(true).cell_clip(0.5).gate_clip(1.0).projection(7)),
+            deep64(norm64(oracle::Recurrent {
+                cell: cell(true, true, Some(0.5)),
+                pre_clip: Some(1.0),
+                projection: Some(7),
+                ..plain()
+            })),
+        ),
+        Network::new(
+            "lstm_layer_norm_softsign",
+            config().layer_norm(true).activations(hard, Activation::Tanh, Activation::Softsign),
+            norm64(oracle::Recurrent { cell: acts(hard64, A::Tanh, A::Softsign), ..plain() }),
+        ),
+        Network {
+            weight_dropout: 0.4,
+            ..Network::new(
+                "lstm_layer_norm_weight_dropout",
+                deep(config().layer_norm(true).weight_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "lstm_layer_norm_recurrent_dropout",
+                deep(config().layer_norm(true).recurrent_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network { recurrent_dropout: 0.4, ..Network::new("lstm_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
+        Network {
+            recurrent_dropout: 0.3,
+            ..Network::new("lstm_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "lstm_recurrent_dropout_projection",
+                deep(config().recurrent_dropout(0.4).projection(7)),
+                deep64(oracle::Recurrent { projection: Some(7), ..plain() }),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            zoneout: [0.3, 0.2],
+            ..Network::new("lstm_recurrent_dropout_zoneout", config().recurrent_dropout(0.4).zoneout(0.3, 0.2), plain())
+        },
+        Network {
+            recurrent_dropout: 0.2,
+            weight_dropout: 0.3,
+            ..Network::new(
+                "lstm_recurrent_dropout_all",
+                deep(config().recurrent_dropout(0.2).weight_dropout(0.3).peepholes(true).gate_clip(1.0).bias(false)),
+                deep64(oracle::Recurrent { cell: cell(true, false, None), pre_clip: Some(1.0), bias: false, ..plain() }),
+            )
         },
     ];
     table.into_iter().try_for_each(|network| check(cases, network))
@@ -125,6 +246,11 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
     let deep64 = |spec: oracle::Recurrent| oracle::Recurrent { layers: 2, directions: 2, ..spec };
     let hard = Activation::HardSigmoid { alpha: 0.2, beta: 0.5 };
     let hard64 = A::HardSigmoid { alpha: f64::from(0.2f32), beta: 0.5 };
+    let before = || config().reset(Reset::BeforeProduct);
+    let plain_before = || oracle::Recurrent {
+        cell: oracle::Cell::Gru { reset: oracle::Reset::Before, gate: A::Sigmoid, candidate: A::Tanh },
+        ..plain()
+    };
     let acts = oracle::Cell::Gru { reset: oracle::Reset::After, gate: hard64, candidate: A::Softsign };
     let table = vec![
         Network::new("gru", deep(config()), deep64(plain())),
@@ -140,6 +266,64 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
         Network {
             weight_dropout: 0.4,
             ..Network::new("gru_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
+        },
+        Network::new("gru_layer_norm", config().layer_norm(true), norm64(plain())),
+        Network::new("gru_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
+        Network::new(
+            "gru_layer_norm_no_bias",
+            config().layer_norm(true).bias(false).direction(Direction::Reverse),
+            oracle::Recurrent { bias: false, first_reverse: true, ..norm64(plain()) },
+        ),
+        Network {
+            zoneout: [0.3, 0.0],
+            weight_dropout: 0.4,
+            ..Network::new(
+                "gru_layer_norm_zoneout_weight_dropout",
+                deep(config().layer_norm(true).zoneout(0.3, 0.0).weight_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "gru_layer_norm_recurrent_dropout",
+                deep(config().layer_norm(true).recurrent_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network { recurrent_dropout: 0.4, ..Network::new("gru_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
+        Network {
+            recurrent_dropout: 0.3,
+            ..Network::new("gru_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            zoneout: [0.3, 0.0],
+            ..Network::new("gru_recurrent_dropout_zoneout", config().recurrent_dropout(0.4).zoneout(0.3, 0.0), plain())
+        },
+        Network::new("gru_reset_before", before(), plain_before()),
+        Network::new("gru_reset_before_deep", deep(before()), deep64(plain_before())),
+        Network::new("gru_reset_before_no_bias", before().bias(false), oracle::Recurrent { bias: false, ..plain_before() }),
+        Network::new(
+            "gru_reset_before_gate_clip",
+            before().gate_clip(0.5),
+            oracle::Recurrent { pre_clip: Some(0.5), ..plain_before() },
+        ),
+        Network::new(
+            "gru_reset_before_hard_sigmoid_softsign",
+            before().activations(hard, Activation::Softsign),
+            oracle::Recurrent {
+                cell: oracle::Cell::Gru { reset: oracle::Reset::Before, gate: hard64, candidate: A::Softsign },
+                ..plain()
+            },
+        ),
+        Network {
+            zoneout: [0.3, 0.0],
+            ..Network::new("gru_reset_before_zoneout", deep(before().zoneout(0.3, 0.0)), deep64(plain_before()))
+        },
+        Network {
+            weight_dropout: 0.4,
+            ..Network::new("gru_reset_before_weight_dropout", before().weight_dropout(0.4), plain_before())
         },
     ];
     table.into_iter().try_for_each(|network| check(cases, network))
@@ -173,8 +357,23 @@ fn rnns(cases: &mut Cases<'_>) -> Result<()> {
         Network::new("rnn_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),
         Network::new("rnn_jordan", config().jordan(4), oracle::Recurrent { projection: Some(4), ..plain() }),
         Network { zoneout: [0.3, 0.0], ..Network::new("rnn_zoneout", deep(config().zoneout(0.3, 0.0)), deep64(plain())) },
+        Network { recurrent_dropout: 0.4, ..Network::new("rnn_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
+        Network {
+            recurrent_dropout: 0.3,
+            ..Network::new("rnn_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            zoneout: [0.3, 0.0],
+            ..Network::new("rnn_recurrent_dropout_zoneout", config().recurrent_dropout(0.4).zoneout(0.3, 0.0), plain())
+        },
     ]);
     table.into_iter().try_for_each(|network| check(cases, network))
+}
+
+/// With layer normalization.
+fn norm64(spec: oracle::Recurrent) -> oracle::Recurrent {
+    oracle::Recurrent { layer_norm: true, ..spec }
 }
 
 /// What a case hands to both.
@@ -188,11 +387,19 @@ pub(super) struct Given {
     pub dstate: Vec<Vec<f32>>,
 }
 
-/// One network: ragged with a state, then plain and from zeros.
+/// One network: ragged with a state, then plain and from zeros, then of one step.
 pub(super) fn check<C: Cell>(cases: &mut Cases<'_>, network: Network<C>) -> Result<()> {
-    for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false)] {
+    for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false), ("_step", 1, 1, false)] {
         let mut rng = Rng::seed(network.name.len() as u64 + 7);
         let layer = network.config.clone().init(cases.device, &mut rng)?;
+        // Gains of 1 and shifts of 0 would hide where they go.
+        for (_, param) in layer.params().iter().filter(|(name, _)| name.starts_with("norm_")) {
+            let values: Vec<f32> = param.value().to_vec()?.iter().map(|value| value + 0.4 * rng.normal()).collect();
+            param.set(&values)?;
+        }
+        for (_, param) in layer.params().into_iter().filter(|(name, _)| name.starts_with("initial_")) {
+            param.set(&normal(&mut rng, param.value().len()))?;
+        }
         let slots = network.oracle.layers * network.oracle.directions;
         let lengths = is_ragged.then(|| ragged(&mut rng, steps, rows));
         let mut x = normal(&mut rng, steps * rows * INPUT);
@@ -226,6 +433,7 @@ pub(super) fn check_given<C: Cell>(
     let Given { steps, rows, .. } = *given;
     let spec = network.oracle;
     let slots = spec.layers * spec.directions;
+    let layer_width = layer.output();
     let key = MaskKey::new(KEY.0, KEY.1);
 
     // Training: what the masks are, the oracle is told.
@@ -234,12 +442,16 @@ pub(super) fn check_given<C: Cell>(
         let ending = suffix(&spec, slot);
         let mut parts = Weights::new();
         for (name, param) in layer.params() {
-            if let Some(part) = name.strip_suffix(&ending) {
+            if let Some(part) = name.strip_suffix(&ending).filter(|part| !part.starts_with("initial_")) {
                 parts.insert(part.to_owned(), wide(&param.value().to_vec()?));
             }
         }
         weights.push(parts);
     }
+    let between = if network.dropout > 0.0 { spec.layers - 1 } else { 0 };
+    let drops: Vec<Vec<f64>> = (0..between)
+        .map(|layer| wide(&super::dropout::mask(steps, rows, layer_width, network.dropout, key.layer(layer))))
+        .collect();
     let mut dropped = weights.clone();
     let mut masks = Vec::new();
     if network.weight_dropout > 0.0 {
@@ -279,8 +491,22 @@ pub(super) fn check_given<C: Cell>(
     };
     let lengths64: Option<Vec<usize>> = given.lengths.as_ref().map(|lengths| lengths.iter().map(|n| *n as usize).collect());
     let x = wide(&given.x);
-    let (state, dstate): (Vec<Vec<f64>>, Vec<Vec<f64>>) =
+    let (mut state, dstate): (Vec<Vec<f64>>, Vec<Vec<f64>>) =
         (given.state.iter().map(|s| wide(s)).collect(), given.dstate.iter().map(|s| wide(s)).collect());
+    let learned = network.learns_state && state.is_empty();
+    if learned {
+        // Each row starts from the same numbers.
+        for name in C::Value::NAMES {
+            let mut rows_of = Vec::new();
+            for slot in 0..slots {
+                let name = format!("initial_{name}{}", suffix(&spec, slot));
+                for (_, param) in layer.params().into_iter().filter(|(full, _)| *full == name) {
+                    rows_of.extend(wide(&param.value().to_vec()?).repeat(rows));
+                }
+            }
+            state.push(rows_of);
+        }
+    }
     let (state, dstate): (Vec<&[f64]>, Vec<&[f64]>) =
         (state.iter().map(Vec::as_slice).collect(), dstate.iter().map(Vec::as_slice).collect());
     let dy = wide(&given.dy);
@@ -303,10 +529,31 @@ pub(super) fn check_given<C: Cell>(
         teacher: targets.as_deref().zip(flags.as_deref()),
         ..RecurrentInput::default()
     };
+    let gate_masks = |slot: usize| {
+        let (width, key) = (spec.projection.unwrap_or(spec.hidden), key.draw(0x6761_7465, slot));
+        wide(&super::gates::masks(0..C::Pre::LEN, rows, width, network.recurrent_dropout, key))
+    };
+    let recurrent_masks: Vec<Vec<f64>> = match network.recurrent_dropout > 0.0 {
+        true => (0..slots).map(gate_masks).collect(),
+        false => Vec::new(),
+    };
     let (random, mean) = (zoneout(true), zoneout(false));
-    let mut trained = spec.forward_backward(&dropped, RecurrentInput { zoneout: random.as_deref(), ..input });
+    let drawn = RecurrentInput { zoneout: random.as_deref(), masks: &drops, recurrent_masks: &recurrent_masks, ..input };
+    let mut trained = spec.forward_backward(&dropped, drawn);
     for (gradients, mask) in trained.dweights.iter_mut().zip(&masks) {
         gradients.entry("weight_hh".to_owned()).and_modify(|w| w.iter_mut().zip(mask).for_each(|(w, m)| *w *= m));
+    }
+    if let (Some((targets, probability)), Some(flags)) = (teacher, &flags)
+        && probability < 1.0
+    {
+        // A tape has what the next step saw.
+        let (states, width) = (&mut trained.states[0][0], targets.len() / (steps * rows));
+        for line in
+            (0..(steps - 1) * rows).filter(|line| flags[line + rows] && within(given.lengths.as_deref(), rows, line + rows))
+        {
+            let target = targets[line * width..][..width].iter().map(|target| f64::from(*target));
+            states[line * width..][..width].iter_mut().zip(target).for_each(|(state, target)| *state = target);
+        }
     }
     let inferred = spec.forward_backward(&weights, RecurrentInput { zoneout: mean.as_deref(), ..input });
 
@@ -348,10 +595,24 @@ pub(super) fn check_given<C: Cell>(
         for slot in 0..slots {
             let ending = suffix(&spec, slot);
             for (name, param) in layer.params() {
-                if let Some(part) = name.strip_suffix(&ending) {
+                let Some(part) = name.strip_suffix(&ending) else { continue };
+                let Some(state) = part.strip_prefix("initial_") else {
                     run.near(&format!("grad.{name}"), param.grad(), &trained.dweights[slot][part], GRADIENT)?;
+                    continue;
+                };
+                // The sum over the rows, or nothing where a state was given.
+                let width = param.value().len();
+                let s = C::Value::NAMES.iter().position(|name| *name == state).unwrap_or_default();
+                let rows_of = trained.dstate[s][slot * rows * width..][..rows * width].chunks_exact(width);
+                let mut sum = vec![0.0; width];
+                for row in rows_of.filter(|_| learned) {
+                    sum.iter_mut().zip(row).for_each(|(sum, d)| *sum += d);
                 }
+                run.near(&format!("grad.{name}"), param.grad(), &sum, GRADIENT)?;
             }
+        }
+        if network.flow {
+            super::flow::check_flow(run, &spec, layer, (&x, input), (&dy, dstate.as_ref()), &trained)?;
         }
         if network.streams && teacher.is_none() && given.lengths.is_none() {
             stream(run, layer, &given.x, state.as_ref(), [steps, rows], &inferred.y)?;
@@ -383,10 +644,13 @@ fn stream<C: Cell>(
 /// Jordan networks under a teacher: forced in full, scheduled, never.
 pub(super) fn jordan(cases: &mut Cases<'_>) -> Result<()> {
     const OUTPUTS: usize = 4;
-    let config = RnnConfig::new(INPUT, HIDDEN).jordan(OUTPUTS);
+    let config = || RnnConfig::new(INPUT, HIDDEN).jordan(OUTPUTS);
     let spec = oracle::Recurrent { projection: Some(OUTPUTS), ..oracle::Recurrent::new(oracle::Cell::RNN, INPUT, HIDDEN) };
-    let network = Network::new("jordan", config, spec);
-    for (name, probability) in [("forced", 1.0), ("scheduled", 0.5), ("free", 0.0)] {
+    let plain = Network::new("jordan", config(), spec);
+    let masked =
+        Network { recurrent_dropout: 0.4, ..Network::new("jordan_recurrent_dropout", config().recurrent_dropout(0.4), spec) };
+    let kinds = [("forced", 1.0), ("scheduled", 0.5), ("free", 0.0)];
+    for (network, (name, probability)) in [&plain, &masked].into_iter().flat_map(|network| kinds.map(|kind| (network, kind))) {
         for (steps, rows, is_ragged) in [(7, 5, true), (6, 4, false), (1, 2, false)] {
             let mut rng = Rng::seed(3);
             let layer = network.config.clone().init(cases.device, &mut rng)?;
@@ -399,8 +663,8 @@ pub(super) fn jordan(cases: &mut Cases<'_>) -> Result<()> {
             let kind = if is_ragged { "ragged" } else { "full" };
             check_given(
                 cases,
-                &format!("jordan_{name}_{kind}_t{steps}"),
-                &network,
+                &format!("{}_{name}_{kind}_t{steps}", network.name),
+                network,
                 &layer,
                 &given,
                 Some((&targets, probability)),
