@@ -2,9 +2,9 @@
 //! recurrent weights, a GRU and an LSTM, each with and without clipping of the gradient's norm, on two classic tasks.
 //!
 //! ```sh
-//! cargo run --release --example memory -- --quick                               # a few rows, about a minute on a CPU
+//! cargo run --release --example memory -- --quick                               # four rows, half a minute on a CPU
 //! cargo run --release --example memory -- --task adding --t 200 --net gru       # some rows of the table
-//! cargo run --release --example memory                                          # the whole table: 48 rows, hours on a CPU
+//! cargo run --release --example memory                                          # the whole table: 48 rows, each of at most 3 minutes
 //! ```
 //!
 //! Adding (Hochreiter & Schmidhuber 1997): T steps of a random number and a marker; two are marked, and after the last step their
@@ -49,7 +49,7 @@ struct Args {
     /// Only with clipping of the gradient's norm, or only without
     #[arg(long)]
     clip: Option<bool>,
-    /// Adding over 50 steps, with clipping, and at most 1000 steps a row
+    /// Adding over 50 steps, with clipping, and at most 2000 steps a row
     #[arg(long, conflicts_with_all = ["task", "t", "clip"])]
     quick: bool,
     /// Steps of training, at most, for each row of the table
@@ -214,7 +214,7 @@ fn train<L: Loss>(row: Row, loss: L, args: &Args, device: &Device) -> Result<Out
     if row.clip {
         trainer = trainer.clip_grad_norm(CLIP);
     }
-    let budget = if args.quick { args.steps.min(1000) } else { args.steps };
+    let budget = if args.quick { args.steps.min(2000) } else { args.steps };
     let bar = common::progress_bar(u64::from(budget), "steps")?;
     let (start, solved_under) = (Instant::now(), SOLVED * row.task.baseline(row.t));
     let mut loss = f32::NAN;
