@@ -112,6 +112,8 @@ pub(super) fn check_flow<C: Cell>(
         // Each step by itself: a small norm is as good as a large one.
         for (t, (norm, expected)) in flow.norms.iter().zip(expected).enumerate() {
             let name = format!("|d{}| of {slot} at {t}", flow.state);
+            // An sLSTM's h does not depend on m: what is left of its gradient is rounding.
+            let expected = if expected < 1e-9 { 0.0 } else { expected };
             run.comparisons.push(Comparison::new(name, &[*norm as f32], &[expected], GRADIENT));
         }
     }
