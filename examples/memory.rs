@@ -4,7 +4,7 @@
 //! ```sh
 //! cargo run --release --example memory -- --quick                               # four rows, half a minute on a CPU
 //! cargo run --release --example memory -- --task adding --t 200 --net gru       # some rows of the table
-//! cargo run --release --example memory                                          # the whole table: 48 rows, each of at most 3 minutes
+//! cargo run --release --example memory                                          # the whole table: 48 rows of at most 3 minutes
 //! ```
 //!
 //! Adding (Hochreiter & Schmidhuber 1997): T steps of a random number and a marker; two are marked, and after the last step
