@@ -5,12 +5,13 @@
 //! cargo run --release --example teacher_forcing -- --seed 1 --plot out/teacher-forcing.svg
 //! ```
 //!
-//! A network learns to simulate a damped pendulum from the torque that drives it; angle and speed are measured with a noisy sensor.
-//! Its recurrence goes through its output only (Jordan 1986): the angle and speed of the step before are all it knows of the
-//! past. So its targets can stand in for its outputs in training, all steps run at once, and nothing is propagated back
-//! through time. But it is then used without a teacher, on its own outputs, and there lies the exposure bias: with a measurement at hand
-//! the best forecast leans on it only as far as noise allows, which is the wrong thing to have learned when the network runs free. Scheduled
-//! sampling (Bengio et al. 2015) takes the teacher away bit by bit; free-running training never has one.
+//! A network learns to simulate a damped pendulum from the torque that drives it; angle and speed are measured with a noisy
+//! sensor. Its recurrence goes through its output only (Jordan 1986): the angle and speed of the step before are all it knows
+//! of the past. So its targets can stand in for its outputs in training, all steps run at once, and nothing is propagated back
+//! through time. But it is then used without a teacher, on its own outputs, and there lies the exposure bias: with a
+//! measurement at hand the best forecast leans on it only as far as noise allows, which is the wrong thing to have learned when
+//! the network runs free. Scheduled sampling (Bengio et al. 2015) takes the teacher away bit by bit; free-running training
+//! never has one.
 //!
 //! All three start from the same weights and see the same batches.
 
@@ -61,13 +62,14 @@ struct Args {
     /// Draw the held-out losses over the steps of training as an SVG file
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
-    /// Fail unless full forcing trains at least this many times faster than free running, and scheduled sampling ends with a lower
-    /// free-running loss than full forcing
+    /// Fail unless full forcing trains at least this many times faster than free running, and scheduled sampling ends with a
+    /// lower free-running loss than full forcing
     #[arg(long, value_name = "TIMES")]
     require: Option<f64>,
 }
 
-/// Pendulums that start at rest: x [T, B, 1] the torque, target [T, B, 2] angle and speed after each step as the sensor reads them.
+/// Pendulums that start at rest: x [T, B, 1] the torque, target [T, B, 2] angle and speed after each step as the sensor reads
+/// them.
 fn pendulums(device: &Device, rows: usize, rng: &mut Rng) -> gatefold::Result<Batch> {
     const SECONDS: f32 = 0.25;
     const PARTS: usize = 10;
