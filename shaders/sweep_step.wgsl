@@ -28,6 +28,7 @@ struct Sweep {
     zoneout_h: f32, // probabilities, of state 0 and of the others
     zoneout_c: f32,
     clip: f32,      // backward: a bound for each element of the gradient that later steps give; 0: none
+    flow_at: u32,   // backward with `flow`: where the gradients of all steps start in dstates
 }
 
 @group(0) @binding(0) var<uniform> params: Sweep;
@@ -222,10 +223,8 @@ fn add_sums(tile: u32, unit: u32, dunit: Unit, clipped: u32) {
 
 // The whole gradient of each state after this step, behind the sums.
 fn store_flow(row: u32, unit: u32, d: State) {
-    var before = STATES * params.rows;
-    if sums { before += (params.rows + ROWS - 1u) / ROWS * (unit_params - BIASES + 1u); }
     for (var s = 0u; s < STATES; s++) {
-        dstates[(before + (params.t * STATES + s) * params.rows + row) * params.hidden + unit] = d[s];
+        dstates[params.flow_at + ((params.t * STATES + s) * params.rows + row) * params.hidden + unit] = d[s];
     }
 }
 

@@ -22,6 +22,7 @@ params! {
         key0: u32, key1: u32, start: u32,
         random: u32, zoneout_h: f32, zoneout_c: f32,
         clip: f32,
+        flow_at: u32,
     }
 }
 
@@ -166,7 +167,8 @@ impl<'a> Plan<'a> {
         C::State::LEN * self.rows * self.hidden + self.sums_len(cell)
     }
 
-    /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of the clip's counts.
+    /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of
+    /// the clip's counts.
     pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
         if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
     }
@@ -212,6 +214,7 @@ impl<'a> Plan<'a> {
             zoneout_h: self.zoneout[0],
             zoneout_c: self.zoneout[1],
             clip: self.clip,
+            flow_at: 0,
         }
     }
 
@@ -317,7 +320,8 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
             let mut params = |step: Step, finish: bool| {
                 let recurrent = u32::from(later.is_some());
                 let finish = u32::from(finish);
-                let params = Sweep { later: later.unwrap_or(0), recurrent, finish, ..plan.params(depth, step) };
+                let (later_step, flow_at) = (later.unwrap_or(0), plan.flow_at(cell).unwrap_or(0) as u32);
+                let params = Sweep { later: later_step, recurrent, finish, flow_at, ..plan.params(depth, step) };
                 later = Some(step.0 as u32);
                 (params, plan.groups(ROWS, UNITS))
             };
@@ -348,7 +352,8 @@ pub(crate) fn backward_split<C: CellKernel>(
         }
         Backend::Gpu(gpu) => {
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
-            let step = (plan.params(plan.steps + 1, step), plan.groups(ROWS, UNITS));
+            let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
+            let step = (Sweep { flow_at, ..plan.params(plan.steps + 1, step) }, plan.groups(ROWS, UNITS));
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, std::iter::once(step))
         }
     }
