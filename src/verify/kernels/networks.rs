@@ -14,7 +14,7 @@ use crate::verify::oracle::{self, RecurrentInput, Weights};
 
 /// A network in both worlds.
 pub(super) struct Network<C> {
-    pub name: &'static str,
+    pub name: String,
     pub config: RecurrentConfig<C>,
     pub oracle: oracle::Recurrent,
     /// Probabilities of what draws masks, as given to the configuration.
@@ -32,10 +32,10 @@ pub(super) struct Network<C> {
 }
 
 impl<C: Cell> Network<C> {
-    pub fn new(name: &'static str, config: RecurrentConfig<C>, oracle: oracle::Recurrent) -> Self {
+    pub fn new(name: impl Into<String>, config: RecurrentConfig<C>, oracle: oracle::Recurrent) -> Self {
         let streams = oracle.directions == 1 && !oracle.first_reverse;
         Self {
-            name,
+            name: name.into(),
             config,
             oracle,
             zoneout: [0.0; 2],
@@ -53,41 +53,55 @@ const KEY: (u64, u64) = (11, 12);
 pub(super) const INPUT: usize = 5;
 pub(super) const HIDDEN: usize = 19;
 
-/// Every cell and option: each row is the test of a mark in the README's table.
+/// Every cell and option: `cell_option` is the case of a mark in the README's table.
 pub(super) fn networks(cases: &mut Cases<'_>) -> Result<()> {
+    use oracle::Cell as C;
+    every_option(cases, "lstm", LstmConfig::new(INPUT, HIDDEN), C::LSTM)?;
+    every_option(cases, "gru", GruConfig::new(INPUT, HIDDEN), C::GRU)?;
+    every_option(cases, "rnn", RnnConfig::new(INPUT, HIDDEN), C::RNN)?;
+    every_option(cases, "indrnn", IndRnnConfig::new(INPUT, HIDDEN), C::IndRnn { activation: oracle::Activation::Relu })?;
+    every_option(cases, "slstm", SLstmConfig::new(INPUT, HIDDEN), C::SLstm)?;
+    every_option(cases, "min_gru", MinGruConfig::new(INPUT, HIDDEN), C::MinGru)?;
+    every_option(cases, "min_lstm", MinLstmConfig::new(INPUT, HIDDEN), C::MinLstm)?;
     lstms(cases)?;
     grus(cases)?;
     rnns(cases)?;
-    indrnns(cases)?;
-    let names = ["slstm", "slstm_one_layer", "slstm_no_bias", "slstm_zoneout", "slstm_dropout"];
-    without_options(cases, names, SLstmConfig::new(INPUT, HIDDEN), oracle::Cell::SLstm)?;
-    let weight_dropout = SLstmConfig::new(INPUT, HIDDEN).weight_dropout(0.4);
-    let spec = oracle::Recurrent::new(oracle::Cell::SLstm, INPUT, HIDDEN);
-    check(cases, Network { weight_dropout: 0.4, ..Network::new("slstm_weight_dropout", weight_dropout, spec) })?;
-    let names = ["min_gru", "min_gru_one_layer", "min_gru_no_bias", "min_gru_zoneout", "min_gru_dropout"];
-    without_options(cases, names, MinGruConfig::new(INPUT, HIDDEN), oracle::Cell::MinGru)?;
-    let names = ["min_lstm", "min_lstm_one_layer", "min_lstm_no_bias", "min_lstm_zoneout", "min_lstm_dropout"];
-    without_options(cases, names, MinLstmConfig::new(INPUT, HIDDEN), oracle::Cell::MinLstm)
+    indrnns(cases)
 }
 
-/// What every cell has: deep and in both directions, a single layer, no biases, zoneout, dropout between layers.
-fn without_options<C: Cell>(
-    cases: &mut Cases<'_>,
-    [deep, one, no_bias, zoneout, dropout]: [&'static str; 5],
-    config: RecurrentConfig<C>,
-    cell: oracle::Cell,
-) -> Result<()> {
-    let plain = oracle::Recurrent::new(cell, INPUT, HIDDEN);
-    let stack = || config.clone().layers(2).direction(Direction::Both);
-    let stack64 = oracle::Recurrent { layers: 2, directions: 2, ..plain };
-    let others = if cell.states() > 1 { 0.2 } else { 0.0 };
-    let table = [
-        Network::new(deep, stack(), stack64),
-        Network::new(one, config.clone(), plain),
-        Network::new(no_bias, config.clone().bias(false), oracle::Recurrent { bias: false, ..plain }),
-        Network { zoneout: [0.3, others], ..Network::new(zoneout, stack().zoneout(0.3, others), stack64) },
-        Network { dropout: 0.3, ..Network::new(dropout, stack().dropout(0.3), stack64) },
+/// What every cell has, and masks on the recurrent product where there is one.
+fn every_option<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>, cell: oracle::Cell) -> Result<()> {
+    let one = oracle::Recurrent::new(cell, INPUT, HIDDEN);
+    let config = || config.clone();
+    let deep = || config().layers(2).direction(Direction::Both);
+    let deep64 = oracle::Recurrent { layers: 2, directions: 2, ..one };
+    let network = |option: &str, config: RecurrentConfig<C>, spec| Network::new(format!("{name}_{option}"), config, spec);
+    let merged = |option: &str, merge: Merge, merge64: oracle::Merge| {
+        network(option, deep().merge(merge), oracle::Recurrent { merge: merge64, ..deep64 })
+    };
+    let held = [0.3, if C::State::LEN > 1 { 0.2 } else { 0.0 }];
+    let mut table = vec![
+        network("one_layer", config(), one),
+        network("deep", deep(), deep64),
+        network("reverse", config().direction(Direction::Reverse), oracle::Recurrent { first_reverse: true, ..one }),
+        network("no_bias", config().bias(false), oracle::Recurrent { bias: false, ..one }),
+        Network { dropout: 0.3, ..network("dropout", deep().dropout(0.3), deep64) },
+        Network { zoneout: held, ..network("zoneout", config().zoneout(held[0], held[1]), one) },
+        Network { zoneout: held, ..network("zoneout_deep", deep().zoneout(held[0], held[1]), deep64) },
+        network("residual", config().layers(3).residual(true), oracle::Recurrent { layers: 3, residual: true, ..one }),
+        merged("merge_sum", Merge::Sum, oracle::Merge::Sum),
+        merged("merge_mean", Merge::Mean, oracle::Merge::Mean),
+        merged("merge_product", Merge::Product, oracle::Merge::Product),
+        Network { learns_state: true, ..network("learned_state", config().learn_initial_state(true), one) },
     ];
+    if C::PRODUCT {
+        table.extend([
+            Network { recurrent_dropout: 0.4, ..network("recurrent_dropout", config().recurrent_dropout(0.4), one) },
+            Network { recurrent_dropout: 0.3, ..network("recurrent_dropout_deep", deep().recurrent_dropout(0.3), deep64) },
+            Network { weight_dropout: 0.4, ..network("weight_dropout", config().weight_dropout(0.4), one) },
+            Network { weight_dropout: 0.4, ..network("weight_dropout_deep", deep().weight_dropout(0.4), deep64) },
+        ]);
+    }
     table.into_iter().try_for_each(|network| check(cases, network))
 }
 
@@ -118,7 +132,6 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
     let elu = Activation::Elu { alpha: 0.7 };
     let elu64 = A::Elu { alpha: f64::from(0.7f32) };
     let table = vec![
-        Network::new("lstm", deep(config()), deep64(plain())),
         Network::new("lstm_projection", config().projection(7), oracle::Recurrent { projection: Some(7), ..plain() }),
         Network::new(
             "lstm_projection_deep",
@@ -158,27 +171,6 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
             config().activations(Activation::Sigmoid, Activation::Softplus, elu),
             oracle::Recurrent { cell: acts(A::Sigmoid, A::Softplus, elu64), ..plain() },
         ),
-        Network { dropout: 0.3, ..Network::new("lstm_dropout", deep(config().dropout(0.3)), deep64(plain())) },
-        Network::new(
-            "lstm_merge_sum",
-            deep(config().merge(Merge::Sum)),
-            oracle::Recurrent { merge: oracle::Merge::Sum, ..deep64(plain()) },
-        ),
-        Network::new(
-            "lstm_merge_mean",
-            deep(config().merge(Merge::Mean)),
-            oracle::Recurrent { merge: oracle::Merge::Mean, ..deep64(plain()) },
-        ),
-        Network::new(
-            "lstm_merge_product",
-            deep(config().merge(Merge::Product)),
-            oracle::Recurrent { merge: oracle::Merge::Product, ..deep64(plain()) },
-        ),
-        Network::new(
-            "lstm_residual",
-            config().layers(3).residual(true),
-            oracle::Recurrent { layers: 3, residual: true, ..plain() },
-        ),
         Network {
             dropout: 0.3,
             ..Network::new(
@@ -190,15 +182,10 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
         Network {
             learns_state: true,
             ..Network::new(
-                "lstm_learned_state",
+                "lstm_projection_learned_state",
                 deep(config().projection(7).learn_initial_state(true)),
                 oracle::Recurrent { projection: Some(7), ..deep64(plain()) },
             )
-        },
-        Network { zoneout: [0.3, 0.2], ..Network::new("lstm_zoneout", deep(config().zoneout(0.3, 0.2)), deep64(plain())) },
-        Network {
-            weight_dropout: 0.4,
-            ..Network::new("lstm_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
         },
         Network::new("lstm_layer_norm", config().layer_norm(true), norm64(plain())),
         Network::new("lstm_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
@@ -237,11 +224,6 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
                 deep(config().layer_norm(true).recurrent_dropout(0.4)),
                 deep64(norm64(plain())),
             )
-        },
-        Network { recurrent_dropout: 0.4, ..Network::new("lstm_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
-        Network {
-            recurrent_dropout: 0.3,
-            ..Network::new("lstm_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
         },
         Network {
             recurrent_dropout: 0.4,
@@ -284,20 +266,12 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
     };
     let acts = oracle::Cell::Gru { reset: oracle::Reset::After, gate: hard64, candidate: A::Softsign };
     let table = vec![
-        Network::new("gru", deep(config()), deep64(plain())),
-        Network::new("gru_one_layer", config(), plain()),
-        Network::new("gru_no_bias", config().bias(false), oracle::Recurrent { bias: false, ..plain() }),
         Network::new("gru_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),
         Network::new(
             "gru_hard_sigmoid_softsign",
             config().activations(hard, Activation::Softsign),
             oracle::Recurrent { cell: acts, ..plain() },
         ),
-        Network { zoneout: [0.3, 0.0], ..Network::new("gru_zoneout", deep(config().zoneout(0.3, 0.0)), deep64(plain())) },
-        Network {
-            weight_dropout: 0.4,
-            ..Network::new("gru_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
-        },
         Network::new("gru_layer_norm", config().layer_norm(true), norm64(plain())),
         Network::new("gru_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
         Network::new(
@@ -321,11 +295,6 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
                 deep(config().layer_norm(true).recurrent_dropout(0.4)),
                 deep64(norm64(plain())),
             )
-        },
-        Network { recurrent_dropout: 0.4, ..Network::new("gru_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
-        Network {
-            recurrent_dropout: 0.3,
-            ..Network::new("gru_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
         },
         Network {
             recurrent_dropout: 0.4,
@@ -364,8 +333,6 @@ fn rnns(cases: &mut Cases<'_>) -> Result<()> {
     use oracle::Activation as A;
     let config = || RnnConfig::new(INPUT, HIDDEN);
     let plain = || oracle::Recurrent::new(oracle::Cell::RNN, INPUT, HIDDEN);
-    let deep = |config: RnnConfig| config.layers(2).direction(Direction::Both);
-    let deep64 = |spec: oracle::Recurrent| oracle::Recurrent { layers: 2, directions: 2, ..spec };
     let f = f64::from;
     let activations = [
         ("rnn_relu", Activation::Relu, A::Relu),
@@ -383,16 +350,8 @@ fn rnns(cases: &mut Cases<'_>) -> Result<()> {
         })
         .collect();
     table.extend([
-        Network::new("rnn", deep(config()), deep64(plain())),
-        Network::new("rnn_reverse", config().direction(Direction::Reverse), oracle::Recurrent { first_reverse: true, ..plain() }),
         Network::new("rnn_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),
         Network::new("rnn_jordan", config().jordan(4), oracle::Recurrent { projection: Some(4), ..plain() }),
-        Network { zoneout: [0.3, 0.0], ..Network::new("rnn_zoneout", deep(config().zoneout(0.3, 0.0)), deep64(plain())) },
-        Network { recurrent_dropout: 0.4, ..Network::new("rnn_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
-        Network {
-            recurrent_dropout: 0.3,
-            ..Network::new("rnn_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
-        },
         Network {
             recurrent_dropout: 0.4,
             zoneout: [0.3, 0.0],
@@ -406,16 +365,13 @@ fn indrnns(cases: &mut Cases<'_>) -> Result<()> {
     use oracle::Activation as A;
     let config = || IndRnnConfig::new(INPUT, HIDDEN);
     let cell = |activation| oracle::Cell::IndRnn { activation };
-    let names = ["indrnn", "indrnn_one_layer", "indrnn_no_bias", "indrnn_zoneout", "indrnn_dropout"];
-    without_options(cases, names, config(), cell(A::Relu))?;
     for (name, activation, activation64) in
         [("indrnn_tanh", Activation::Tanh, A::Tanh), ("indrnn_softsign", Activation::Softsign, A::Softsign)]
     {
         let spec = oracle::Recurrent::new(cell(activation64), INPUT, HIDDEN);
         check(cases, Network::new(name, config().activation(activation), spec))?;
     }
-    let (reverse, spec) = (config().direction(Direction::Reverse), oracle::Recurrent::new(cell(A::Relu), INPUT, HIDDEN));
-    check(cases, Network::new("indrnn_reverse", reverse, oracle::Recurrent { first_reverse: true, ..spec }))
+    Ok(())
 }
 
 /// With layer normalization.
