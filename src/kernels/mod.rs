@@ -21,6 +21,7 @@ pub(crate) mod mean_squared_error;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod pooling;
+mod product;
 pub(crate) mod reduce;
 #[cfg_attr(not(feature = "verify"), expect(dead_code, reason = "the decode loop that uses it is still to come"))]
 pub(crate) mod sample;

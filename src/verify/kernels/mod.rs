@@ -4,6 +4,7 @@
 //! runs with each other, and inputs afterwards with what they were. Windows lie in larger tensors of NaN words, which
 //! a kernel must neither use nor touch.
 
+mod batch_invariant;
 mod dropout;
 mod harness;
 mod layers;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
         ("jordan", networks::jordan),
+        ("batch_invariant", batch_invariant::batch_invariant),
     ];
     families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
 }
