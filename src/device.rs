@@ -269,10 +269,10 @@ impl Device {
         self.inner.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Whether the bits of an output may depend on what else was computed with it. With `true`, from now on, on this device and
-    /// all clones of it, every product sums in one order: a sequence in steps or in chunks gives the bits of the whole, and
-    /// a row those that it gives alone, whatever the batch, its padding and the row's place in it. Without it they agree within
-    /// rounding. This holds for outputs and for gradients of x; those of weights are sums over rows.
+    /// With `true`, from now on, on this device and all clones of it, the bits of an output do not depend on what else is computed
+    /// with it: a sequence in steps or in chunks gives the bits of the whole, and a row those that it gives alone, whatever the
+    /// batch, its padding and the row's place in it. Every product then sums in one order. Without it the same agrees within
+    /// rounding. This holds for outputs and states; gradients agree within rounding in either mode.
     ///
     /// It costs nothing on a GPU, whose kernels sum in one order always. COST
     pub fn set_batch_invariant(&self, on: bool) {

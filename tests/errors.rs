@@ -600,7 +600,7 @@ fn streams() -> Result<()> {
         let mut twin = Stream::new(model, 3, 2)?;
         let text = format!("Stream.push: id is {b}, which is not here, expected a stream that joined and has not left");
         t.row(|| twin.push(&[(b, &[0.0; 3])]), Argument, text);
-        let text = format!("Stream.push: the frames of {b} has shape [4], expected a multiple of 3 numbers, which a frame has");
+        let text = format!("Stream.push: data of {b} has shape [4], expected a multiple of 3 numbers, which a frame has");
         t.row(|| stream.push(&[(b, &[0.0; 4])]), Argument, text);
         let text = format!("Stream.push: {b} is given twice, expected once");
         t.row(|| stream.push(&[(b, &[0.0; 3]), (b, &[])]), Argument, text);

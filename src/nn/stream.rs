@@ -259,7 +259,7 @@ impl Stream {
             let row = self.find(op, *id)?;
             if data.len() % width != 0 {
                 let expected = format!("a multiple of {width} numbers, which a frame has");
-                return Err(Error::shape(op, &format!("the frames of {id}"), &[data.len()], expected));
+                return Err(Error::shape(op, &format!("data of {id}"), &[data.len()], expected));
             }
             if lengths[row].replace((data.len() / width) as u32).is_some() {
                 return Err(Error::argument(op, &id.to_string(), "given twice", "once"));
