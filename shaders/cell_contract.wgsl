@@ -7,7 +7,8 @@
 //     fn cell_forward(site: Site, x: Pre, r: Pre, previous: State, p: Unit) -> Forward
 //     fn cell_backward(site: Site, saved: Slots, previous: State, p: Unit, d: State) -> Backward
 // and a sweep file calls them for each step, row and unit. x is the input part W_ih x + b_ih, r the product W_hh h of a
-// unit's gates, p the unit's own parameters, d the gradient of the new state. Options of a cell are pipeline constants.
+// unit's gates, p the unit's own parameters, d the gradient of the new state. Options of a cell are pipeline constants. Where the
+// last gate's product sees not h but what another gate makes of it, a kernel of the cell's own makes that (gru_reset.wgsl).
 
 alias Pre = array<f32, GATES>;
 alias Slots = array<f32, SLOTS>;

@@ -15,6 +15,7 @@ struct Sweep {
     after: u32,  // slot of the state after it
     later: u32,  // backward: the step handled before this one
     recurrent: u32, // backward: 1 where there is such a step
+    finish: u32, // backward: 1: nothing but the product of the first step, for the gradient of the initial state
     ragged: u32, // 1: steps past lengths[row] hold the state and output zeros
     keep: u32,   // forward: 1: store what backward needs
     output: u32, // 1: y is this state 0 (backward: dy is its gradient); 0: y is made of it elsewhere
@@ -225,6 +226,10 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
     var d: State;
     for (var s = 0u; s < STATES; s++) { d[s] = dstates[(s * params.rows + row) * params.hidden + unit]; }
     d[0] += dh;
+    if params.finish == 1u {
+        dstates[row * params.hidden + unit] = d[0];
+        return result;
+    }
     var dslots: Slots;
     for (var s = 0u; s < SLOTS; s++) { dslots[s] = 0.0; }
     if is_valid(row) {

@@ -48,6 +48,7 @@
 //! - [`nn`]: layers, each with `forward`, `forward_train`, `backward`. [`nn::Recurrent`] is the core of every recurrent
 //!   layer: the input product of all steps at once, a sweep over time, and after the backward sweep the gradients of all
 //!   weights at once.
+//! - [`onnx`]: recurrent operators of ONNX as those layers.
 //! - [`Loss`], [`optim`], [`data`], [`checkpoint`], [`Trainer`].
 //! - `verify` (feature `verify`): f64 oracle and case tables, one body for the tests and the `gatefold verify` command.
 //!
@@ -73,6 +74,7 @@ mod error;
 mod kernels;
 mod loss;
 pub mod nn;
+pub mod onnx;
 pub mod optim;
 mod rng;
 mod tensor;
@@ -85,13 +87,14 @@ pub use error::{Error, ErrorKind, Result};
 pub use loss::{CrossEntropy, Loss, MeanSquaredError};
 pub use rng::{MaskKey, Rng};
 pub use tensor::{Ids, Lengths, Shape, Tensor};
-pub use trainer::{Batch, Outcome, Trainer};
+pub use trainer::{Batch, Model, Outcome, Trainer};
 
 // Threads may share devices, tensors and layers.
 #[cfg(not(target_arch = "wasm32"))]
 const _: fn() = || {
     fn shared<T: Send + Sync>() {}
     shared::<(Device, Tensor, Ids, nn::Lstm, nn::Sequential, Trainer<CrossEntropy>)>();
+    shared::<(nn::Decoded, Trainer<CrossEntropy, nn::GruEncoderDecoder>)>();
 };
 
 // The README's program compiles and runs.

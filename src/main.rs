@@ -25,7 +25,7 @@ struct Cli {
 enum Command {
     /// List the devices, what each can do, and which one is taken by default.
     Devices,
-    /// Check every kernel against a float64 oracle, and layers against case files that PyTorch wrote.
+    /// Check every kernel against a float64 oracle, and layers against case files that PyTorch or ONNX Runtime wrote.
     Verify(verify::Args),
     /// Time a layer: the median and the minimum of many runs.
     Bench(bench::Args),

@@ -9,25 +9,34 @@ use crate::checkpoint::{self, Entry, Metadata};
 use crate::error::{Error, Result};
 use crate::kernels::optimizer::CONTROL_WORDS;
 use crate::loss::Loss;
-use crate::nn::{Input, Module, Sequential, State, Value};
+use crate::nn::{Cell, EncoderDecoder, EncoderDecoderTape, Input, Module, Sequential, SequentialTape, State, Value};
 use crate::optim::{Optimizer, Rule, Stats};
 use crate::rng::MaskKey;
-use crate::tensor::{Lengths, Tensor};
+use crate::tensor::{Ids, Lengths, Tensor};
 
 /// What one step of training is about: inputs, what is wanted of them, and how long each row is. Each setter takes a
 /// value or an `Option` of it.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Batch {
-    input: Value,
-    target: Value,
-    lengths: Option<Lengths>,
-    state: Option<State>,
+    /// See [`Batch::new`].
+    pub input: Value,
+    /// See [`Batch::new`].
+    pub target: Value,
+    /// See [`Batch::lengths`].
+    pub lengths: Option<Lengths>,
+    /// See [`Batch::state`].
+    pub state: Option<State>,
+    /// See [`Batch::source`].
+    pub source: Option<(Ids, Option<Lengths>)>,
+    /// See [`Batch::teacher`].
+    pub teacher: Option<f32>,
 }
 
 impl Batch {
     /// Inputs (numbers or ids) and targets (numbers or ids), time-major.
     pub fn new(input: impl Into<Value>, target: impl Into<Value>) -> Self {
-        Self { input: input.into(), target: target.into(), lengths: None, state: None }
+        Self { input: input.into(), target: target.into(), lengths: None, state: None, source: None, teacher: None }
     }
 
     /// Valid steps of each row; they reach every layer and the loss. The inputs past a row's end must be finite numbers, such
@@ -41,8 +50,28 @@ impl Batch {
         Self { state: state.into(), ..self }
     }
 
-    fn beside(&self) -> Input<'_, State> {
-        Input::new().lengths(self.lengths.as_ref()).state(self.state.as_ref())
+    /// What an [`EncoderDecoder`] reads, ids `[S, B]` and their lengths; the batch's input is then what its decoder sees, and the
+    /// batch's lengths are those of the targets.
+    pub fn source(self, ids: &Ids, lengths: impl Into<Option<Lengths>>) -> Self {
+        Self { source: Some((ids.clone(), lengths.into())), ..self }
+    }
+
+    /// Teacher forcing: the targets, which must be numbers, stand in with this probability for the outputs of the model's last
+    /// layer in its recurrence, which must go through the output only. See [`Input::teacher`]. Between 0 and 1 only a step can
+    /// draw: [`Trainer::evaluate`] takes 0 (the network runs free, as without a teacher) or 1.
+    pub fn teacher(self, probability: impl Into<Option<f32>>) -> Self {
+        Self { teacher: probability.into(), ..self }
+    }
+
+    fn beside(&self) -> Result<Input<'_, State>> {
+        let input = Input::new().lengths(self.lengths.as_ref()).state(self.state.as_ref());
+        match (self.teacher, &self.target) {
+            (None, _) => Ok(input),
+            (Some(probability), Value::Numbers(targets)) => Ok(input.teacher(targets, probability)),
+            (Some(_), Value::Ids(_)) => {
+                Err(Error::argument("Batch.teacher", "target", "ids", "numbers, to stand in for the model's outputs"))
+            }
+        }
     }
 }
 
@@ -51,7 +80,7 @@ impl Batch {
 pub struct Outcome {
     /// The mean loss, before the step.
     pub loss: Tensor,
-    /// The layers' final states.
+    /// The layers' final states; of an [`EncoderDecoder`] none.
     pub state: State,
 }
 
@@ -62,6 +91,88 @@ impl Outcome {
     /// What the device reports.
     pub fn item(&self) -> Result<f32> {
         self.loss.item()
+    }
+}
+
+/// What a [`Trainer`] trains: [`Sequential`], [`EncoderDecoder`], or a model of one's own that refuses what it does not know.
+pub trait Model: Module {
+    /// What the forward pass leaves for the backward pass.
+    type Tape;
+
+    /// The output for a batch and the final states, without dropout.
+    ///
+    /// # Errors
+    /// What the model refuses, and what the device reports.
+    fn forward(&self, batch: &Batch) -> Result<(Tensor, State)>;
+
+    /// The same with dropout, and a tape for [`Model::backward`].
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, State, Self::Tape)>;
+
+    /// Adds to the gradients of all parameters, from that of the output.
+    ///
+    /// # Errors
+    /// As [`Model::forward`].
+    fn backward(&self, tape: Self::Tape, dy: &Tensor) -> Result<()>;
+}
+
+impl Model for Sequential {
+    type Tape = SequentialTape;
+
+    fn forward(&self, batch: &Batch) -> Result<(Tensor, State)> {
+        no_source(batch)?;
+        self.forward(batch.input.clone(), batch.beside()?)
+    }
+
+    fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, State, SequentialTape)> {
+        no_source(batch)?;
+        self.forward_train(batch.input.clone(), batch.beside()?.key(key))
+    }
+
+    fn backward(&self, tape: SequentialTape, dy: &Tensor) -> Result<()> {
+        self.backward(tape, dy)
+    }
+}
+
+fn no_source(batch: &Batch) -> Result<()> {
+    match batch.source {
+        None => Ok(()),
+        Some(_) => Err(Error::argument("sequential.forward", "source", "given", "none: only an EncoderDecoder reads one")),
+    }
+}
+
+impl<C: Cell> Model for EncoderDecoder<C> {
+    type Tape = EncoderDecoderTape;
+
+    fn forward(&self, batch: &Batch) -> Result<(Tensor, State)> {
+        let (source, source_lengths, target_in) = pair("encoder_decoder.forward", batch)?;
+        Ok((self.forward(source, source_lengths, target_in, batch.lengths.as_ref())?, State::new(Vec::new())))
+    }
+
+    fn forward_train(&self, batch: &Batch, key: MaskKey) -> Result<(Tensor, State, EncoderDecoderTape)> {
+        let (source, source_lengths, target_in) = pair("encoder_decoder.forward_train", batch)?;
+        let (y, tape) = self.forward_train(source, source_lengths, target_in, batch.lengths.as_ref(), Some(key))?;
+        Ok((y, State::new(Vec::new()), tape))
+    }
+
+    fn backward(&self, tape: EncoderDecoderTape, dy: &Tensor) -> Result<()> {
+        self.backward(tape, dy)
+    }
+}
+
+/// What an encoder and a decoder read.
+fn pair<'a>(op: &str, batch: &'a Batch) -> Result<(&'a Ids, Option<&'a Lengths>, &'a Ids)> {
+    if batch.state.is_some() {
+        return Err(Error::argument(op, "state", "given", "none: the encoder makes it"));
+    }
+    if batch.teacher.is_some() {
+        return Err(Error::argument(op, "teacher", "given", "none: an encoder-decoder is always taught, by the batch's input"));
+    }
+    match &batch.source {
+        Some((source, lengths)) => Ok((source, lengths.as_ref(), batch.input.ids(op)?)),
+        None => Err(Error::argument(op, "source", "not given", "the ids that the encoder reads (Batch::source)")),
     }
 }
 
@@ -82,8 +193,8 @@ impl Outcome {
 /// println!("{}", outcome.item()?);
 /// # Ok(()) }
 /// ```
-pub struct Trainer<L> {
-    model: Sequential,
+pub struct Trainer<L, M = Sequential> {
+    model: M,
     loss: L,
     optimizer: Optimizer,
     progress: Progress,
@@ -103,12 +214,12 @@ const PROGRESS: &str = "gatefold.trainer";
 const RULE: &str = "gatefold.optimizer";
 const CONTROL: &str = "optimizer.control";
 
-impl<L: Loss> Trainer<L> {
+impl<L: Loss, M: Model> Trainer<L, M> {
     /// Moves the model's parameters into the optimizer's arena.
     ///
     /// # Errors
     /// As [`Optimizer::new`].
-    pub fn new(mut model: Sequential, loss: L, rule: impl Into<Rule>) -> Result<Self> {
+    pub fn new(mut model: M, loss: L, rule: impl Into<Rule>) -> Result<Self> {
         let optimizer = Optimizer::new(rule, model.params_mut())?;
         Ok(Self { model, loss, optimizer, progress: Progress { seed: 0, step: 0 } })
     }
@@ -144,7 +255,7 @@ impl<L: Loss> Trainer<L> {
 
     fn record(&mut self, batch: &Batch) -> Result<Outcome> {
         let key = MaskKey::new(self.progress.seed, self.progress.step);
-        let (y, state, tape) = self.model.forward_train(batch.input.clone(), batch.beside().key(key))?;
+        let (y, state, tape) = self.model.forward_train(batch, key)?;
         let (loss, dy) = self.loss.loss_and_gradient(&y, &batch.target, batch.lengths.as_ref())?;
         self.model.backward(tape, &dy)?;
         self.optimizer.step()?;
@@ -157,18 +268,18 @@ impl<L: Loss> Trainer<L> {
     /// # Errors
     /// As [`Trainer::step`].
     pub fn evaluate(&self, batch: &Batch) -> Result<Outcome> {
-        let (y, state) = self.model.forward(batch.input.clone(), batch.beside())?;
+        let (y, state) = self.model.forward(batch)?;
         let loss = self.loss.loss(&y, &batch.target, batch.lengths.as_ref())?;
         Ok(Outcome { loss, state })
     }
 
     /// The model, to predict with or to save by itself.
-    pub fn model(&self) -> &Sequential {
+    pub fn model(&self) -> &M {
         &self.model
     }
 
     /// The model; the trainer's arena stays behind it.
-    pub fn into_model(self) -> Sequential {
+    pub fn into_model(self) -> M {
         self.model
     }
 
@@ -261,7 +372,7 @@ impl<L: Loss> Trainer<L> {
     }
 }
 
-impl<L> std::fmt::Debug for Trainer<L> {
+impl<L, M: std::fmt::Debug> std::fmt::Debug for Trainer<L, M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Trainer").field("model", &self.model).field("step", &self.progress.step).finish_non_exhaustive()
     }

@@ -11,9 +11,11 @@ use common::{adapters, devices};
 use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
-    CellState, Context, Direction, Dropout, EmbeddingConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig,
-    LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Residual, Sequential, Skip, State, Stream, Tape, Value,
+    CellState, Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, Input, LastState,
+    LastStep, Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual,
+    RnnConfig, Sequential, Skip, State, Stream, Tape, Value,
 };
+use gatefold::onnx::{Inputs, Kind, Operator};
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
 use safetensors::{Dtype, tensor::TensorView};
@@ -135,6 +137,89 @@ fn tensors() -> Result<()> {
     })
 }
 
+#[test]
+fn onnx_operators() -> Result<()> {
+    const INIT: &str = "onnx.Operator.init:";
+    everywhere(|t, device, other| {
+        let fresh = |kind, gates: usize| {
+            let mut operator = Operator::new(kind, 2, 3);
+            (operator.w, operator.r) = (vec![0.0; gates * 3 * 2], vec![0.0; gates * 3 * 3]);
+            operator
+        };
+        let mut row = |kind, gates, change: &dyn Fn(&mut Operator), text: &str| {
+            let mut operator = fresh(kind, gates);
+            change(&mut operator);
+            t.row(|| operator.init(device), Argument, format!("{INIT} {text}"));
+        };
+        let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        row(Kind::Lstm, 3, &|_| (), "w has shape [18], expected 24 elements for shape [1, 12, 2]");
+        row(Kind::Gru, 3, &|o| o.direction = Direction::Both, "w has shape [18], expected 36 elements for shape [2, 9, 2]");
+        row(Kind::Gru, 3, &|o| o.r = vec![], "r has shape [0], expected 27 elements for shape [1, 9, 3]");
+        row(Kind::Rnn, 1, &|o| o.b = Some(vec![0.0; 3]), "b has shape [3], expected 6 elements for shape [1, 6]");
+        row(Kind::Lstm, 4, &|o| o.p = Some(vec![0.0; 3]), "p has shape [3], expected 9 elements for shape [1, 9]");
+        row(Kind::Gru, 3, &|o| o.p = Some(vec![0.0; 9]), "p is given, expected none: Lstm has it, not Gru");
+        row(Kind::Rnn, 1, &|o| o.input_forget = true, "input_forget is given, expected none: Lstm has it, not Rnn");
+        row(
+            Kind::Lstm,
+            4,
+            &|o| o.linear_before_reset = true,
+            "linear_before_reset is given, expected none: Gru has it, not Lstm",
+        );
+        for clip in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            row(Kind::Rnn, 1, &|o| o.clip = Some(clip), &format!("clip is {clip}, expected a finite number above 0, or none"));
+        }
+        row(Kind::Gru, 3, &|o| o.activations = names(&["Tanh"]), "activations is [\"Tanh\"], expected 2 names");
+        row(Kind::Rnn, 1, &|o| o.activations = names(&["Gelu"]), "activations is \"Gelu\", expected Sigmoid, Tanh, Relu, ..");
+        let affine = |o: &mut Operator| {
+            (o.activations, o.activation_alpha) = (names(&["Affine"]), vec![1.0]);
+        };
+        row(Kind::Rnn, 1, &affine, "activation_beta is used up, expected a number for Affine, which has no default");
+        let many = |o: &mut Operator| {
+            (o.activations, o.activation_alpha) = (names(&["Elu", "Tanh"]), vec![1.0, 2.0]);
+        };
+        let text = "activation_alpha is [1.0, 2.0], expected at most 1 numbers, which [\"Elu\", \"Tanh\"] take";
+        row(Kind::Gru, 3, &many, text);
+        let mut steep = fresh(Kind::Rnn, 1);
+        (steep.activations, steep.activation_alpha) = (names(&["LeakyRelu"]), vec![-1.0]);
+        t.row(|| steep.init(device), Argument, "rnn.init: activation is LeakyRelu { alpha: -1.0 }, expected alpha of at least 0");
+        t.row(|| Operator::new(Kind::Rnn, 2, 0).init(device), Argument, "rnn.init: hidden is 0, expected at least 1");
+
+        const FORWARD: &str = "onnx.Layer.forward:";
+        for batch_first in [false, true] {
+            let mut rnn = fresh(Kind::Rnn, 1);
+            rnn.batch_first = batch_first;
+            let rnn = rnn.init(device)?;
+            let given = |shape: [usize; 3]| zeros(device, shape);
+            let run = |x: &Tensor, inputs: Inputs<'_>| rnn.forward(x, inputs);
+            let order = if batch_first { "batch, seq" } else { "seq, batch" };
+            let none = Inputs::default();
+            let flat = zeros(device, [5, 2])?;
+            t.row(|| run(&flat, none), Argument, format!("{FORWARD} x has shape [5, 2], expected [{order}, 2]"));
+            let wide = given([5, 4, 3])?;
+            t.row(|| run(&wide, none), Argument, format!("{FORWARD} x has shape [5, 4, 3], expected [{order}, 2]"));
+            t.row(|| run(&zeros(other, [5, 4, 2])?, none), DeviceMismatch, format!("{FORWARD} x is on .."));
+            let x = given([5, 4, 2])?;
+            let state = given([1, 1, 3])?;
+            let expected =
+                if batch_first { "[batch, directions, hidden] = [5, 1, 3]" } else { "[directions, batch, hidden] = [1, 4, 3]" };
+            t.row(
+                || run(&x, Inputs { initial_h: Some(&state), ..none }),
+                Argument,
+                format!("{FORWARD} initial_h has shape [1, 1, 3], expected {expected}"),
+            );
+            let cell = if batch_first { given([5, 1, 3])? } else { given([1, 4, 3])? };
+            t.row(
+                || run(&x, Inputs { initial_c: Some(&cell), ..none }),
+                Argument,
+                format!("{FORWARD} initial_c is given, expected none: only an LSTM has a cell state"),
+            );
+            let lengths = Lengths::from_slice(device, &[1, 2, 3])?;
+            t.row(|| run(&x, Inputs { sequence_lens: Some(&lengths), ..none }), Argument, "rnn.forward: lengths ..");
+        }
+        Ok(())
+    })
+}
+
 /// Passes everything on, and no gradient back.
 struct NoGradient;
 
@@ -188,12 +273,30 @@ fn configurations() -> Result<()> {
         lstm(t, LstmConfig::new(4, 4).forget_bias(f32::NAN), text);
         let text = "lstm.init: forget_bias is given, expected biases, which bias(false) removed";
         lstm(t, LstmConfig::new(4, 4).bias(false).forget_bias(1.0), text);
+        let rng = &mut Rng::seed(0);
+        let undefined = "layer_norm, which is defined for an LSTM, and for a GRU with Reset::AfterProduct";
+        t.row(|| RnnConfig::new(4, 4).layer_norm(true).init(device, rng), Unsupported, format!("rnn.init: {undefined}"));
+        let before = GruConfig::new(4, 4).layer_norm(true).reset(Reset::BeforeProduct);
+        t.row(|| before.init(device, rng), Unsupported, format!("gru.init: {undefined}"));
+        let normalized = || LstmConfig::new(4, 4).layer_norm(true);
+        let text = "lstm.init: zoneout with layer_norm of a cell state";
+        t.row(|| normalized().zoneout(0.1, 0.0).init(device, rng), Unsupported, text);
+        let text = "lstm.init: gradient_clip with layer_norm of a cell state";
+        t.row(|| normalized().gradient_clip(1.0).init(device, rng), Unsupported, text);
+        for (p, given) in [(1.0, "1"), (-0.5, "-0.5"), (f32::NAN, "NaN")] {
+            let text = format!("lstm.init: recurrent_dropout is {given}, expected in [0, 1)");
+            lstm(t, LstmConfig::new(4, 4).recurrent_dropout(p), &text);
+        }
         // Refused before a number is drawn.
         for (input, hidden) in [(usize::MAX, 4), (4, usize::MAX), (1 << 40, 1 << 40)] {
             let shape = [hidden.saturating_mul(4), input];
             let text = format!("Tensor.zeros: shape is {shape:?}, expected at most 4278190335 elements");
             lstm(t, LstmConfig::new(input, hidden), &text);
         }
+        let both = GruConfig::new(4, 4).reset(Reset::BeforeProduct).recurrent_dropout(0.5);
+        let text =
+            "gru.init: recurrent_dropout with Reset::BeforeProduct: whether the mask acts before or after the reset gate ..";
+        t.row(|| both.init(device, &mut Rng::seed(0)), Unsupported, text);
         for (vocabulary, width, name) in [(0, 4, "vocabulary"), (4, 0, "width")] {
             let text = format!("embedding.init: {name} is 0, expected at least 1");
             t.row(|| EmbeddingConfig::new(vocabulary, width).init(device, &mut Rng::seed(0)), Argument, text);
@@ -269,6 +372,9 @@ fn recurrent_layers() -> Result<()> {
 
         let dropping = LstmConfig::new(3, 4).layers(2).dropout(0.5).init(device, rng)?;
         let text = "lstm.forward_train: key is not given, expected a MaskKey, which dropout 0.5 needs";
+        t.row(|| dropping.forward_train(&x, None), Argument, text);
+        let dropping = GruConfig::new(3, 4).recurrent_dropout(0.5).init(device, rng)?;
+        let text = "gru.forward_train: key is not given, expected a MaskKey, which recurrent_dropout 0.5 needs";
         t.row(|| dropping.forward_train(&x, None), Argument, text);
 
         let tape = || lstm.forward_train(&x, None).map(|(.., tape)| tape);
@@ -504,6 +610,18 @@ fn layers_in_a_row() -> Result<()> {
         let text = "lstm.backward: tape is of another layer, expected the tape of this layer's forward_train";
         t.row(|| linear_first.backward(tape, &y), Argument, text);
 
+        let taught = Sequential::new().push(RnnConfig::new(3, 4).jordan(3).init(device, rng)?);
+        let text = "recurrence through the output only, one layer, and time read forward (RnnConfig::jordan)";
+        for (model, kind) in [(&single, "lstm"), (&linear_last, "linear")] {
+            let text = format!("sequential.forward: the last layer ({kind}) cannot use a teacher, which needs {text}");
+            t.row(|| model.forward(&x, Input::new().teacher(&x, 1.0)), Unsupported, text);
+        }
+        let text = "rnn.forward: key is not given, expected a MaskKey, which a teacher of probability 0.5 needs";
+        let trainer = Trainer::new(taught, MeanSquaredError, Sgd::new(0.1))?;
+        t.row(|| trainer.evaluate(&Batch::new(&x, &x).teacher(0.5)), Argument, text);
+        let text = "Batch.teacher: target is ids, expected numbers, to stand in for the model's outputs";
+        t.row(|| trainer.evaluate(&Batch::new(&x, &ids).teacher(1.0)), Argument, text);
+
         // A row inside another one.
         let text = "sequential.forward: state is 2 tensors, expected 0 tensors";
         let inner = Sequential::new().push(LinearConfig::new(3, 3).init(device, rng)?);
@@ -634,6 +752,124 @@ fn streams() -> Result<()> {
         for (tensor, zeros) in before.layer(0).iter().zip(left.layer(0)) {
             assert_eq!(tensor.to_vec()?, zeros.to_vec()?);
         }
+        Ok(())
+    })
+}
+
+#[test]
+fn encoders_and_decoders() -> Result<()> {
+    everywhere(|t, device, other| {
+        let rng = &mut Rng::seed(0);
+        let gru = || GruConfig::new(4, 5);
+        let refused = |t: &mut Table, source: usize, target: usize, rnn: GruConfig, kind: ErrorKind, text: &str| {
+            t.row(|| EncoderDecoderConfig::new(source, target, rnn).init(device, &mut Rng::seed(0)), kind, text);
+        };
+        let text = "is 0, expected at least 1";
+        refused(t, 0, 3, gru(), Argument, &format!("encoder_decoder.init: the source vocabulary {text}"));
+        refused(t, 3, 0, gru(), Argument, &format!("encoder_decoder.init: the target vocabulary {text}"));
+        refused(t, 3, 3, GruConfig::new(4, 0), Argument, &format!("gru.init: hidden {text}"));
+        let text = "encoder_decoder.init: a decoder needs Direction::Forward, and an encoder with states like its own \
+                    (reverse_source turns the encoder)";
+        for direction in [Direction::Both, Direction::Reverse] {
+            refused(t, 3, 3, gru().direction(direction), Unsupported, text);
+        }
+        let text = "encoder_decoder.init: batch_first(true) has no place here: ids are time-major, [seq, batch]";
+        refused(t, 3, 3, gru().batch_first(true), Unsupported, text);
+
+        let mut model = EncoderDecoderConfig::new(6, 5, gru()).init(device, rng)?;
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        let ids = |device: &Device, shape: &[usize], id: u32| Ids::from_slice(device, &vec![id; shape.iter().product()], shape);
+        let (source, target) = (ids(device, &[3, 2], 5)?, ids(device, &[4, 2], 4)?);
+        // The source and its lengths go into all of these, the target only into the first two.
+        type Given<'a> = (&'a Ids, Option<&'a Lengths>, &'a Ids, Option<&'a Lengths>);
+        let run = |t: &mut Table, (source, lengths, target, target_lengths): Given<'_>, kind: ErrorKind, text: &str| {
+            let op = "encoder_decoder.forward";
+            t.row(|| model.forward(source, lengths, target, target_lengths), kind, format!("{op}: {text}"));
+            let train = || model.forward_train(source, lengths, target, target_lengths, None);
+            t.row(train, kind, format!("{op}_train: {text}"));
+            if text.starts_with("source") {
+                t.row(|| model.encode(source, lengths), kind, format!("encoder_decoder.encode: {text}"));
+                let decoding = Decoding { start: 1, end: Some(2), pad: 0, max_steps: 3, choice: Choice::Greedy };
+                t.row(|| model.decode(source, lengths, decoding), kind, format!("encoder_decoder.decode: {text}"));
+            }
+        };
+        for shape in [&[6][..], &[3, 2, 1]] {
+            let text = format!("has shape {shape:?}, expected [seq, batch]");
+            run(t, (&ids(device, shape, 0)?, None, &target, None), Argument, &format!("source {text}"));
+            run(t, (&source, None, &ids(device, shape, 0)?, None), Argument, &format!("target_in {text}"));
+        }
+        let text = "source has id 6, expected ids below 6 (its vocabulary)";
+        run(t, (&ids(device, &[3, 2], 6)?, None, &target, None), Argument, text);
+        let text = "target_in has id 5, expected ids below 5 (its vocabulary)";
+        run(t, (&source, None, &ids(device, &[4, 2], 5)?, None), Argument, text);
+        run(t, (&ids(other, &[3, 2], 0)?, None, &target, None), DeviceMismatch, &format!("source {elsewhere}"));
+        run(t, (&source, None, &ids(other, &[4, 2], 0)?, None), DeviceMismatch, &format!("target_in {elsewhere}"));
+        let text = "target_in has shape [4, 3], expected [seq, batch of the source] = [_, 2]";
+        run(t, (&source, None, &ids(device, &[4, 3], 0)?, None), Argument, text);
+        for (lengths, text) in [
+            (&[3][..], "lengths has shape [1], expected [batch] = [2]".to_owned()),
+            (&[1, 5], "lengths[1] is 5, expected at most the".to_owned()),
+        ] {
+            let lengths = Lengths::from_slice(device, lengths)?;
+            let steps =
+                |steps: usize| if text.ends_with("the") { format!("{text} {steps} steps of the batch") } else { text.clone() };
+            run(t, (&source, Some(&lengths), &target, None), Argument, &format!("source: {}", steps(3)));
+            run(t, (&source, None, &target, Some(&lengths)), Argument, &format!("target_in: {}", steps(4)));
+        }
+        let lengths = Lengths::from_slice(other, &[1, 1])?;
+        run(t, (&source, Some(&lengths), &target, None), DeviceMismatch, &format!("source: lengths {elsewhere}"));
+        run(t, (&source, None, &target, Some(&lengths)), DeviceMismatch, &format!("target_in: lengths {elsewhere}"));
+        let dropping = EncoderDecoderConfig::new(6, 5, gru().layers(2).dropout(0.5)).init(device, rng)?;
+        let text = "gru.forward_train: key is not given, expected a MaskKey, which dropout 0.5 needs";
+        t.row(|| dropping.forward_train(&source, None, &target, None, None), Argument, text);
+
+        let state = model.encode(&source, None)?;
+        let op = "encoder_decoder.step";
+        t.row(|| model.step(&target, &state), Argument, format!("{op}: last has shape [4, 2], expected [batch]"));
+        let text = format!("{op}: last has id 5, expected ids below 5 (its vocabulary)");
+        t.row(|| model.step(&ids(device, &[2], 5)?, &state), Argument, text);
+        t.row(|| model.step(&ids(other, &[2], 0)?, &state), DeviceMismatch, format!("{op}: last {elsewhere}"));
+        let text = "gru.step: state.h has shape [1, 2, 5], expected [layers * directions, batch, hidden] = [1, 3, 5]";
+        t.row(|| model.step(&ids(device, &[3], 0)?, &state), Argument, text);
+
+        let decode = |t: &mut Table, change: &dyn Fn(&mut Decoding), text: &str| {
+            let mut decoding = Decoding { start: 1, end: Some(2), pad: 0, max_steps: 3, choice: Choice::Greedy };
+            change(&mut decoding);
+            t.row(|| model.decode(&source, None, decoding), Argument, format!("encoder_decoder.decode: {text}"));
+        };
+        let draw = |temperature, top_k| Choice::Draw { temperature, top_k, key: MaskKey::new(0, 0) };
+        decode(t, &|d| d.start = 5, "start is 5, expected an id below 5 (the target vocabulary)");
+        decode(t, &|d| d.end = Some(u32::MAX), "end is 4294967295, expected an id below 5 (the target vocabulary)");
+        decode(t, &|d| d.max_steps = 0, "max_steps is 0, expected at least 1");
+        decode(t, &|d| d.choice = draw(1.0, Some(0)), "top_k is 0, expected at least 1");
+        for (temperature, given) in [(0.0, "0"), (-1.0, "-1"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+            let text = format!("temperature is {given}, expected from 1e-6 to 1e6");
+            decode(t, &|d| d.choice = draw(temperature, None), &text);
+        }
+
+        // What a trainer hands over.
+        let linear = Sequential::new().push(LinearConfig::new(3, 2).init(device, rng)?);
+        let trainer = Trainer::new(linear, MeanSquaredError, Sgd::new(0.1))?;
+        let batch = Batch::new(zeros(device, [5, 3])?, zeros(device, [5, 2])?).source(&source, None);
+        let text = "sequential.forward: source is given, expected none: only an EncoderDecoder reads one";
+        t.row(|| trainer.evaluate(&batch), Argument, text);
+
+        let tape = model.forward_train(&source, None, &target, None, None)?.1;
+        let text = "linear.backward: dy has shape [4, 2, 4], expected [.., output] = [4, 2, 5]";
+        t.row(|| model.backward(tape, &zeros(device, [4, 2, 4])?), Argument, text);
+        let (logits, old) = model.forward_train(&source, None, &target, None, None)?;
+        Optimizer::new(Sgd::new(0.1), model.params_mut())?.step()?;
+        t.row(|| model.backward(old, &logits), Argument, format!("linear.backward: {STALE}"));
+
+        let mut trainer = Trainer::new(model, CrossEntropy::new(), Sgd::new(0.1))?;
+        let op = "encoder_decoder.forward_train";
+        let text = format!("{op}: source is not given, expected the ids that the encoder reads (Batch::source)");
+        t.row(|| trainer.step(&Batch::new(&target, &target)), Argument, text);
+        let text = format!("{op}: x is numbers, expected token ids [seq, batch]");
+        t.row(|| trainer.step(&Batch::new(zeros(device, [4, 2])?, &target).source(&source, None)), Argument, text);
+        let text = format!("{op}: state is given, expected none: the encoder makes it");
+        let carried = State::new(Vec::new());
+        t.row(|| trainer.step(&Batch::new(&target, &target).source(&source, None).state(carried)), Argument, text);
         Ok(())
     })
 }

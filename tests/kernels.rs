@@ -4,10 +4,10 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Result, ensure};
 use gatefold::Device;
-use gatefold::verify::{Report, case_file, kernels, layers};
+use gatefold::verify::{Report, cases, kernels};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/cases");
+const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
 
 /// A device that is opened by the first test that needs it: one that cannot be opened fails all of its tests.
 struct Lazy {
@@ -52,10 +52,12 @@ fn main() {
     let mut trials = Vec::new();
     for device in names.map(Lazy::new) {
         trials.extend(kernels::all().into_iter().map(|kernel| test(&device, kernel.name, move |device| Ok(kernel.run(device)?))));
-        trials.push(test(&device, "case_files", |device| {
-            let cases = case_file::read_dir(CASES)?;
-            Ok(cases.iter().map(|(name, case)| layers::run_case(device, name, case, (1e-5, 5e-5))).collect::<Result<_, _>>()?)
-        }));
+        for (name, folder) in [("case_files", "cases"), ("onnx_files", "onnx")] {
+            trials.push(test(&device, name, move |device| {
+                let cases = cases::read_dir(format!("{FIXTURES}/{folder}"))?;
+                Ok(cases.iter().map(|(name, case)| case.run(device, name, (1e-5, 5e-5))).collect::<Result<_, _>>()?)
+            }));
+        }
     }
     let adapters = infos.iter().filter(|info| info.backend != "native").count();
     trials.push(Trial::test("adapters::at_least_one_gpu_adapter", move || match adapters {

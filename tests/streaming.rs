@@ -380,8 +380,17 @@ fn zz_cost() -> Result<()> {
             t.sort_by(f64::total_cmp);
             (t[15] * 1e3, t[0] * 1e3)
         });
-        println!("T {steps} B {rows} I {input} H {hidden}: forward {:.3?} {:.3?} ms; training {:.3?} {:.3?}; ratio of medians {:.2} {:.2}, of minima {:.2} {:.2}",
-            medians[0], medians[1], medians[2], medians[3], medians[1].0 / medians[0].0, medians[3].0 / medians[2].0, medians[1].1 / medians[0].1, medians[3].1 / medians[2].1);
+        println!(
+            "T {steps} B {rows} I {input} H {hidden}: forward {:.3?} {:.3?} ms; training {:.3?} {:.3?}; ratio of medians {:.2} {:.2}, of minima {:.2} {:.2}",
+            medians[0],
+            medians[1],
+            medians[2],
+            medians[3],
+            medians[1].0 / medians[0].0,
+            medians[3].0 / medians[2].0,
+            medians[1].1 / medians[0].1,
+            medians[3].1 / medians[2].1
+        );
     }
     Ok(())
 }

@@ -6,8 +6,9 @@ mod common;
 use anyhow::{Context as _, Result, ensure};
 use common::{adapters, devices};
 use gatefold::nn::{
-    Context, Direction, Dropout, EmbeddingConfig, Input, LastState, LastStep, Layer, LinearConfig, LstmConfig, MaxOverTime,
-    MeanOverTime, Module, Output, Param, Residual, Sequential, Skip, State, Tape, Value,
+    Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, GruEncoderDecoder, Input,
+    LastState, LastStep, Layer, LinearConfig, LstmConfig, MaxOverTime, MeanOverTime, Module, Output, Param, Residual, RnnConfig,
+    Sequential, Skip, State, Tape, Value,
 };
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
 use gatefold::verify::{Comparison, case_file, oracle};
@@ -536,6 +537,27 @@ fn a_step_is_one_submission() -> Result<()> {
 }
 
 #[test]
+fn decoding_waits_for_nothing() -> Result<()> {
+    for device in adapters()? {
+        let config = EncoderDecoderConfig::new(9, 7, GruConfig::new(4, 6).layers(2));
+        let model = config.init(&device, &mut Rng::seed(1))?;
+        let source = Ids::from_slice(&device, &[5; 6], [2, 3])?;
+        for (max_steps, choice) in [
+            (1, Choice::Greedy),
+            (300, Choice::Greedy),
+            (300, Choice::Draw { temperature: 1.0, top_k: Some(3), key: MaskKey::new(1, 2) }),
+        ] {
+            let before = device.submissions();
+            let decoded = model.decode(&source, None, Decoding { start: 1, end: None, pad: 0, max_steps, choice })?;
+            assert_eq!(device.submissions(), before, "{device:?}: {max_steps} steps");
+            assert_eq!(decoded.shape(), [max_steps, 3]);
+            assert!(decoded.rows()?.iter().all(|row| row.len() == max_steps && row.iter().all(|id| *id < 7)), "{device:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn same_seed_same_bits_and_same_masks_everywhere() -> Result<()> {
     let mut reference: Option<Vec<f64>> = None;
     for device in devices()? {
@@ -704,6 +726,42 @@ fn carried_state_equals_one_long_pass() -> Result<()> {
 
 /// Padding a batch with rows of length 0 changes neither the loss nor any gradient, also behind LastStep.
 #[test]
+fn a_batchs_targets_teach_the_last_layer() -> Result<()> {
+    for device in devices()? {
+        let layers = || -> Result<_> {
+            let rng = &mut Rng::seed(5);
+            Ok([RnnConfig::new(3, 4).jordan(2).init(&device, rng)?, RnnConfig::new(2, 4).jordan(2).init(&device, rng)?])
+        };
+        let rng = &mut Rng::seed(6);
+        let [x, target] = [3, 2].map(|width| Tensor::from_slice(&device, &normals(rng, 5 * 4 * width), [5, 4, width]));
+        let (x, target) = (x?, target?);
+        // By hand: the first layer runs free, the last one sees the targets.
+        let [first, last] = layers()?;
+        let between = first.forward(&x, None)?.0;
+        let loss = |input| MeanSquaredError.loss(&last.forward(&between, input)?.0, &Value::from(&target), None)?.item();
+        let (by_hand, free) = (loss(Input::new().teacher(&target, 1.0))?, loss(Input::new())?);
+        ensure!((by_hand - free).abs() > 1e-3, "{device:?}: the teacher makes no difference: {by_hand} and {free}");
+
+        let model = layers()?.into_iter().fold(Sequential::new(), Sequential::push);
+        let mut trainer = Trainer::new(model, MeanSquaredError, Sgd::new(0.1))?;
+        let batch = |p: Option<f32>| Batch::new(&x, &target).teacher(p);
+        for (p, expected) in [(Some(1.0), by_hand), (Some(0.0), free), (None, free)] {
+            let loss = trainer.evaluate(&batch(p))?.item()?;
+            ensure!((loss - expected).abs() <= 1e-6, "{device:?}: teacher {p:?} gives {loss}, expected {expected}");
+        }
+        let sampled = trainer.step(&batch(Some(0.5)))?.item()?;
+        ensure!(
+            (sampled - by_hand).abs() > 1e-4 && (sampled - free).abs() > 1e-4,
+            "{device:?}: scheduled sampling gives {sampled}"
+        );
+        let taught = trainer.evaluate(&batch(Some(1.0)))?.item()?;
+        let stepped = trainer.step(&batch(Some(1.0)))?.item()?;
+        ensure!((stepped - taught).abs() <= 1e-6, "{device:?}: a taught step's loss is {stepped}, expected {taught}");
+    }
+    Ok(())
+}
+
+#[test]
 fn empty_rows_do_not_count() -> Result<()> {
     let mut rng = Rng::seed(8);
     let (x, targets) = (normals(&mut rng, 5 * 2 * 3), normals(&mut rng, 2));
@@ -851,6 +909,58 @@ fn an_application_may_call_from_its_own_thread_pool() -> Result<()> {
     for (all, one) in gradients()?.iter().zip(&once) {
         let expected: Vec<f64> = one.iter().map(|value| f64::from(*value) * f64::from(tasks)).collect();
         close("the sum over all tasks", all, &expected, 1e-5)?;
+    }
+    Ok(())
+}
+
+/// Ragged sources to ragged targets: what was trained is what decoding writes. 1 starts a target, 2 ends it.
+#[test]
+fn an_encoder_decoder_overfits_and_writes_what_it_learnt() -> Result<()> {
+    const STEPS: usize = 120;
+    let (rows, steps) = (12, 6);
+    let mut rng = Rng::seed(13);
+    let mut sequence = |low: u32, row: usize| -> Vec<u32> { (0..row % steps).map(|_| low + rng.below(6) as u32).collect() };
+    let sources: Vec<Vec<u32>> = (0..rows).map(|row| [sequence(1, row * 5 + 3), vec![7 + row as u32]].concat()).collect();
+    let targets: Vec<Vec<u32>> = (0..rows).map(|row| sequence(3, row)).collect();
+    let framed = |first: &[u32], last: &[u32]| targets.iter().map(|t| [first, t, last].concat()).collect::<Vec<_>>();
+    for device in devices()? {
+        let ids = |sequences: &[Vec<u32>]| -> Result<(Ids, Lengths)> {
+            let padded = gatefold::data::pad(sequences, PAD)?;
+            let ids = Ids::from_slice(&device, &padded.ids, [padded.steps, padded.rows])?;
+            Ok((ids, Lengths::from_slice(&device, &padded.lengths)?))
+        };
+        let ((source, lengths), (seen, _)) = (ids(&sources)?, ids(&framed(&[1], &[]))?);
+        let (said, target_lengths) = ids(&framed(&[], &[2]))?;
+        let batch = Batch::new(seen, said).lengths(target_lengths).source(&source, lengths.clone());
+        let make = || -> Result<Trainer<CrossEntropy, GruEncoderDecoder>> {
+            let rnn = GruConfig::new(8, 24).layers(2).dropout(0.1);
+            let model = EncoderDecoderConfig::new(7 + rows, 9, rnn).reverse_source(true).init(&device, &mut Rng::seed(2))?;
+            Ok(Trainer::new(model, CrossEntropy::new(), AdamW::new(2e-2).weight_decay(0.0))?.clip_grad_norm(1.0))
+        };
+        let mut trainer = make()?;
+        let mut losses = Vec::new();
+        for _ in 0..STEPS {
+            let before = device.submissions();
+            losses.push(trainer.step(&batch)?);
+            assert_eq!(device.submissions(), before + u64::from(!device.is_cpu()), "{device:?}: a step is one submission");
+        }
+        let [first, last] = [losses[0].item()?, losses[STEPS - 1].item()?];
+        assert!(last < 0.1 * first, "{device:?}: from {first} to {last}");
+        assert!(trainer.evaluate(&batch)?.item()? < 0.02, "{device:?}");
+        let decoding = Decoding { start: 1, end: Some(2), pad: PAD, max_steps: steps + 2, choice: Choice::Greedy };
+        let decoded = trainer.model().decode(&source, Some(&lengths), decoding)?;
+        assert_eq!(decoded.rows()?, targets, "{device:?}");
+        let ends: Vec<u32> = targets.iter().map(|target| target.len() as u32 + 1).collect();
+        assert_eq!(decoded.lengths()?, ends, "{device:?}");
+
+        // A trainer's file goes on with the same bits.
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("run.safetensors");
+        trainer.save(&path)?;
+        let mut resumed = make()?;
+        resumed.load(&path)?;
+        let losses = [trainer.step(&batch)?.item()?, resumed.step(&batch)?.item()?];
+        assert_eq!(losses[0].to_bits(), losses[1].to_bits(), "{device:?}");
     }
     Ok(())
 }

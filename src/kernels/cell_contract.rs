@@ -4,6 +4,8 @@
 
 use super::math::Lanes;
 use crate::backend::Kernel;
+use crate::error::Result;
+use crate::tensor::Tensor;
 
 /// Where sixteen units stand: keys for random masks. The first of them is `unit`.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +96,15 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     fn recurrent_slot(&self, gate: usize) -> usize {
         gate
     }
+    /// Layer normalization: how many gates are normalized together, from the first on; their recurrent gradients lie in
+    /// neighbouring slots. Empty: it is not defined for this cell.
+    fn norms(&self) -> &'static [usize] {
+        &[]
+    }
+    /// What makes the input of the last gate's product, where that is not h itself.
+    fn gated(&self) -> Option<&dyn Gated> {
+        None
+    }
     /// The new state, and what backward needs.
     fn forward(&self, site: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit)
     -> (Self::State, Self::Slots);
@@ -106,17 +117,69 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     }
 }
 
-/// Gates whose recurrent gradients lie in neighbouring slots, as `(first gate, first slot, count)`: each run is one product.
-pub(crate) fn recurrent_runs<C: CellKernel>(cell: &C) -> Vec<(usize, usize, usize)> {
+/// What a cell does between two products of a step: the last gate's product sees not h, but what another gate, of the first
+/// product, has made of it. In a sweep of whole steps there is no place for that.
+pub trait Gated {
+    /// The slot that holds what the last gate's product sees.
+    fn slot(&self) -> usize;
+    /// Fills that slot. `unit`: the unit's own parameters; `product [B, GATES, H]`: that of all gates but the last.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn forward(&self, at: &GatedStep<'_>, unit: &Tensor, product: &Tensor) -> Result<()>;
+    /// After the cell: from `dseen [B, H]`, the gradient of what that product saw, the gradients that were still open in the
+    /// slots; `dh [B, H]`, that of h before the step, grows. Zero stays zero: rows past their end.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn backward(&self, at: &GatedStep<'_>, dseen: &Tensor, dh: &Tensor) -> Result<()>;
+}
+
+/// One step of a sweep, for [`Gated`].
+pub struct GatedStep<'a> {
+    /// B.
+    pub rows: usize,
+    /// H.
+    pub hidden: usize,
+    /// The step.
+    pub t: usize,
+    /// The slot of the state before it.
+    pub before: usize,
+    /// `[T, B, SLOTS, H]`
+    pub slots: &'a Tensor,
+    /// `[STATES, depth, B, H]`
+    pub states: &'a Tensor,
+}
+
+/// Gates whose recurrent gradients lie in neighbouring slots and whose products see the same, as `(first gate, first slot, count)`:
+/// each run is one product. With `apart` each gate is a run.
+pub(crate) fn recurrent_runs<C: CellKernel>(cell: &C, apart: bool) -> Vec<(usize, usize, usize)> {
+    let begins = |gate: usize| apart || is_gated(cell, gate);
     let mut runs: Vec<(usize, usize, usize)> = Vec::new();
     for gate in 0..if C::PRODUCT { C::Pre::LEN } else { 0 } {
         let slot = cell.recurrent_slot(gate);
         match runs.last_mut() {
-            Some((_, first, count)) if *first + *count == slot => *count += 1,
+            Some((_, first, count)) if *first + *count == slot && !begins(gate) => *count += 1,
             _ => runs.push((gate, slot, 1)),
         }
     }
     runs
+}
+
+/// Gates whose products are normalized together, as `(first gate, first recurrent slot, count)`.
+pub(crate) fn norm_groups<C: CellKernel>(cell: &C) -> Vec<(usize, usize, usize)> {
+    let mut first = 0;
+    let group = |count: &usize| {
+        let gate = first;
+        first += count;
+        (gate, cell.recurrent_slot(gate), *count)
+    };
+    cell.norms().iter().map(group).collect()
+}
+
+/// Whether the gate's product sees what [`Gated`] makes of h.
+pub(crate) fn is_gated<C: CellKernel>(cell: &C, gate: usize) -> bool {
+    gate + 1 == C::Pre::LEN && cell.gated().is_some()
 }
 
 /// An activation as the constants `kind`, `alpha` and `beta`, each behind a prefix; a macro, because names are static.

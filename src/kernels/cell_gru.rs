@@ -1,7 +1,7 @@
 //! The gated recurrent unit: `shaders/cell_gru.wgsl` and its native half.
 
 use super::activation::{Activation, clip_to};
-use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
+use super::cell_contract::{Backward, CellKernel, Gated, Site, StepKernels, activation_constants};
 use super::math::Lanes;
 use super::sweep_step::step_kernels;
 
@@ -27,6 +27,27 @@ impl Default for GruCell {
     }
 }
 
+impl GruCell {
+    /// r or z, of its pre-activation.
+    #[inline(always)]
+    pub(super) fn gate(&self, sum: Lanes) -> Lanes {
+        self.gate.apply(clip_to(self.clip, sum))
+    }
+
+    /// The slope where r or z is `y`.
+    #[inline(always)]
+    pub(super) fn gate_slope(&self, y: Lanes) -> Lanes {
+        self.gate.clipped_slope(self.clip, y)
+    }
+
+    /// What the shaders must know of r and z.
+    pub(super) fn gate_constants(&self) -> Vec<(&'static str, f64)> {
+        let mut constants = vec![("clip", f64::from(self.clip))];
+        constants.extend(activation_constants!(self.gate, "gate_kind", "gate_alpha", "gate_beta"));
+        constants
+    }
+}
+
 impl CellKernel for GruCell {
     type Pre = [Lanes; 3]; // r, z, n
     type Slots = [Lanes; 4]; // the same, after their functions; after: W_hn h' + b_hn, before: r h'
@@ -38,8 +59,8 @@ impl CellKernel for GruCell {
     const KERNELS: &'static StepKernels = &KERNELS;
 
     fn constants(&self) -> Vec<(&'static str, f64)> {
-        let mut constants = vec![("reset_before", f64::from(u8::from(self.reset_before))), ("clip", f64::from(self.clip))];
-        constants.extend(activation_constants!(self.gate, "gate_kind", "gate_alpha", "gate_beta"));
+        let mut constants = self.gate_constants();
+        constants.push(("reset_before", f64::from(u8::from(self.reset_before))));
         constants.extend(activation_constants!(self.candidate, "candidate_kind", "candidate_alpha", "candidate_beta"));
         constants
     }
@@ -48,9 +69,18 @@ impl CellKernel for GruCell {
         if gate == 2 && !self.reset_before { 3 } else { gate }
     }
 
+    fn norms(&self) -> &'static [usize] {
+        // Before the product, n's part is no product of h.
+        if self.reset_before { &[] } else { &[2, 1] }
+    }
+
+    fn gated(&self) -> Option<&dyn Gated> {
+        if self.reset_before { Some(self) } else { None }
+    }
+
     #[inline(always)]
     fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
-        let gate = |at: usize| self.gate.apply(clip_to(self.clip, x[at] + (r[at] + p[at])));
+        let gate = |at: usize| self.gate(x[at] + (r[at] + p[at]));
         let (reset, z) = (gate(0), gate(1));
         let q = r[2] + p[2];
         let part = if self.reset_before { q } else { reset * q };
@@ -62,13 +92,12 @@ impl CellKernel for GruCell {
     #[inline(always)]
     fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Backward<Self> {
         let [reset, z, n, q] = saved;
-        let gate_slope = |y: Lanes| self.gate.clipped_slope(self.clip, y);
         let dn = d[0] * (Lanes::splat(1.0) - z) * self.candidate.clipped_slope(self.clip, n);
-        let dz = d[0] * (previous[0] - n) * gate_slope(z);
+        let dz = d[0] * (previous[0] - n) * self.gate_slope(z);
         // With the reset before the product, its gradient follows from that of the product: see gru_reset.
         let slots = match self.reset_before {
             true => [reset, dz, dn, q],
-            false => [dn * q * gate_slope(reset), dz, dn, dn * reset],
+            false => [dn * q * self.gate_slope(reset), dz, dn, dn * reset],
         };
         Backward { slots, previous: [d[0] * z], unit: [Lanes::splat(0.0); 3] }
     }

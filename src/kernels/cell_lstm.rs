@@ -61,6 +61,10 @@ impl CellKernel for LstmCell {
         constants
     }
 
+    fn norms(&self) -> &'static [usize] {
+        &[4]
+    }
+
     #[inline(always)]
     fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
         let c_before = previous[1];

@@ -57,6 +57,12 @@ impl<'a> Matrix<'a> {
         Self { tensor, offset, rows, cols, row, col: 1 }
     }
 
+    /// `cols` of its columns, from `first` on.
+    pub fn columns(self, first: usize, cols: usize) -> Self {
+        debug_assert!(first + cols <= self.cols);
+        Self { offset: self.offset + first * self.col, cols, ..self }
+    }
+
     /// The transposed matrix: the same memory with rows and columns exchanged.
     pub fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row: self.col, col: self.row, ..self }

@@ -14,16 +14,19 @@ pub(crate) mod columns;
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;
 pub(crate) mod elementwise;
+pub(crate) mod gate_mask;
 pub(crate) mod gather;
 pub(crate) mod gemm;
+pub(crate) mod gru_reset;
+pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub(crate) mod mean_squared_error;
+pub(crate) mod norm_output;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod pooling;
 mod product;
 pub(crate) mod reduce;
-#[cfg_attr(not(feature = "verify"), expect(dead_code, reason = "the decode loop that uses it is still to come"))]
 pub(crate) mod sample;
 pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;
@@ -79,6 +82,15 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &output_step::OUTPUT,
         &output_step::OUTPUT_BACKWARD,
         &output_step::TEACH_BACKWARD,
+        &layer_norm::FORWARD,
+        &layer_norm::BACKWARD,
+        &layer_norm::BACKWARD_GAIN,
+        &norm_output::FORWARD,
+        &norm_output::BACKWARD,
+        &gru_reset::RESET,
+        &gru_reset::RESET_BACKWARD,
+        &gate_mask::SPREAD,
+        &gate_mask::COLLECT,
     ];
     kernels.extend(cells.iter().flat_map(|cell| [&cell.forward, &cell.forward_split, &cell.backward]));
     kernels

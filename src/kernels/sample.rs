@@ -34,16 +34,17 @@ pub(crate) static SAMPLE: Kernel = Kernel {
 /// How a token is chosen from its row's logits.
 ///
 /// A logit of -inf is never drawn beside a finite one; where the largest is infinite, its first place is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Choice {
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Choice {
     /// The first maximum.
+    #[default]
     Greedy,
     /// Token v with probability `softmax(z / temperature)[v]`, by the Gumbel-max trick (Gumbel, "Statistical Theory of
     /// Extreme Values", 1954; Maddison, Tarlow, Minka, "A* Sampling", NeurIPS 2014): the maximum of `z / temperature + g`,
     /// `g` being noise that is a function of the key, the step, the row and the token. Devices differ in a draw only where
     /// two tokens are as close as rounding.
     Draw {
-        /// Within [`TEMPERATURES`]: below 1 the likely tokens become likelier, above 1 rarer ones do.
+        /// From 1e-6 to 1e6: below 1 the likely tokens become likelier, above 1 rarer ones do.
         temperature: f32,
         /// Only this many of the largest logits take part, of equal ones the lower ids (Fan, Lewis, Dauphin, "Hierarchical
         /// Neural Story Generation", ACL 2018); at least 1.
@@ -58,7 +59,7 @@ const TEMPERATURES: std::ops::RangeInclusive<f32> = 1e-6..=1e6;
 
 impl Choice {
     /// `op: temperature is 0, expected ..`, for callers of [`sample`].
-    pub fn check(&self, op: &str) -> Result<()> {
+    pub(crate) fn check(&self, op: &str) -> Result<()> {
         let Self::Draw { temperature, top_k, .. } = self else { return Ok(()) };
         if !TEMPERATURES.contains(temperature) {
             let expected = format!("from {:e} to {:e}", TEMPERATURES.start(), TEMPERATURES.end());
@@ -81,6 +82,7 @@ pub(crate) struct Marks {
 }
 
 /// What a decode loop over B rows has emitted: all of `u32`, on the device, without a copy on the host.
+#[derive(Debug)]
 pub(crate) struct Decoded {
     /// `[steps, B]`; rows past the last step hold anything.
     pub ids: Tensor,

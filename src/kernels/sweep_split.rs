@@ -1,20 +1,37 @@
 //! The sweep over time for what comes between the recurrent product and the cell, or after the cell: each step is a row of
 //! launches, the same on every device. Slower than `sweep_step`, which does without any of it.
 
-use super::cell_contract::{Block, CellKernel, recurrent_runs};
+use super::cell_contract::{Block, CellKernel, GatedStep, is_gated, recurrent_runs};
+use super::gate_mask::{self, Masks};
 use super::gemm::{Matrix, gemm};
+use super::layer_norm::GateNorm;
+use super::norm_output::StateNorm;
 use super::output_step::{self, Teacher};
-use super::sweep_step::{self, Buffers, Plan};
+use super::sweep_step::{self, Buffers, Plan, Step};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// What a step does beside its cell.
 #[derive(Default)]
 pub(crate) struct Extras<'a> {
+    /// Layer normalization of the recurrent product.
+    pub norm: Option<ProductNorm<'a>>,
+    /// Layer normalization of an LSTM's c on its way to h; [`Plan::output`] is false.
+    pub state_norm: Option<StateNorm<'a>>,
     /// The output product `o = W_hr m + b`: o and not the cell's own output m is what the recurrence and y see.
     pub output: Option<OutputProduct<'a>>,
     /// Targets in place of o in the recurrence.
     pub teacher: Option<&'a Teacher>,
+    /// What h is multiplied with on its way into each gate's product; for a cell without [`CellKernel::gated`].
+    pub masks: Option<Masks>,
+}
+
+/// Layer normalization of the recurrent product.
+pub(crate) struct ProductNorm<'a> {
+    /// Of lines `[T, B]`, or `[1, B]` where nothing is kept.
+    pub gates: GateNorm<'a>,
+    /// Backward: `[T, B, GATES * H]`, the product's gradient.
+    pub dproducts: Option<&'a Tensor>,
 }
 
 /// An output product: a projection, or a Jordan network's output.
@@ -38,16 +55,27 @@ pub(crate) struct OutputProduct<'a> {
 /// As [`sweep_step::forward`]; with an output product [`Buffers::weights`] is `[R, GATES * H]` and [`Plan::output`] false.
 pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, extras: &Extras<'_>) -> Result<()> {
     let (rows, hidden) = (plan.rows, plan.hidden);
-    let gates = C::Pre::LEN * hidden;
-    let product = Tensor::uninitialized(buffers.slots.device(), [rows, gates])?;
+    let product = Tensor::uninitialized(buffers.slots.device(), [rows, C::Pre::LEN * hidden])?;
+    let masks = extras.masks_of::<C>(plan, buffers)?;
     let depth = plan.depth::<C>(buffers.states);
-    for step @ (_, before, after) in plan.order(depth) {
+    for step @ (t, before, after) in plan.order(depth) {
         if let (Some(teacher), Some(output)) = (extras.teacher, &extras.output) {
             output_step::teach(plan, teacher, output.width, output.outputs, step)?;
         }
         let h = state_of(plan, buffers, extras, before);
-        gemm(h, Matrix::new(buffers.weights, h.cols, gates), None, Matrix::new(&product, rows, gates), false)?;
+        let target = Matrix::new(&product, rows, C::Pre::LEN * hidden);
+        match &extras.norm {
+            Some(ProductNorm { gates, .. }) => {
+                let line = t * rows % gates.lines();
+                multiply(cell, plan, buffers, masks.as_ref(), h, gates.window(line, rows), step)?;
+                gates.forward(line, None, target)?;
+            }
+            None => multiply(cell, plan, buffers, masks.as_ref(), h, target, step)?,
+        }
         sweep_step::forward_split(cell, plan, buffers, &product, step)?;
+        if let Some(norm) = &extras.state_norm {
+            norm.forward(plan, buffers, step)?;
+        }
         if let Some(output) = &extras.output {
             let m = Matrix::window(buffers.states, after * rows * hidden, rows, hidden, hidden);
             let o = Matrix::window(output.outputs, after * rows * output.width, rows, output.width, output.width);
@@ -56,6 +84,33 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
         }
     }
     Ok(())
+}
+
+/// The recurrent product of a step, `product [B, GATES * H]`.
+fn multiply<C: CellKernel>(
+    cell: &C,
+    plan: &Plan<'_>,
+    buffers: &Buffers<'_>,
+    masks: Option<&(Masks, Tensor)>,
+    h: Matrix<'_>,
+    product: Matrix<'_>,
+    step: Step,
+) -> Result<()> {
+    let (rows, hidden, all) = (plan.rows, plan.hidden, C::Pre::LEN);
+    // Of `count` gates from `first` on, from what they see.
+    let gates = |seen: Matrix<'_>, first: usize, count: usize| {
+        let w = Matrix::window(buffers.weights, first * hidden, seen.cols, count * hidden, all * hidden);
+        gemm(seen, w, None, product.columns(first * hidden, count * hidden), false)
+    };
+    if let Some((masks, masked)) = masks {
+        gate_mask::spread(masks, 0..all, h, masked)?;
+        let seen = |gate: usize| Matrix::window(masked, gate * rows * h.cols, rows, h.cols, h.cols);
+        return (0..all).try_for_each(|gate| gates(seen(gate), gate, 1));
+    }
+    let Some(gated) = cell.gated() else { return gates(h, 0, all) };
+    gates(h, 0, all - 1)?;
+    gated.forward(&gated_step(plan, buffers, step), buffers.unit, product.tensor)?;
+    gates(slots_of::<C>(plan, buffers, step, gated.slot(), 1), all - 1, 1)
 }
 
 /// As [`sweep_step::backward`], but the initial state's gradient is whole: in `dstates`, or, that of o, in
@@ -68,7 +123,11 @@ pub(crate) fn backward<C: CellKernel>(
     dstates: &Tensor,
 ) -> Result<()> {
     let (rows, hidden) = (plan.rows, plan.hidden);
-    let kept = C::Slots::LEN * hidden;
+    let masks = extras.masks_of::<C>(plan, buffers)?;
+    let dseen = match cell.gated() {
+        Some(_) => Some(Tensor::uninitialized(dstates.device(), [rows, hidden])?),
+        None => None,
+    };
     for step @ (t, ..) in plan.order(plan.steps + 1).rev() {
         let dm = Matrix::window(dstates, 0, rows, hidden, hidden);
         if let Some((output, carried, douts)) = extras.backward_output() {
@@ -76,15 +135,38 @@ pub(crate) fn backward<C: CellKernel>(
             let dout = Matrix::window(douts, t * rows * output.width, rows, output.width, output.width);
             gemm(dout, Matrix::new(output.weights, output.width, hidden), None, dm, false)?;
         }
+        if let Some((norm, dvalues)) = extras.state_norm.as_ref().and_then(|norm| Some((norm, norm.dvalues?))) {
+            norm.backward(plan, buffers, dstates, dvalues, step)?;
+        }
         sweep_step::backward_split(cell, plan, buffers, dstates, step)?;
+        if let Some((norm, dproducts)) = extras.norm.as_ref().and_then(|norm| Some((norm, norm.dproducts?))) {
+            let gates = C::Pre::LEN * hidden;
+            let dslots = slots_of::<C>(plan, buffers, step, 0, C::Slots::LEN);
+            norm.gates.backward(t * rows, dslots, Matrix::window(dproducts, t * rows * gates, rows, gates, gates))?;
+        }
         let target = match extras.backward_output() {
             Some((output, carried, _)) => Matrix::new(carried, rows, output.width),
             None => dm,
         };
-        for (gate, slot, run) in recurrent_runs(cell) {
-            let dr = Matrix::window(buffers.slots, t * rows * kept + slot * hidden, rows, run * hidden, kept);
-            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, run * hidden, target.cols, target.cols);
-            gemm(dr, w, None, target, true)?;
+        let dproducts = extras.norm.as_ref().and_then(|norm| norm.dproducts);
+        for run @ (gate, ..) in recurrent_runs(cell, masks.is_some()).into_iter().rev() {
+            let dr = recurrent_gradient::<C>(buffers.slots, dproducts, hidden, [t * rows, rows], run);
+            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, dr.cols, target.cols, target.cols);
+            match (&masks, cell.gated(), &dseen) {
+                (Some((_, masked)), ..) => {
+                    let seen = Matrix::window(masked, gate * rows * target.cols, rows, target.cols, target.cols);
+                    gemm(dr, w, None, seen, false)?;
+                }
+                // The last gate comes first: the others' gradients follow from what its product saw.
+                (None, Some(gated), Some(dseen)) if is_gated(cell, gate) => {
+                    gemm(dr, w, None, Matrix::new(dseen, rows, hidden), false)?;
+                    gated.backward(&gated_step(plan, buffers, step), dseen, dstates)?;
+                }
+                _ => gemm(dr, w, None, target, true)?,
+            }
+        }
+        if let Some((masks, masked)) = &masks {
+            gate_mask::collect(masks, 0..C::Pre::LEN, masked, target)?;
         }
         if let (Some(teacher), Some((output, carried, _))) = (extras.teacher, extras.backward_output()) {
             output_step::teach_backward(plan, teacher, output.width, carried, step)?;
@@ -93,7 +175,30 @@ pub(crate) fn backward<C: CellKernel>(
     Ok(())
 }
 
+/// After a backward step, the gradient of `count` lines of the recurrent product, `[count, gates * H]` for a run of gates: slots, or,
+/// where the product is normalized, what came of them.
+pub(crate) fn recurrent_gradient<'a, C: CellKernel>(
+    slots: &'a Tensor,
+    dproducts: Option<&'a Tensor>,
+    hidden: usize,
+    [line, count]: [usize; 2],
+    (gate, slot, run): (usize, usize, usize),
+) -> Matrix<'a> {
+    let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+    match dproducts {
+        Some(dproducts) => Matrix::window(dproducts, line * gates + gate * hidden, count, run * hidden, gates),
+        None => Matrix::window(slots, line * kept + slot * hidden, count, run * hidden, kept),
+    }
+}
+
 impl Extras<'_> {
+    /// The masks, and room for what they make of h, `[GATES, B, R]`.
+    fn masks_of<C: CellKernel>(&self, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<Option<(Masks, Tensor)>> {
+        let Some(masks) = self.masks else { return Ok(None) };
+        let width = self.output.as_ref().map_or(plan.hidden, |output| output.width);
+        Ok(Some((masks, Tensor::uninitialized(buffers.slots.device(), [C::Pre::LEN, plan.rows, width])?)))
+    }
+
     fn backward_output(&self) -> Option<(&OutputProduct<'_>, &Tensor, &Tensor)> {
         self.output.as_ref().and_then(|output| Some((output, output.carried?, output.douts?)))
     }
@@ -106,4 +211,14 @@ fn state_of<'a>(plan: &Plan<'_>, buffers: &Buffers<'a>, extras: &Extras<'a>, slo
         None => (buffers.states, plan.hidden),
     };
     Matrix::window(tensor, slot * plan.rows * width, plan.rows, width, width)
+}
+
+/// `run` slots of a step from `slot` on, `[B, run * H]`.
+fn slots_of<'a, C: CellKernel>(plan: &Plan<'_>, buffers: &Buffers<'a>, (t, ..): Step, slot: usize, run: usize) -> Matrix<'a> {
+    let kept = C::Slots::LEN * plan.hidden;
+    Matrix::window(buffers.slots, t * plan.rows * kept + slot * plan.hidden, plan.rows, run * plan.hidden, kept)
+}
+
+fn gated_step<'a>(plan: &Plan<'_>, buffers: &Buffers<'a>, (t, before, _): Step) -> GatedStep<'a> {
+    GatedStep { rows: plan.rows, hidden: plan.hidden, t, before, slots: buffers.slots, states: buffers.states }
 }

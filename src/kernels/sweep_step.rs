@@ -16,7 +16,7 @@ params! {
     /// The shader's uniform struct.
     Sweep {
         rows: u32, hidden: u32, depth: u32,
-        t: u32, before: u32, after: u32, later: u32, recurrent: u32,
+        t: u32, before: u32, after: u32, later: u32, recurrent: u32, finish: u32,
         ragged: u32, keep: u32,
         output: u32, y_stride: u32, y_offset: u32,
         key0: u32, key1: u32, start: u32,
@@ -149,14 +149,12 @@ impl<'a> Plan<'a> {
 
     /// Words of `dstates`: the state's gradient, and room for sums where they are wanted.
     pub fn dstates_len<C: CellKernel>(&self, cell: &C) -> usize {
-        let sums = if self.sums(cell) { self.tiles() * (cell.extras() + 1) } else { 0 };
-        (C::State::LEN * self.rows + sums) * self.hidden
+        C::State::LEN * self.rows * self.hidden + self.sums_len(cell)
     }
 
-    /// Where the sums lie in `dstates`: the first word of `[tiles, extras + 1, H]`, and the tiles. The last line of a tile is that
-    /// of the clip's counts.
-    pub fn sums_at<C: CellKernel>(&self, cell: &C) -> Option<(usize, usize)> {
-        self.sums(cell).then(|| (C::State::LEN * self.rows * self.hidden, self.tiles()))
+    /// Words of the sums, which end `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of the clip's counts.
+    pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
+        if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
     }
 
     fn sums<C: CellKernel>(&self, cell: &C) -> bool {
@@ -186,6 +184,7 @@ impl<'a> Plan<'a> {
             after: after as u32,
             later: 0,
             recurrent: 0,
+            finish: 0,
             ragged: self.lengths.is_some().into(),
             keep: u32::from(depth > 2 || self.steps == 1),
             output: self.output.into(),
@@ -289,24 +288,30 @@ pub(crate) fn forward_split<C: CellKernel>(
 }
 
 /// Runs the cell backward over all steps. `dstates` of [`Plan::dstates_len`] words: the gradient of the final state
-/// `[STATES, B, H]` comes in, that of the initial state goes out, but for the part that comes through the first step's
-/// product; sums are added to those behind it.
+/// `[STATES, B, H]` comes in, that of the initial state goes out; sums are added to those behind it.
 pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
     let depth = plan.steps + 1;
     debug_assert_eq!(plan.depth::<C>(buffers.states), depth, "backward needs every state");
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), plan.total);
+            native_backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
             Ok(())
         }
         Backend::Gpu(gpu) => {
             let mut later = None;
-            let steps = plan.order(depth).rev().map(|step| {
+            let mut params = |step: Step, finish: bool| {
                 let recurrent = u32::from(later.is_some());
-                let params = Sweep { later: later.unwrap_or(0), recurrent, ..plan.params(depth, step) };
+                let finish = u32::from(finish);
+                let params = Sweep { later: later.unwrap_or(0), recurrent, finish, ..plan.params(depth, step) };
                 later = Some(step.0 as u32);
                 (params, plan.groups(ROWS, UNITS))
-            });
+            };
+            let mut steps: Vec<_> = plan.order(depth).rev().map(|step| params(step, false)).collect();
+            // The product of the first step, whose gradient is the initial state's.
+            if let (true, Some(first)) = (C::PRODUCT, plan.order(depth).next()) {
+                steps.push(params(first, true));
+            }
+            let steps = steps.into_iter();
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, steps)
         }
@@ -323,7 +328,7 @@ pub(crate) fn backward_split<C: CellKernel>(
 ) -> Result<()> {
     match buffers.slots.device().backend() {
         Backend::Native => {
-            native_backward(cell, plan, buffers, dstates, &[step], 1);
+            native_backward(cell, plan, buffers, dstates, &[step], false);
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -566,15 +571,14 @@ impl<C: CellKernel> BackwardStep<'_, C> {
     }
 }
 
-/// Steps in the order of computation. Where there are several, this forms the products between them too. Threads as for a sweep of
-/// `total` steps.
+/// Steps in the order of computation. `products`: whether this forms the recurrent products too, with threads for all of the plan.
 fn native_backward<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,
     buffers: &Buffers<'_>,
     dstates: &Tensor,
     steps: &[Step],
-    total: usize,
+    products: bool,
 ) {
     let (rows, hidden, device) = (plan.rows, plan.hidden, buffers.slots.device());
     let kept = C::Slots::LEN * hidden;
@@ -584,32 +588,31 @@ fn native_backward<C: CellKernel>(
     let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
     let (slots, dstates, sums) = (&Shared::new(&mut slots), &Shared::new(dstates), &Shared::new(sums));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
-    let runs = recurrent_runs(cell);
-    let parts = plan.parts::<C>(total);
+    let runs = recurrent_runs(cell, false);
+    let parts = plan.parts::<C>(if products { plan.total } else { 1 });
     let lines = if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 };
     // Rows never meet: a part runs through all of its steps without waiting for another.
     for_parts(rows, parts, |first, count| {
         let part = first / rows.div_ceil(parts);
-        let mut later = None;
         for step @ (t, ..) in steps {
-            if let Some(later) = later {
-                // The gradient that comes back through W_hh from the step handled before.
-                // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
-                let dr = unsafe { slots.slice((later * rows + first) * kept, count * kept) };
-                // SAFETY: as above.
-                let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
-                for (gate, slot, run) in &runs {
-                    let w = &weights[gate * hidden * hidden..];
-                    let sizes = [count, hidden, run * hidden];
-                    let dr = &dr[slot * hidden..];
-                    gemm::multiply(device, sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
-                }
-            }
-            later = Some(*t);
             // SAFETY: the lines of this part alone.
             let sums = unsafe { sums.slice(part * lines, lines) };
-            let rows = (first, count);
-            arch.dispatch(BackwardStep { cell: *cell, plan, step: *step, rows, unit, states, dy, slots, dstates, sums });
+            let rows_of = (first, count);
+            arch.dispatch(BackwardStep { cell: *cell, plan, step: *step, rows: rows_of, unit, states, dy, slots, dstates, sums });
+            if !products {
+                continue;
+            }
+            // The gradient that goes back through W_hh to the step before.
+            // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
+            let dr = unsafe { slots.slice((t * rows + first) * kept, count * kept) };
+            // SAFETY: as above.
+            let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
+            for (gate, slot, run) in &runs {
+                let w = &weights[gate * hidden * hidden..];
+                let sizes = [count, hidden, run * hidden];
+                let dr = &dr[slot * hidden..];
+                gemm::multiply(device, sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
+            }
         }
     });
 }

@@ -7,19 +7,20 @@ use std::time::Instant;
 
 use anyhow::Result;
 use gatefold::Device;
-use gatefold::verify::case_file::{self, CaseFile};
-use gatefold::verify::{Comparison, Report, kernels, layers};
+use gatefold::verify::cases::{self, Case};
+use gatefold::verify::{Comparison, Report, kernels};
 
 #[derive(clap::Args)]
 pub struct Args {
     /// A device to check, as `gatefold devices` names it; several are checked in turn [default: the default device]
     #[arg(long, value_name = "NAME")]
     device: Vec<String>,
-    /// A folder of case files (*.safetensors) that PyTorch wrote; tests/fixtures/generate.py describes them
+    /// A folder of case files (*.safetensors) that PyTorch or ONNX Runtime wrote; generate.py and generate_onnx.py of tests/fixtures
+    /// describe them
     #[arg(long, value_name = "FOLDER")]
     cases: Option<PathBuf>,
     /// The largest errors of a case file's outputs and gradients, relative to a tensor's largest magnitude; ten times
-    /// PyTorch's own float32 error where that is more
+    /// PyTorch's own float32 error where that is more, and twice OUT for ONNX Runtime's outputs, which are float32
     #[arg(long, value_name = "OUT,GRAD", default_value = "1e-5,5e-5", value_parser = tolerance)]
     tolerance: [f64; 2],
     /// Every tensor of every case
@@ -37,7 +38,7 @@ fn tolerance(text: &str) -> Result<[f64; 2], String> {
 /// Whether everything that could run passed, on all devices.
 pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     // Unreadable files and unknown devices are told at once, not after minutes of checks.
-    let cases = args.cases.as_deref().map(case_file::read_dir).transpose()?.unwrap_or_default();
+    let cases = args.cases.as_deref().map(cases::read_dir).transpose()?.unwrap_or_default();
     let devices = match &args.device[..] {
         [] => vec![crate::device(None)?],
         names => names.iter().map(|name| crate::device(Some(name))).collect::<Result<_>>()?,
@@ -49,7 +50,7 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     Ok(all_passed)
 }
 
-fn check(device: &Device, cases: &[(String, CaseFile)], args: &Args, out: &mut impl Write) -> Result<bool> {
+fn check(device: &Device, cases: &[(String, Case)], args: &Args, out: &mut impl Write) -> Result<bool> {
     writeln!(out, "{}", device.info())?;
     let start = Instant::now();
     let mut table = Table { out, verbose: args.verbose, passed: 0, failed: 0, unsupported: 0 };
@@ -62,7 +63,7 @@ fn check(device: &Device, cases: &[(String, CaseFile)], args: &Args, out: &mut i
         writeln!(table.out, "  case files of {}", folder.display())?;
     }
     for (name, case) in cases {
-        let report = layers::run_case(device, name, case, (output, gradient));
+        let report = case.run(device, name, (output, gradient));
         for comparison in report.iter().flat_map(|report| &report.comparisons) {
             let worst = if comparison.tensor.starts_with("grad.") { &mut gradients } else { &mut outputs };
             *worst = worse(*worst, comparison.error);

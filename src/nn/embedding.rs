@@ -57,6 +57,11 @@ pub struct Embedding {
 }
 
 impl Embedding {
+    /// The vectors, `[vocabulary, width]`.
+    pub(super) fn table(&self) -> &Tensor {
+        self.weight.value()
+    }
+
     /// The vectors of `ids`.
     ///
     /// # Errors

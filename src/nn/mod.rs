@@ -3,6 +3,7 @@
 
 mod dropout;
 mod embedding;
+mod encoder_decoder;
 mod linear;
 mod param;
 mod pooling;
@@ -15,15 +16,19 @@ mod stream;
 use std::any::Any;
 
 pub use crate::kernels::activation::Activation;
+pub use crate::kernels::sample::Choice;
 pub use dropout::Dropout;
 pub use embedding::{Embedding, EmbeddingConfig};
+pub use encoder_decoder::{
+    Decoded, Decoding, EncoderDecoder, EncoderDecoderConfig, EncoderDecoderTape, GruEncoderDecoder, LstmEncoderDecoder,
+};
 pub use linear::{Linear, LinearConfig};
 pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
 pub use recurrent::{
-    Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState, LstmTape, Merge, Recurrent,
-    RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig,
+    Backpropagated, BoundedBptt, BpttPlan, Cell, CellState, Direction, Gru, GruConfig, HiddenState, Lstm, LstmConfig, LstmState,
+    LstmTape, Merge, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig,
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};
@@ -280,6 +285,11 @@ pub trait Layer: Module + Send + Sync {
             (0, given) => Err(Error::argument(&op, "dstate", format!("{given} tensors"), "none: this layer has no state")),
             _ => Err(Error::unsupported(&op, "this layer gives no gradient of its state")),
         }
+    }
+
+    /// Whether it can use [`Context::teacher`]; a model whose last layer cannot is refused one.
+    fn takes_teacher(&self) -> bool {
+        false
     }
 
     /// How many tensors its state has: a row of layers inside another one finds each layer's part of its state by that.

@@ -8,8 +8,8 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// Layers in a row, itself a layer. Lengths, state and mask keys reach each of them; parameters are named `0.weight`,
-/// `1.weight_ih_l0`, .. as in PyTorch's `nn.Sequential`, or `encoder.weight_ih_l0` where the layer has a name.
+/// Layers in a row, itself a layer. Lengths, state and mask keys reach each of them, a teacher the last; parameters are named
+/// `0.weight`, `1.weight_ih_l0`, .. as in PyTorch's `nn.Sequential`, or `encoder.weight_ih_l0` where the layer has a name.
 #[derive(Default)]
 pub struct Sequential {
     layers: Vec<(String, Box<dyn Layer>)>,
@@ -198,11 +198,18 @@ impl Sequential {
         context: Context<'_>,
         call: impl Fn(&dyn Layer, &Value, &Context<'_>) -> Result<(Output, T)>,
     ) -> Result<(Tensor, Vec<Vec<Tensor>>, Vec<T>)> {
+        // A teacher's targets are those of the whole row: of its last layer's output.
+        let last = self.layers.len().saturating_sub(1);
+        if let (Some(_), Some((_, layer))) = (context.teacher, self.layers.last().filter(|(_, layer)| !layer.takes_teacher())) {
+            let what = "cannot use a teacher, which needs recurrence through the output only, one layer, and time read forward";
+            return Err(Error::unsupported(op, format!("the last layer ({}) {what} (RnnConfig::jordan)", layer.kind())));
+        }
         let (mut value, mut finals, mut extras) = (x, Vec::new(), Vec::new());
         for (index, (_, layer)) in self.layers.iter().enumerate() {
             let state = states.as_ref().map_or(&[][..], |states| states[index]);
             let key = context.key.map(|key| key.layer(index));
-            let (output, extra) = call(layer.as_ref(), &value, &Context { state, key, ..context })?;
+            let teacher = context.teacher.filter(|_| index == last);
+            let (output, extra) = call(layer.as_ref(), &value, &Context { state, key, teacher, ..context })?;
             if states.is_some() && state.len() != output.state.len() {
                 let argument = format!("state of layer {index} ({})", layer.kind());
                 let (given, expected) = (format!("{} tensors", state.len()), format!("{} tensors", output.state.len()));
@@ -277,6 +284,10 @@ impl Module for Sequential {
 impl Layer for Sequential {
     fn kind(&self) -> &'static str {
         "sequential"
+    }
+
+    fn takes_teacher(&self) -> bool {
+        self.layers.last().is_some_and(|(_, layer)| layer.takes_teacher())
     }
 
     fn state_len(&self) -> usize {

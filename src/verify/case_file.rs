@@ -13,7 +13,7 @@ use std::str::FromStr;
 /// A tensor of a file, its values as f64: exact for F32, F64 and integers up to 2^53.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CaseTensor {
-    /// The type in the file: F32, F64 or I64.
+    /// The type in the file: F32, F64, I32 or I64.
     pub dtype: Dtype,
     /// The shape, outermost dimension first.
     pub shape: Vec<usize>,
@@ -83,10 +83,8 @@ impl CaseFile {
     /// Checks the bytes of a case file. `name` stands in the errors.
     pub fn parse(name: &str, bytes: &[u8]) -> Result<Self> {
         let tensors = parse_tensors(name, bytes)?;
-        // parse_tensors has read the same header: the second reading cannot fail in another way.
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| malformed(name, &e).with_source(e))?;
-        let none = HashMap::new();
-        let meta = Meta { file: name, values: header.metadata().as_ref().unwrap_or(&none) };
+        let values = parse_metadata(name, bytes)?;
+        let meta = Meta { file: name, values: &values };
         let cell = meta.one_of("cell", &["lstm", "gru", "rnn"])?;
         meta.one_of("batch_first", &["0"])?;
         let mut case = Self {
@@ -217,15 +215,7 @@ impl CaseFile {
     }
 
     fn check_tensor(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<()> {
-        let tensor = self.tensor(name)?;
-        if tensor.shape != shape || tensor.dtype != dtype {
-            let given = format!("tensor {name} is {} {:?}", tensor.dtype, tensor.shape);
-            return Err(malformed(&self.name, format!("{given}, expected {dtype} {shape:?}")));
-        }
-        match tensor.values.iter().position(|v| !v.is_finite()) {
-            Some(at) => Err(malformed(&self.name, format!("tensor {name} holds {} at {at}", tensor.values[at]))),
-            None => Ok(()),
-        }
+        check_tensor(&self.name, name, self.tensor(name)?, dtype, shape)
     }
 
     fn read_lengths(&self) -> Result<Vec<usize>> {
@@ -238,30 +228,22 @@ impl CaseFile {
     }
 }
 
-/// All case files (`*.safetensors`) of a folder with their names, without the extension, in the order of the names. A folder
-/// without any is an error.
-pub fn read_dir(dir: impl AsRef<Path>) -> Result<Vec<(String, CaseFile)>> {
-    let dir = dir.as_ref();
-    let io = |e| Error::io("case_file.read_dir", dir, e);
-    let mut cases = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(io)? {
-        let path = entry.map_err(io)?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
-            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            cases.push((name, CaseFile::read(&path)?));
-        }
-    }
-    if cases.is_empty() {
-        return Err(Error::format("case_file.read_dir", format_args!("{}: no .safetensors file", dir.display())));
-    }
-    cases.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(cases)
-}
-
-/// All tensors of any safetensors file that holds only F32, F64 and I64.
+/// All tensors of any safetensors file that holds only F32, F64, I32 and I64.
 pub fn read_tensors(path: impl AsRef<Path>) -> Result<Tensors> {
     let path = path.as_ref();
     parse_tensors(&path.display().to_string(), &read_bytes(path)?)
+}
+
+/// That tensor `name` of `file` has this type and shape, and finite values.
+pub(super) fn check_tensor(file: &str, name: &str, tensor: &CaseTensor, dtype: Dtype, shape: &[usize]) -> Result<()> {
+    if tensor.shape != shape || tensor.dtype != dtype {
+        let given = format!("tensor {name} is {} {:?}", tensor.dtype, tensor.shape);
+        return Err(malformed(file, format!("{given}, expected {dtype} {shape:?}")));
+    }
+    match tensor.values.iter().position(|v| !v.is_finite()) {
+        Some(at) => Err(malformed(file, format!("tensor {name} holds {} at {at}", tensor.values[at]))),
+        None => Ok(()),
+    }
 }
 
 /// `_l0`, `_l0_reverse`, ...: how PyTorch ends the names of the parameters of one layer and direction (0 forward, 1 reverse).
@@ -281,11 +263,11 @@ fn parameter_kinds(bias: bool, projection: bool) -> Vec<&'static str> {
     kinds
 }
 
-fn read_bytes(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|e| Error::io("case_file.read", path, e))
 }
 
-fn parse_tensors(name: &str, bytes: &[u8]) -> Result<Tensors> {
+pub(super) fn parse_tensors(name: &str, bytes: &[u8]) -> Result<Tensors> {
     let file =
         SafeTensors::deserialize(bytes).map_err(|e| malformed(name, format!("not a safetensors file: {e}")).with_source(e))?;
     let mut tensors = Tensors::new();
@@ -294,12 +276,19 @@ fn parse_tensors(name: &str, bytes: &[u8]) -> Result<Tensors> {
         let values = match view.dtype() {
             Dtype::F32 => scalars(data, |b| f32::from_le_bytes(b).into()),
             Dtype::F64 => scalars(data, f64::from_le_bytes),
+            Dtype::I32 => scalars(data, |b| i32::from_le_bytes(b).into()),
             Dtype::I64 => scalars(data, |b| i64::from_le_bytes(b) as f64),
-            other => return Err(malformed(name, format!("tensor {tensor} is {other}, expected F32, F64 or I64"))),
+            other => return Err(malformed(name, format!("tensor {tensor} is {other}, expected F32, F64, I32 or I64"))),
         };
         tensors.insert(tensor.to_owned(), CaseTensor { dtype: view.dtype(), shape: view.shape().to_vec(), values });
     }
     Ok(tensors)
+}
+
+pub(super) fn parse_metadata(name: &str, bytes: &[u8]) -> Result<HashMap<String, String>> {
+    let not_read = |e| malformed(name, format!("not a safetensors file: {e}")).with_source(e);
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(not_read)?;
+    Ok(header.metadata().clone().unwrap_or_default())
 }
 
 /// Little-endian scalars of N bytes.
@@ -312,37 +301,37 @@ fn scalars<const N: usize>(data: &[u8], scalar: impl Fn([u8; N]) -> f64) -> Vec<
     data.chunks_exact(N).map(read).collect()
 }
 
-fn malformed(file: &str, what: impl std::fmt::Display) -> Error {
+pub(super) fn malformed(file: &str, what: impl std::fmt::Display) -> Error {
     Error::format("case_file.read", format_args!("{file}: {what}"))
 }
 
 /// The metadata of a file, with errors that name the file and the key.
-struct Meta<'a> {
-    file: &'a str,
-    values: &'a HashMap<String, String>,
+pub(super) struct Meta<'a> {
+    pub file: &'a str,
+    pub values: &'a HashMap<String, String>,
 }
 
 impl Meta<'_> {
-    fn text(&self, key: &str) -> Result<&str> {
+    pub fn text(&self, key: &str) -> Result<&str> {
         let value = self.values.get(key).map(String::as_str);
         value.ok_or_else(|| malformed(self.file, format!("metadata {key} is missing")))
     }
 
-    fn parsed<T: FromStr>(&self, key: &str, expected: &str, accept: impl Fn(&T) -> bool) -> Result<T> {
+    pub fn parsed<T: FromStr>(&self, key: &str, expected: &str, accept: impl Fn(&T) -> bool) -> Result<T> {
         let text = self.text(key)?;
         let wrong = || malformed(self.file, format!("metadata {key} is {text:?}, expected {expected}"));
         text.parse().ok().filter(accept).ok_or_else(wrong)
     }
 
-    fn one_of(&self, key: &str, choices: &[&str]) -> Result<String> {
+    pub fn one_of(&self, key: &str, choices: &[&str]) -> Result<String> {
         self.parsed(key, &choices.join(" or "), |text: &String| choices.contains(&text.as_str()))
     }
 
-    fn size(&self, key: &str, least: usize) -> Result<usize> {
+    pub fn size(&self, key: &str, least: usize) -> Result<usize> {
         self.parsed(key, &format!("a whole number from {least}"), |&size| size >= least)
     }
 
-    fn flag(&self, key: &str) -> Result<bool> {
+    pub fn flag(&self, key: &str) -> Result<bool> {
         Ok(self.one_of(key, &["0", "1"])? == "1")
     }
 
@@ -353,14 +342,16 @@ impl Meta<'_> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::error::ErrorKind;
+    use crate::verify::cases::{self, Case};
     use crate::verify::oracle::{self, Cell, Recurrent, RecurrentInput, Weights};
     use safetensors::tensor::TensorView;
 
     const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
-    fn fixture(name: &str) -> String {
+
+    pub fn fixture(name: &str) -> String {
         format!("{FIXTURES}/{name}.safetensors")
     }
 
@@ -393,12 +384,13 @@ mod tests {
     #[test]
     fn oracle_agrees_with_pytorch() {
         let mut worst = 0.0;
-        let cases = read_dir(format!("{FIXTURES}/cases")).unwrap();
+        let cases = cases::read_dir(format!("{FIXTURES}/cases")).unwrap();
         let names: Vec<&str> = cases.iter().map(|(name, _)| name.as_str()).collect();
         let expected =
             ["bidirectional", "layers", "nobias", "one", "plain", "ragged", "saturated"].map(|name| format!("lstm_{name}"));
         assert_eq!(names, expected);
         for (name, case) in cases {
+            let Case::Torch(case) = case else { panic!("{name} is another kind of case") };
             case.supported().unwrap();
             let get = |name: &str| case.tensor(name).unwrap();
             let (layers, directions) = (case.layers, case.directions());
@@ -560,14 +552,19 @@ mod tests {
         println!("worst error against PyTorch {worst:e}");
     }
 
-    /// The plain fixture, taken apart so that a test can spoil it.
-    struct Parts {
-        meta: HashMap<String, String>,
-        tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
+    /// A fixture, taken apart so that a test can spoil it.
+    pub struct Parts {
+        pub meta: HashMap<String, String>,
+        pub tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
     }
 
     fn spoilt(spoil: impl FnOnce(&mut Parts)) -> Result<CaseFile> {
-        let bytes = std::fs::read(fixture("cases/lstm_plain")).unwrap();
+        CaseFile::parse("spoilt", &spoilt_bytes("cases/lstm_plain", spoil))
+    }
+
+    /// The bytes of a fixture after `spoil`.
+    pub fn spoilt_bytes(name: &str, spoil: impl FnOnce(&mut Parts)) -> Vec<u8> {
+        let bytes = std::fs::read(fixture(name)).unwrap();
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let owned =
@@ -578,10 +575,10 @@ mod tests {
             .tensors
             .iter()
             .map(|(name, (dtype, shape, data))| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
-        CaseFile::parse("spoilt", &safetensors::serialize(views, Some(parts.meta)).unwrap())
+        safetensors::serialize(views, Some(parts.meta)).unwrap()
     }
 
-    fn set(key: &str, value: &str) -> impl FnOnce(&mut Parts) {
+    pub fn set(key: &str, value: &str) -> impl FnOnce(&mut Parts) {
         move |parts| {
             parts.meta.insert(key.to_owned(), value.to_owned());
         }
@@ -652,10 +649,10 @@ mod tests {
         let foreign = CaseFile::read(fixture("torch_lstm_state_dict")).unwrap_err();
         assert!(foreign.to_string().contains("torch_lstm_state_dict.safetensors: metadata cell is missing"), "{foreign}");
         assert_eq!(CaseFile::read(fixture("absent")).unwrap_err().kind(), ErrorKind::Io);
-        assert_eq!(read_dir(fixture("absent")).unwrap_err().kind(), ErrorKind::Io);
-        let mixed = read_dir(FIXTURES).unwrap_err();
+        assert_eq!(cases::read_dir(fixture("absent")).unwrap_err().kind(), ErrorKind::Io);
+        let mixed = cases::read_dir(FIXTURES).unwrap_err();
         assert!(mixed.to_string().contains("metadata cell is missing"), "{mixed}");
-        let empty = read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap_err();
+        let empty = cases::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src")).unwrap_err();
         assert!(empty.to_string().contains("no .safetensors file"), "{empty}");
     }
 }

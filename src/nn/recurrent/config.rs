@@ -61,19 +61,21 @@ pub enum Reset {
 #[non_exhaustive]
 pub struct RecurrentConfig<C> {
     pub(super) cell: C,
-    pub(super) input: usize,
+    pub(in crate::nn) input: usize,
     pub(super) hidden: usize,
     pub(super) layers: usize,
-    pub(super) direction: Direction,
+    pub(in crate::nn) direction: Direction,
     pub(super) dropout: f32,
     pub(super) bias: bool,
-    pub(super) batch_first: bool,
+    pub(in crate::nn) batch_first: bool,
     pub(super) forget_bias: Option<f32>,
     /// R, and whether the output product has a bias.
     pub(super) output: Option<(usize, bool)>,
     pub(super) zoneout: [f32; 2],
     pub(super) weight_dropout: f32,
+    pub(super) recurrent_dropout: f32,
     pub(super) gradient_clip: f32,
+    pub(super) layer_norm: bool,
     pub(super) merge: Merge,
     pub(super) residual: bool,
     pub(super) learn_initial_state: bool,
@@ -102,7 +104,9 @@ impl<C: Cell> RecurrentConfig<C> {
             output: None,
             zoneout: [0.0; 2],
             weight_dropout: 0.0,
+            recurrent_dropout: 0.0,
             gradient_clip: 0.0,
+            layer_norm: false,
             merge: Merge::Concat,
             residual: false,
             learn_initial_state: false,
@@ -166,13 +170,29 @@ impl<C: Cell> RecurrentConfig<C> {
         Self { weight_dropout: p, ..self }
     }
 
+    /// Recurrent dropout (Gal & Ghahramani 2016): in training each gate's recurrent product sees h with units zeroed with probability
+    /// `p`, by a mask of its own that is the same at all steps, and the others scaled by `1 / (1 - p)`. Where h is used outside the
+    /// products (a GRU's `z h'`), it is whole.
+    pub fn recurrent_dropout(self, p: f32) -> Self {
+        Self { recurrent_dropout: p, ..self }
+    }
+
     /// In back-propagation through time, keep each element of the gradient that a step gets from later ones within `[-limit, limit]`.
     /// [`Recurrent::clipped_gradients`] tells how often that acted.
     pub fn gradient_clip(self, limit: f32) -> Self {
         Self { gradient_clip: limit, ..self }
     }
 
-    /// The layer, with every weight and bias drawn from U(-1/sqrt(hidden), 1/sqrt(hidden)), as PyTorch does.
+    /// Layer normalization (Ba, Kiros & Hinton 2016), of each step and row by itself: of `W_ih x` and of `W_hh h`, with the gains
+    /// `norm_ih` and `norm_hh` `[gates * hidden]`, before their biases are added. All four gates of an LSTM are normalized together,
+    /// and c is on its way to h, `h = o tanh(LN(c))`, with the gain `norm_c` and the shift `norm_c_bias` `[hidden]`. Of a GRU r and z
+    /// are normalized together, n by itself; its reset gate acts after the product.
+    pub fn layer_norm(self, layer_norm: bool) -> Self {
+        Self { layer_norm, ..self }
+    }
+
+    /// The layer, with every weight and bias drawn from U(-1/sqrt(hidden), 1/sqrt(hidden)), as PyTorch does; gains
+    /// of normalizations start at 1, shifts at 0.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for a size of 0, a probability outside `[0, 1)`, and other numbers out of range, by name;
@@ -190,6 +210,11 @@ impl<C: Cell> RecurrentConfig<C> {
     /// R: the width of h and of one direction's output.
     pub(super) fn width(&self) -> usize {
         self.output.map_or(self.hidden, |(width, _)| width)
+    }
+
+    /// Where a layer normalizes its cell state on the way to h: see [`Cell::normalized_output`].
+    pub(super) fn normalized_output(&self) -> Option<(C, Activation)> {
+        self.cell.normalized_output().filter(|_| self.layer_norm)
     }
 
     /// The width of a layer's output.
@@ -220,6 +245,7 @@ impl<C: Cell> RecurrentConfig<C> {
             ("zoneout", self.zoneout[0]),
             ("zoneout", self.zoneout[1]),
             ("weight_dropout", self.weight_dropout),
+            ("recurrent_dropout", self.recurrent_dropout),
         ] {
             if !(0.0..1.0).contains(&p) {
                 return Err(Error::argument(&op, name, p, "in [0, 1)"));
@@ -250,8 +276,20 @@ impl<C: Cell> RecurrentConfig<C> {
             let expected = format!("an input as wide as the output, {}, or more layers", self.output_width());
             return Err(Error::argument(&op, "residual", format!("an input of {}", self.input), expected));
         }
-        if self.weight_dropout > 0.0 && !C::PRODUCT {
-            return Err(Error::unsupported(&op, "weight_dropout acts on the recurrent product, and this cell has none"));
+        for (name, p) in [("weight_dropout", self.weight_dropout), ("recurrent_dropout", self.recurrent_dropout)] {
+            if p > 0.0 && !C::PRODUCT {
+                return Err(Error::unsupported(&op, format!("{name} acts on the recurrent product, and this cell has none")));
+            }
+        }
+        if self.cell.gated().is_some() && self.recurrent_dropout > 0.0 {
+            let what = "recurrent_dropout with Reset::BeforeProduct: whether the mask acts before or after the reset gate is not defined";
+            return Err(Error::unsupported(&op, what));
+        }
+        if self.cell.gated().is_some() && self.output.is_some() {
+            return Err(Error::unsupported(
+                &op,
+                "an output product with Reset::BeforeProduct, whose gate would have to be as wide",
+            ));
         }
         if self.output.is_some() && self.zoneout != [0.0; 2] {
             return Err(Error::unsupported(
@@ -261,6 +299,18 @@ impl<C: Cell> RecurrentConfig<C> {
         }
         if self.output.is_some() && self.gradient_clip > 0.0 {
             return Err(Error::unsupported(&op, "gradient_clip with an output product"));
+        }
+        if self.layer_norm && self.cell.norms().is_empty() {
+            return Err(Error::unsupported(
+                &op,
+                "layer_norm, which is defined for an LSTM, and for a GRU with Reset::AfterProduct",
+            ));
+        }
+        if self.normalized_output().is_some() && self.zoneout != [0.0; 2] {
+            return Err(Error::unsupported(&op, "zoneout with layer_norm of a cell state"));
+        }
+        if self.normalized_output().is_some() && self.gradient_clip > 0.0 {
+            return Err(Error::unsupported(&op, "gradient_clip with layer_norm of a cell state"));
         }
         self.cell.check(&op)
     }

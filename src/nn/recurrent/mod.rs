@@ -1,9 +1,11 @@
 //! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
 
+mod bptt;
 mod config;
 mod state;
 mod weights;
 
+pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
 pub use config::{Direction, GruConfig, LstmConfig, Merge, RecurrentConfig, Reset, RnnConfig};
 pub use state::{CellState, HiddenState, LstmState};
 use weights::Weights;
@@ -11,15 +13,19 @@ use weights::Weights;
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::cell_contract::{Block, CellKernel, recurrent_runs};
+use crate::kernels::activation::Activation;
+use crate::kernels::cell_contract::{Block, CellKernel, is_gated, norm_groups, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::cell_rnn::RnnCell;
 use crate::kernels::column_sum::column_sum;
+use crate::kernels::gate_mask::{self, Masks};
 use crate::kernels::gather;
 use crate::kernels::gemm::{Matrix, gemm};
+use crate::kernels::layer_norm::GateNorm;
+use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep_split::{self, Extras, OutputProduct};
+use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
 use crate::kernels::sweep_step::{self, Buffers, Plan};
 use crate::kernels::{dropout, elementwise, transpose};
 use crate::rng::{MaskKey, Rng};
@@ -33,6 +39,11 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const EXTRA: &'static str = "";
     /// Its state as a user meets it.
     type Value: CellState;
+    /// With layer normalization, where h is made of a normalized state: the cell that leaves the other factor of h in its place,
+    /// and the activation of the normalized state.
+    fn normalized_output(&self) -> Option<(Self, Activation)> {
+        None
+    }
     /// Whether its options are in their ranges.
     ///
     /// # Errors
@@ -44,6 +55,11 @@ impl Cell for LstmCell {
     const NAME: &'static str = "lstm";
     const EXTRA: &'static str = "weight_peephole";
     type Value = LstmState;
+
+    fn normalized_output(&self) -> Option<(Self, Activation)> {
+        let one = Activation::Affine { alpha: 0.0, beta: 1.0 };
+        Some((Self { output: one, ..*self }, self.output))
+    }
 
     fn check(&self, op: &str) -> Result<()> {
         for (name, activation) in [("gate", self.gate), ("candidate", self.candidate), ("output", self.output)] {
@@ -152,6 +168,26 @@ struct PassTape {
     outputs: Option<Tensor>,
     /// With DropConnect: W_hh as the products saw it [G * H, R].
     weights: Option<Tensor>,
+    /// With layer normalization.
+    norms: Option<Norms>,
+}
+
+/// What layer normalization keeps of a pass, each with the statistics of its rows.
+#[derive(Debug)]
+struct Norms {
+    /// The product of x [T * B, G * H].
+    input: Kept,
+    /// The product of h at each step [T, B, G * H].
+    recurrent: Kept,
+    /// Where it is normalized on its way to h: c after that [T, B, H].
+    state: Option<Kept>,
+}
+
+/// One side of a normalization, and the statistics of its rows [groups, lines, 2].
+#[derive(Debug)]
+struct Kept {
+    rows: Tensor,
+    stats: Tensor,
 }
 
 /// What one direction of one layer takes and gives beside its parameters.
@@ -160,6 +196,8 @@ struct Pass<'a> {
     /// Layer and direction, as states have them.
     index: usize,
     key: Option<MaskKey>,
+    /// B, also where the plan has the steps of all rows as its rows.
+    batch: usize,
     teacher: Option<&'a Teacher>,
 }
 
@@ -168,6 +206,7 @@ mod draws {
     pub const CELL: u32 = 0x6365_6c6c;
     pub const WEIGHTS: u32 = 0x7765_6967;
     pub const TEACHER: u32 = 0x7465_6163;
+    pub const GATES: u32 = 0x6761_7465;
 }
 
 impl<C: Cell> Recurrent<C> {
@@ -236,7 +275,7 @@ impl<C: Cell> Recurrent<C> {
         Ok((y.reshape([rows, self.output()])?, state))
     }
 
-    /// As [`Recurrent::forward`], with dropout, and a tape for [`Recurrent::backward`].
+    /// As [`Recurrent::forward`], with dropout of every kind, and a tape for [`Recurrent::backward`].
     ///
     /// # Errors
     /// As [`Recurrent::forward`]; [`crate::ErrorKind::Argument`] where dropout has no key.
@@ -379,6 +418,12 @@ impl<C: Cell> Recurrent<C> {
         key.filter(|_| masked).map(|key| key.layer(layer))
     }
 
+    /// Whether targets can stand in for all that recurs.
+    fn is_teachable(&self) -> bool {
+        let RecurrentConfig { layers, direction, .. } = self.config;
+        self.config.output.is_some() && C::State::LEN == 1 && layers == 1 && direction == Direction::Forward
+    }
+
     /// The teacher of a run, after checks; one that always teaches makes all steps independent.
     fn teacher(
         &self,
@@ -388,8 +433,7 @@ impl<C: Cell> Recurrent<C> {
         shape: [usize; 2],
     ) -> Result<Option<Teacher>> {
         let Some((targets, probability)) = teacher else { return Ok(None) };
-        let jordan = self.config.output.is_some() && C::State::LEN == 1;
-        if !jordan || self.config.layers > 1 || self.config.direction != Direction::Forward {
+        if !self.is_teachable() {
             let what = "a teacher needs recurrence through the output only, one layer, and time read forward (RnnConfig::jordan)";
             return Err(Error::unsupported(op, what));
         }
@@ -426,7 +470,7 @@ impl<C: Cell> Recurrent<C> {
             hidden: self.config.hidden,
             reverse: self.config.direction.passes()[direction],
             lengths,
-            output: self.config.output.is_none(),
+            output: self.config.output.is_none() && self.config.normalized_output().is_none(),
             y_stride: self.output(),
             y_offset: if self.config.is_merged() { 0 } else { direction * self.config.width() },
             key: key.map_or(MaskKey::new(0, 0), |key| key.draw(draws::CELL, index)),
@@ -438,9 +482,17 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// Whether something comes between the recurrent product and the cell, or after it.
-    fn is_split(&self) -> bool {
-        self.config.output.is_some()
+    /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell.
+    fn is_split(&self, pass: &Pass<'_>) -> bool {
+        let RecurrentConfig { cell, output, layer_norm, .. } = &self.config;
+        output.is_some() || *layer_norm || cell.gated().is_some() || self.gate_masks(pass).is_some()
+    }
+
+    /// The masks of recurrent dropout, in training.
+    fn gate_masks(&self, pass: &Pass<'_>) -> Option<Masks> {
+        let probability = self.config.recurrent_dropout;
+        let key = pass.key.filter(|_| probability > 0.0)?;
+        Some(Masks { probability, key: key.draw(draws::GATES, pass.index), batch: pass.batch })
     }
 
     fn run(
@@ -498,7 +550,7 @@ impl<C: Cell> Recurrent<C> {
                 let index = layer * directions + direction;
                 let y = &outputs[direction.min(outputs.len() - 1)];
                 let plan = self.plan([steps, rows], window, index, input.lengths, key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
                 let tape = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => self.forced(&pass, &x, y, initial, &finals, train)?,
                     _ => self.forward_pass(&pass, &x, y, initial, &finals, train)?,
@@ -535,11 +587,12 @@ impl<C: Cell> Recurrent<C> {
 
     /// What draws masks in training, for an error.
     fn masks(&self) -> Option<String> {
-        let RecurrentConfig { dropout, zoneout, weight_dropout, .. } = self.config;
+        let RecurrentConfig { dropout, zoneout, weight_dropout, recurrent_dropout, .. } = self.config;
         match () {
             () if dropout > 0.0 => Some(format!("dropout {dropout}")),
             () if zoneout != [0.0; 2] => Some(format!("zoneout {zoneout:?}")),
             () if weight_dropout > 0.0 => Some(format!("weight_dropout {weight_dropout}")),
+            () if recurrent_dropout > 0.0 => Some(format!("recurrent_dropout {recurrent_dropout}")),
             () => None,
         }
     }
@@ -592,7 +645,7 @@ impl<C: Cell> Recurrent<C> {
             None => unreachable!("only a teacher forces"),
         };
         let flat = Forced::new(plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(plan), teacher: None, ..*pass };
         debug_assert!(train || !pass.plan.random);
         let tape = self.prepare(&pass, x, 2)?;
         // What each step sees: the given state, then the targets of the steps before.
@@ -615,7 +668,8 @@ impl<C: Cell> Recurrent<C> {
     /// The buffers of a pass, with the input part of every gate; the states are not set.
     fn prepare(&self, pass: &Pass<'_>, x: &Tensor, depth: usize) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
-        let slots = self.input_part(weights, x, [plan.steps, plan.rows])?;
+        let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
+        let slots = self.input_part(weights, x, [plan.steps, plan.rows], norms.as_ref())?;
         let states = Tensor::uninitialized(&self.device, [C::State::LEN, depth, plan.rows, plan.hidden])?;
         let outputs = match self.config.output {
             Some((width, _)) => {
@@ -632,7 +686,63 @@ impl<C: Cell> Recurrent<C> {
             }
             _ => None,
         };
-        Ok(PassTape { slots, states, outputs, weights: dropped })
+        Ok(PassTape { slots, states, outputs, weights: dropped, norms })
+    }
+
+    /// Room for what layer normalization keeps.
+    fn norms(&self, plan: &Plan<'_>, depth: usize) -> Result<Norms> {
+        let width = C::Pre::LEN * plan.hidden;
+        let groups = self.config.cell.norms().len();
+        let lines = plan.rows * if depth > 2 { plan.steps } else { 1 };
+        let room = |shape: &[usize]| Tensor::uninitialized(&self.device, shape);
+        let kept = |lines: usize, width: usize, groups: usize| -> Result<Kept> {
+            Ok(Kept { rows: room(&[lines, width])?, stats: room(&[groups, lines, 2])? })
+        };
+        let state = match self.config.normalized_output() {
+            Some(_) => Some(kept(lines, plan.hidden, 1)?),
+            None => None,
+        };
+        Ok(Norms { input: kept(plan.steps * plan.rows, width, groups)?, recurrent: kept(lines, width, groups)?, state })
+    }
+
+    /// The normalization of the product of x.
+    fn input_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>) -> Option<GateNorm<'a>> {
+        let (Some(Norms { input, .. }), Some(gain)) = (norms, &weights.norm_ih) else { return None };
+        // The gradients of x lie in the slots of the gates themselves.
+        let groups = norm_groups(&self.config.cell).into_iter().map(|(gate, _, count)| (gate, gate, count)).collect();
+        Some(GateNorm { hidden: self.config.hidden, groups, products: &input.rows, gain: gain.value(), stats: &input.stats })
+    }
+
+    /// The normalization of the product of h.
+    fn recurrent_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>) -> Option<GateNorm<'a>> {
+        let (Some(Norms { recurrent, .. }), Some(gain)) = (norms, &weights.norm_hh) else { return None };
+        let groups = norm_groups(&self.config.cell);
+        Some(GateNorm {
+            hidden: self.config.hidden,
+            groups,
+            products: &recurrent.rows,
+            gain: gain.value(),
+            stats: &recurrent.stats,
+        })
+    }
+
+    /// The normalization of a cell state on its way to h. `y` is the sweep's.
+    fn state_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>, y: &'a Tensor) -> Option<StateNorm<'a>> {
+        let (state, (_, activation)) = (norms?.state.as_ref()?, self.config.normalized_output()?);
+        Some(StateNorm {
+            gain: weights.norm_c.as_ref()?.value(),
+            shift: weights.norm_c_bias.as_ref().map(Param::value),
+            activation,
+            values: &state.rows,
+            stats: &state.stats,
+            dvalues: None,
+            y: Some(y).filter(|_| self.config.output.is_none()),
+        })
+    }
+
+    /// The cell that a sweep runs.
+    fn swept_cell(&self) -> C {
+        self.config.normalized_output().map_or(self.config.cell, |(cell, _)| cell)
     }
 
     /// DropConnect: numbers of W_hh, or of its gradient, under this pass's mask.
@@ -642,7 +752,7 @@ impl<C: Cell> Recurrent<C> {
     }
 
     fn sweep_forward(&self, pass: &Pass<'_>, weights: &Weights, tape: &PassTape, y: &Tensor) -> Result<()> {
-        let (cell, plan) = (&self.config.cell, &pass.plan);
+        let (cell, plan) = (&self.swept_cell(), &pass.plan);
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = match (&tape.weights, &weights.weight_hh) {
             (Some(dropped), _) => transpose::matrix(dropped, dropped.shape()[0], dropped.shape()[1])?,
@@ -650,25 +760,28 @@ impl<C: Cell> Recurrent<C> {
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
-        if !self.is_split() {
+        if !self.is_split(pass) {
             return sweep_step::forward(cell, plan, &buffers);
         }
-        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        let norms = tape.norms.as_ref();
+        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
+        let state_norm = self.state_norm(weights, norms, y);
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         let projection = weights.weight_hr.as_ref().map(Param::transposed).transpose()?;
         if let (Some(weights_hr), Some(outputs)) = (&projection, &tape.outputs) {
             let bias = weights.bias_hr.as_ref().map(Param::value);
             let width = self.config.width();
             extras.output = Some(OutputProduct { width, weights: weights_hr, bias, outputs, douts: None, carried: None, y });
         }
-        // The cell writes no y then, but something is bound in its place.
+        // Where the cell writes no y, something is still bound in its place.
         let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if extras.output.is_some() { &spare } else { y };
+        let y = if plan.output { y } else { &spare };
         sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, &extras)
     }
 
-    /// The input part of every gate and step: `xp [T*B, gates*H] = x W_ih^T + b_ih`, in the first columns of the slots
-    /// `[T, B, SLOTS, H]`.
-    fn input_part(&self, weights: &Weights, x: &Tensor, [steps, rows]: [usize; 2]) -> Result<Tensor> {
+    /// The input part of every gate and step: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in the first columns
+    /// of the slots `[T, B, SLOTS, H]`.
+    fn input_part(&self, weights: &Weights, x: &Tensor, [steps, rows]: [usize; 2], norms: Option<&Norms>) -> Result<Tensor> {
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let slots = Tensor::uninitialized(&self.device, [steps * rows, kept])?;
@@ -677,7 +790,14 @@ impl<C: Cell> Recurrent<C> {
         for (first, count) in time_blocks(steps, rows) {
             let x = Matrix::window(x, first * inputs, count, inputs, inputs);
             let target = Matrix::window(&slots, first * kept, count, gates, kept);
-            gemm(x, Matrix::new(&transposed, inputs, gates), bias, target, false)?;
+            let weight_ih = Matrix::new(&transposed, inputs, gates);
+            match self.input_norm(weights, norms) {
+                Some(norm) => {
+                    gemm(x, weight_ih, None, norm.window(first, count), false)?;
+                    norm.forward(first, bias, target)?;
+                }
+                None => gemm(x, weight_ih, bias, target, false)?,
+            }
         }
         Ok(slots)
     }
@@ -688,6 +808,21 @@ impl<C: Cell> Recurrent<C> {
         dy: &Tensor,
         dstate: Option<&C::Value>,
         needs_dx: bool,
+    ) -> Result<(Option<Tensor>, C::Value)> {
+        let sums = self.new_sums(tape.rows)?;
+        let result = self.run_backward_of(tape, dy, dstate, needs_dx, &sums)?;
+        self.add_sums(&sums)?;
+        Ok(result)
+    }
+
+    /// The backward pass of a window: what the sweeps sum over steps is added to `sums`, not yet to the gradients.
+    fn run_backward_of(
+        &self,
+        tape: RecurrentTape,
+        dy: &Tensor,
+        dstate: Option<&C::Value>,
+        needs_dx: bool,
+        sums: &[Tensor],
     ) -> Result<(Option<Tensor>, C::Value)> {
         let op = self.op("backward");
         let RecurrentConfig { dropout, batch_first, .. } = self.config;
@@ -727,13 +862,14 @@ impl<C: Cell> Recurrent<C> {
             for (direction, tape) in passes.into_iter().enumerate() {
                 let index = layer * directions + direction;
                 let plan = self.plan([steps, rows], window, index, lengths.as_ref(), key);
-                let pass = Pass { plan, index, key, teacher: teacher.as_ref() };
+                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
+                let sums = sums.get(index);
                 let dy = self.merge_backward(&dy, &factors, direction)?;
                 match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
                         self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
                     }
-                    _ => self.backward_pass(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?,
+                    _ => self.backward_pass(&pass, &tape, [&x, &dy], finals.as_deref(), &initial, sums)?,
                 }
                 if let Some(dx) = &dx {
                     self.input_gradient(&self.weights[index], &tape, [steps, rows], dx, direction > 0)?;
@@ -761,6 +897,16 @@ impl<C: Cell> Recurrent<C> {
         Ok((dx, self.state(initial)))
     }
 
+    /// The gradient of the product of x in a block, where it is normalized, `[count, G * H]`; else that in the slots is it.
+    fn through_input_norm(&self, weights: &Weights, tape: &PassTape, [first, count]: [usize; 2]) -> Result<Option<Tensor>> {
+        let Some(norm) = self.input_norm(weights, tape.norms.as_ref()) else { return Ok(None) };
+        let (gates, kept) = (C::Pre::LEN * self.config.hidden, C::Slots::LEN * self.config.hidden);
+        let dproducts = Tensor::uninitialized(&self.device, [count, gates])?;
+        let dslots = Matrix::window(&tape.slots, first * kept, count, kept, kept);
+        norm.backward(first, dslots, Matrix::new(&dproducts, count, gates))?;
+        Ok(Some(dproducts))
+    }
+
     /// `dx (+)= dx-part . W_ih`, from the gradients in the slots.
     fn input_gradient(
         &self,
@@ -773,7 +919,9 @@ impl<C: Cell> Recurrent<C> {
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         for (first, count) in time_blocks(steps, rows) {
+            let normalized = self.through_input_norm(weights, tape, [first, count])?;
             let part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
+            let part = normalized.as_ref().map_or(part, |part| Matrix::new(part, count, gates));
             let weight_ih = Matrix::new(weights.weight_ih.value(), gates, inputs);
             gemm(part, weight_ih, None, Matrix::window(dx, first * inputs, count, inputs, inputs), accumulate)?;
         }
@@ -786,12 +934,16 @@ impl<C: Cell> Recurrent<C> {
         &self,
         pass: &Pass<'_>,
         tape: &PassTape,
-        x: &Tensor,
-        dy: &Tensor,
+        [x, dy]: [&Tensor; 2],
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
+        sums: Option<&Tensor>,
     ) -> Result<()> {
         let gradients = self.new_gradients(pass)?;
+        let kept_sums = sums.map(|sums| (gradients.dstates.slice(gradients.dstates.len() - sums.len(), [sums.len()]), sums));
+        if let Some((place, sums)) = &kept_sums {
+            place.copy_from(sums)?;
+        }
         let rows = pass.plan.rows;
         for s in 0..C::State::LEN {
             let width = self.width_of(s);
@@ -802,6 +954,9 @@ impl<C: Cell> Recurrent<C> {
             }
         }
         self.sweep_backward(pass, tape, dy, &gradients)?;
+        if let Some((place, sums)) = &kept_sums {
+            sums.copy_from(place)?;
+        }
         self.gradients(pass, tape, x, &gradients)?;
         for (s, state) in initial.iter().enumerate() {
             let width = self.width_of(s);
@@ -821,7 +976,7 @@ impl<C: Cell> Recurrent<C> {
     ) -> Result<()> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(&pass.plan), index: pass.index, key: pass.key, teacher: None };
+        let pass = Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass };
         let gradients = self.new_gradients(&pass)?;
         let carried = gradients.state(0, pass.plan.rows, width, self.config.hidden);
         carried.clear()?;
@@ -837,11 +992,7 @@ impl<C: Cell> Recurrent<C> {
     /// Buffers for a backward pass: the gradients of the state are not set.
     fn new_gradients(&self, pass: &Pass<'_>) -> Result<Gradients> {
         let plan = &pass.plan;
-        let len = plan.dstates_len(&self.config.cell);
-        let dstates = match plan.sums_at(&self.config.cell) {
-            Some(_) => Tensor::zeros(&self.device, [len])?,
-            None => Tensor::uninitialized(&self.device, [len])?,
-        };
+        let dstates = Tensor::uninitialized(&self.device, [plan.dstates_len(&self.config.cell)])?;
         let output = match self.config.output {
             Some((width, _)) => Some((
                 Tensor::uninitialized(&self.device, [plan.rows, width])?,
@@ -849,28 +1000,30 @@ impl<C: Cell> Recurrent<C> {
             )),
             None => None,
         };
-        Ok(Gradients { dstates, output })
+        let lines = plan.steps * plan.rows;
+        let room = |wanted: bool, width: usize| match wanted {
+            true => Tensor::uninitialized(&self.device, [lines, width]).map(Some),
+            false => Ok(None),
+        };
+        let products = room(self.config.layer_norm, C::Pre::LEN * plan.hidden)?;
+        let values = room(self.config.normalized_output().is_some(), plan.hidden)?;
+        Ok(Gradients { dstates, output, products, values })
     }
 
     fn sweep_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
-        let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
+        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
-        if !self.is_split() {
-            sweep_step::backward(cell, plan, &buffers, &gradients.dstates)?;
-            // The last part of the initial state's gradient.
-            let (rows, hidden) = (plan.rows, plan.hidden);
-            let kept = C::Slots::LEN * hidden;
-            let first_step = if plan.reverse { plan.steps - 1 } else { 0 };
-            for (gate, slot, run) in recurrent_runs(cell) {
-                let dr = Matrix::window(&tape.slots, first_step * rows * kept + slot * hidden, rows, run * hidden, kept);
-                let w = Matrix::window(recurrent, gate * hidden * hidden, run * hidden, hidden, hidden);
-                gemm(dr, w, None, Matrix::window(&gradients.dstates, 0, rows, hidden, hidden), true)?;
-            }
-            return Ok(());
+        if !self.is_split(pass) {
+            return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
         }
-        let mut extras = Extras { teacher: pass.teacher, ..Extras::default() };
+        let norms = tape.norms.as_ref();
+        let dproducts = gradients.products.as_ref();
+        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts });
+        let state_norm = self.state_norm(weights, norms, dy);
+        let state_norm = state_norm.map(|norm| StateNorm { dvalues: gradients.values.as_ref(), ..norm });
+        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
             extras.output = Some(OutputProduct {
                 width: self.config.width(),
@@ -883,7 +1036,7 @@ impl<C: Cell> Recurrent<C> {
             });
         }
         let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if extras.output.is_some() { &spare } else { dy };
+        let y = if plan.output { dy } else { &spare };
         sweep_split::backward(cell, plan, &Buffers { y, ..buffers }, &extras, &gradients.dstates)
     }
 
@@ -893,33 +1046,54 @@ impl<C: Cell> Recurrent<C> {
         let (hidden, rows) = (plan.hidden, plan.rows);
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let inputs = weights.inputs();
-        // What the products saw: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
+        // What the products saw, but for masks: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
         let (seen, width) = tape.outputs.as_ref().map_or((&tape.states, hidden), |outputs| (outputs, self.config.width()));
         let before = if plan.reverse { rows } else { 0 };
-        let dropped = match &tape.weights {
-            Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
-            None => None,
-        };
         for (first, count) in time_blocks(plan.steps, rows).rev() {
             // dx-part: the first columns of the slots. dr-part: one or more runs of columns.
             let input_part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
             let x = Matrix::window(x, first * inputs, count, inputs, inputs);
-            gemm(input_part.t(), x, None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
+            let normalized = self.through_input_norm(weights, tape, [first, count])?;
+            let dproducts = normalized.as_ref().map_or(input_part, |part| Matrix::new(part, count, gates));
+            gemm(dproducts.t(), x, None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
+            self.norm_gradients(pass, tape, gradients, [first, count])?;
             if let Some(bias) = &weights.bias_ih {
                 column_sum(input_part, 0, bias.grad())?;
             }
             let h = Matrix::window(seen, (before + first) * width, count, width, width);
-            for (gate, slot, run) in recurrent_runs(cell) {
-                let run = run * hidden;
-                let recurrent_part = Matrix::window(&tape.slots, first * kept + slot * hidden, count, run, kept);
+            let dropped = match &tape.weights {
+                Some(_) => Some(Tensor::zeros(&self.device, [gates, width])?),
+                None => None,
+            };
+            let masks = match self.gate_masks(pass) {
+                Some(masks) => Some((masks, Tensor::uninitialized(&self.device, [count, width])?)),
+                None => None,
+            };
+            for run @ (gate, ..) in recurrent_runs(cell, masks.is_some()) {
+                let part = |dproducts| recurrent_gradient::<C>(&tape.slots, dproducts, hidden, [first, count], run);
+                let seen = match (&masks, cell.gated()) {
+                    (Some((masks, masked)), _) => {
+                        gate_mask::spread(masks, gate..gate + 1, h, masked)?;
+                        Matrix::new(masked, count, width)
+                    }
+                    (None, Some(gated)) if is_gated(cell, gate) => {
+                        Matrix::window(&tape.slots, first * kept + gated.slot() * hidden, count, hidden, kept)
+                    }
+                    _ => h,
+                };
                 if let Some(weight) = &weights.weight_hh {
                     let target = dropped.as_ref().unwrap_or(weight.grad());
-                    let dw = Matrix::window(target, gate * hidden * width, run, width, width);
-                    gemm(recurrent_part.t(), h, None, dw, true)?;
+                    let dproducts = part(gradients.products.as_ref());
+                    let dw = Matrix::window(target, gate * hidden * width, dproducts.cols, width, width);
+                    gemm(dproducts.t(), seen, None, dw, true)?;
                 }
                 if let Some(bias) = &weights.bias_hh {
-                    column_sum(recurrent_part, gate * hidden, bias.grad())?;
+                    column_sum(part(None), gate * hidden, bias.grad())?;
                 }
+            }
+            if let (Some(dropped), Some(key), Some(weight)) = (dropped, pass.key, &weights.weight_hh) {
+                let dropped = self.drop_weights(&dropped, key, pass.index)?;
+                column_sum(Matrix::new(&dropped, 1, gates * width), 0, weight.grad())?;
             }
             if let (Some(weight_hr), Some((_, douts))) = (&weights.weight_hr, &gradients.output) {
                 // The cell's own outputs: the states after each step.
@@ -931,17 +1105,52 @@ impl<C: Cell> Recurrent<C> {
                 }
             }
         }
-        if let (Some(dropped), Some(key), Some(weight)) = (dropped, pass.key, &weights.weight_hh) {
-            let dropped = self.drop_weights(&dropped, key, pass.index)?;
-            column_sum(Matrix::new(&dropped, 1, gates * width), 0, weight.grad())?;
+        Ok(())
+    }
+
+    /// The gradients of the parameters of layer normalization in a block.
+    fn norm_gradients(&self, pass: &Pass<'_>, tape: &PassTape, gradients: &Gradients, [first, count]: [usize; 2]) -> Result<()> {
+        let (hidden, weights, norms) = (pass.plan.hidden, &self.weights[pass.index], tape.norms.as_ref());
+        let kept = C::Slots::LEN * hidden;
+        let slots = Matrix::window(&tape.slots, first * kept, count, kept, kept);
+        let gates =
+            [(self.input_norm(weights, norms), &weights.norm_ih), (self.recurrent_norm(weights, norms), &weights.norm_hh)];
+        for (norm, gain) in gates {
+            if let (Some(norm), Some(gain)) = (norm, gain) {
+                norm.backward_gain(first, slots, gain.grad())?;
+            }
         }
-        if let Some((at, tiles)) = plan.sums_at(cell) {
-            let (extras, line) = (cell.extras() * hidden, (cell.extras() + 1) * hidden);
+        let norm = self.state_norm(weights, norms, &tape.states);
+        if let (Some(norm), Some(values), Some(gain)) = (norm, &gradients.values, &weights.norm_c) {
+            let values = Matrix::window(values, first * hidden, count, hidden, hidden);
+            norm.backward_gain(&pass.plan, &tape.states, first, values, gain.grad())?;
+            if let Some(shift) = &weights.norm_c_bias {
+                column_sum(values, 0, shift.grad())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Room for the sums of each layer and direction over a batch, zeros: see [`Plan::sums_at`]; empty where there are none.
+    fn new_sums(&self, rows: usize) -> Result<Vec<Tensor>> {
+        let plan = self.plan([1, rows], Window { start: 0, total: 1 }, 0, None, None);
+        match plan.sums_len(&self.config.cell) {
+            0 => Ok(Vec::new()),
+            len => self.weights.iter().map(|_| Tensor::zeros(&self.device, [len])).collect(),
+        }
+    }
+
+    /// Adds the sums of all steps to the gradients that they are of.
+    fn add_sums(&self, sums: &[Tensor]) -> Result<()> {
+        let (extras, hidden) = (self.config.cell.extras() * self.config.hidden, self.config.hidden);
+        for (weights, sums) in self.weights.iter().zip(sums) {
+            let line = extras + hidden;
+            let tiles = sums.len() / line;
             if let Some(extra) = &weights.extra {
-                column_sum(Matrix::window(&gradients.dstates, at, tiles, extras, line), 0, extra.grad())?;
+                column_sum(Matrix::window(sums, 0, tiles, extras, line), 0, extra.grad())?;
             }
             if let Some(clipped) = &weights.clipped {
-                column_sum(Matrix::window(&gradients.dstates, at + extras, tiles, hidden, line), 0, clipped)?;
+                column_sum(Matrix::window(sums, extras, tiles, hidden, line), 0, clipped)?;
             }
         }
         Ok(())
@@ -983,6 +1192,9 @@ struct Gradients {
     dstates: Tensor,
     /// With an output product: the gradient of o [B, R] from later steps, and the whole of it at each step [T, B, R].
     output: Option<(Tensor, Tensor)>,
+    /// With layer normalization: of the product of h [T, B, G * H], and of a normalized cell state [T, B, H].
+    products: Option<Tensor>,
+    values: Option<Tensor>,
 }
 
 impl Gradients {
@@ -1081,6 +1293,10 @@ impl<C: Cell> Layer for Recurrent<C> {
         let dstate = self.given_state(&op, "dstate", dstate)?;
         let (dx, first) = self.run_backward(tape.open(&op)?, dy, dstate.as_ref(), needs_dx)?;
         Ok((dx, first.tensors().into_iter().cloned().collect()))
+    }
+
+    fn takes_teacher(&self) -> bool {
+        self.is_teachable()
     }
 
     fn state_len(&self) -> usize {

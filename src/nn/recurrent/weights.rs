@@ -26,6 +26,11 @@ pub(super) struct Weights {
     /// The output product: [R, H], and perhaps a bias [R].
     pub weight_hr: Option<Param>,
     pub bias_hr: Option<Param>,
+    /// With layer normalization: gains of the products [G * H]; of c on its way to h, where the cell has one, gain and shift [H].
+    pub norm_ih: Option<Param>,
+    pub norm_hh: Option<Param>,
+    pub norm_c: Option<Param>,
+    pub norm_c_bias: Option<Param>,
     /// The state that rows start from, where it is learned: [width] each.
     pub initial: Vec<Param>,
     /// Biases and extras in a row, and the sum of the versions that it was made of; zeros for absent biases.
@@ -35,7 +40,8 @@ pub(super) struct Weights {
 }
 
 impl Weights {
-    /// Draws them from U(-1/sqrt(hidden), 1/sqrt(hidden)); `suffix` ends their names: `_l0_reverse`.
+    /// Draws them from U(-1/sqrt(hidden), 1/sqrt(hidden)), but for gains, which start at 1, and shifts, at 0; `suffix` ends their
+    /// names: `_l0_reverse`.
     pub fn init<C: Cell>(
         config: &RecurrentConfig<C>,
         inputs: usize,
@@ -74,6 +80,14 @@ impl Weights {
             0 => None,
             count => Some(param(C::EXTRA, &[count * hidden])?),
         };
+        let constant = |part: &str, len: usize, wanted: bool, value: f32| match wanted {
+            true => Param::draw(&format!("{part}{suffix}"), device, [len], |_| value).map(Some),
+            false => Ok(None),
+        };
+        let (norm, state_norm) = (config.layer_norm, config.normalized_output().is_some());
+        let (norm_ih, norm_hh) = (constant("norm_ih", gates, norm, 1.0)?, constant("norm_hh", gates, norm, 1.0)?);
+        let norm_c = constant("norm_c", hidden, state_norm, 1.0)?;
+        let norm_c_bias = constant("norm_c_bias", hidden, state_norm && config.bias, 0.0)?;
         let states = if config.learn_initial_state { C::Value::NAMES } else { &[] };
         let initial = states.iter().enumerate().map(|(s, name)| {
             let width = if s == 0 { width } else { hidden };
@@ -81,19 +95,42 @@ impl Weights {
         });
         let initial = initial.collect::<Result<Vec<_>>>()?;
         let clipped = if config.gradient_clip > 0.0 { Some(Tensor::zeros(device, [hidden])?) } else { None };
-        Ok(Self { weight_ih, weight_hh, bias_ih, bias_hh, extra, weight_hr, bias_hr, initial, unit: Mutex::default(), clipped })
+        Ok(Self {
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            extra,
+            weight_hr,
+            bias_hr,
+            norm_ih,
+            norm_hh,
+            norm_c,
+            norm_c_bias,
+            initial,
+            unit: Mutex::default(),
+            clipped,
+        })
     }
 
     pub fn params(&self) -> impl Iterator<Item = &Param> {
         let optional = [&self.weight_hh, &self.bias_ih, &self.bias_hh, &self.weight_hr, &self.bias_hr, &self.extra];
-        std::iter::once(&self.weight_ih).chain(optional.into_iter().flatten()).chain(&self.initial)
+        let norms = [&self.norm_ih, &self.norm_hh, &self.norm_c, &self.norm_c_bias];
+        let optional = optional.into_iter().chain(norms).flatten();
+        std::iter::once(&self.weight_ih).chain(optional).chain(&self.initial)
     }
 
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param> {
         let Self { weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra, initial, .. } = self;
-        std::iter::once(weight_ih)
-            .chain([weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra].into_iter().flatten())
-            .chain(initial)
+        let Self { norm_ih, norm_hh, norm_c, norm_c_bias, .. } = self;
+        let optional = [weight_hh, bias_ih, bias_hh, weight_hr, bias_hr, extra, norm_ih, norm_hh, norm_c, norm_c_bias];
+        std::iter::once(weight_ih).chain(optional.into_iter().flatten()).chain(initial)
+    }
+
+    /// Numbers of each matrix that has a transposed copy.
+    pub fn transposable(&self) -> impl Iterator<Item = usize> {
+        let matrices = [Some(&self.weight_ih), self.weight_hh.as_ref(), self.weight_hr.as_ref()];
+        matrices.into_iter().flatten().map(|param| param.value().len())
     }
 
     /// I of this layer.

@@ -29,6 +29,7 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
         check(&mut own, BOTH_WAYS, 2, LstmConfig::new(INPUT, hidden).direction(Direction::Both))?;
         check(&mut own, "lstm, projection", 2, LstmConfig::new(INPUT, hidden).projection(7).layers(2))?;
         check(&mut own, "lstm, peepholes", 1, LstmConfig::new(INPUT, hidden).peepholes(true))?;
+        check(&mut own, "lstm, layer norm", 1, LstmConfig::new(INPUT, hidden).layer_norm(true))?;
         check(&mut own, "gru", 2, GruConfig::new(INPUT, hidden).layers(2))?;
         check(&mut own, "gru, reset before", 1, GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct))?;
         check(&mut own, "rnn", 1, RnnConfig::new(INPUT, hidden))?;

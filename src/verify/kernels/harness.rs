@@ -65,7 +65,11 @@ impl Run<'_> {
     }
 
     pub(super) fn ids(&mut self, name: &'static str, ids: &[u32]) -> Result<Ids> {
-        let device = Ids::from_slice(self.device, ids, [ids.len()])?;
+        self.ids_of(name, ids, [ids.len()])
+    }
+
+    pub(super) fn ids_of(&mut self, name: &'static str, ids: &[u32], shape: impl Into<Vec<usize>>) -> Result<Ids> {
+        let device = Ids::from_slice(self.device, ids, shape)?;
         self.input_words(name, device.tensor(), ids);
         Ok(device)
     }

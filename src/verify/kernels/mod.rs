@@ -5,12 +5,16 @@
 //! a kernel must neither use nor touch.
 
 mod batch_invariant;
+mod bptt;
 mod dropout;
+mod encoder_decoder;
+mod gates;
 mod harness;
 mod layers;
 mod losses;
 mod math;
 mod networks;
+mod norms;
 mod optimizers;
 mod pooling;
 mod products;
@@ -61,16 +65,21 @@ pub fn all() -> Vec<KernelCheck> {
         ("sgd", optimizers::sgd),
         ("adamw", optimizers::adamw),
         ("dropout", dropout::dropout),
+        ("layer_norm", norms::layer_norm),
         ("pooling", pooling::pooling),
         ("elementwise", pooling::elementwise),
         ("columns", pooling::columns),
         ("sample", sample::sample),
+        ("gate_mask", gates::gate_mask),
+        ("gru_reset", gates::gru_reset),
         ("lstm_sweep", sweeps::lstm_sweep),
         ("lstm_layers", layers::lstm_layers),
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
         ("jordan", networks::jordan),
         ("batch_invariant", batch_invariant::batch_invariant),
+        ("bptt", bptt::bptt),
+        ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];
     families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
 }

@@ -5,7 +5,8 @@ use super::harness::{Cases, GRADIENT, OUTPUT, Run, normal, pad, ragged, wide};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::nn::{
-    Activation, Cell, CellState, Direction, GruConfig, Input, LstmConfig, Merge, Module, Recurrent, RecurrentConfig, RnnConfig,
+    Activation, Cell, CellState, Direction, GruConfig, Input, LstmConfig, Merge, Module, Recurrent, RecurrentConfig, Reset,
+    RnnConfig,
 };
 use crate::rng::{MaskKey, Rng, philox, unit};
 use crate::tensor::Tensor;
@@ -23,6 +24,7 @@ pub(super) struct Network<C> {
     pub dropout: f32,
     /// Whether the initial state is learned, where none is given.
     pub learns_state: bool,
+    pub recurrent_dropout: f32,
     /// Whether a step at a time gives the same as all at once.
     pub streams: bool,
 }
@@ -30,7 +32,17 @@ pub(super) struct Network<C> {
 impl<C: Cell> Network<C> {
     pub fn new(name: &'static str, config: RecurrentConfig<C>, oracle: oracle::Recurrent) -> Self {
         let streams = oracle.directions == 1 && !oracle.first_reverse;
-        Self { name, config, oracle, zoneout: [0.0; 2], weight_dropout: 0.0, dropout: 0.0, learns_state: false, streams }
+        Self {
+            name,
+            config,
+            oracle,
+            zoneout: [0.0; 2],
+            weight_dropout: 0.0,
+            recurrent_dropout: 0.0,
+            dropout: 0.0,
+            learns_state: false,
+            streams,
+        }
     }
 }
 
@@ -154,6 +166,71 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
             weight_dropout: 0.4,
             ..Network::new("lstm_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
         },
+        Network::new("lstm_layer_norm", config().layer_norm(true), norm64(plain())),
+        Network::new("lstm_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
+        Network::new(
+            "lstm_layer_norm_no_bias",
+            config().layer_norm(true).bias(false).direction(Direction::Reverse),
+            oracle::Recurrent { bias: false, first_reverse: true, ..norm64(plain()) },
+        ),
+        Network::new(
+            "lstm_layer_norm_all",
+            deep(config().layer_norm(true).peepholes(true).coupled(true).cell_clip(0.5).gate_clip(1.0).projection(7)),
+            deep64(norm64(oracle::Recurrent {
+                cell: cell(true, true, Some(0.5)),
+                pre_clip: Some(1.0),
+                projection: Some(7),
+                ..plain()
+            })),
+        ),
+        Network::new(
+            "lstm_layer_norm_softsign",
+            config().layer_norm(true).activations(hard, Activation::Tanh, Activation::Softsign),
+            norm64(oracle::Recurrent { cell: acts(hard64, A::Tanh, A::Softsign), ..plain() }),
+        ),
+        Network {
+            weight_dropout: 0.4,
+            ..Network::new(
+                "lstm_layer_norm_weight_dropout",
+                deep(config().layer_norm(true).weight_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "lstm_layer_norm_recurrent_dropout",
+                deep(config().layer_norm(true).recurrent_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network { recurrent_dropout: 0.4, ..Network::new("lstm_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
+        Network {
+            recurrent_dropout: 0.3,
+            ..Network::new("lstm_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "lstm_recurrent_dropout_projection",
+                deep(config().recurrent_dropout(0.4).projection(7)),
+                deep64(oracle::Recurrent { projection: Some(7), ..plain() }),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            zoneout: [0.3, 0.2],
+            ..Network::new("lstm_recurrent_dropout_zoneout", config().recurrent_dropout(0.4).zoneout(0.3, 0.2), plain())
+        },
+        Network {
+            recurrent_dropout: 0.2,
+            weight_dropout: 0.3,
+            ..Network::new(
+                "lstm_recurrent_dropout_all",
+                deep(config().recurrent_dropout(0.2).weight_dropout(0.3).peepholes(true).gate_clip(1.0).bias(false)),
+                deep64(oracle::Recurrent { cell: cell(true, false, None), pre_clip: Some(1.0), bias: false, ..plain() }),
+            )
+        },
     ];
     table.into_iter().try_for_each(|network| check(cases, network))
 }
@@ -166,6 +243,11 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
     let deep64 = |spec: oracle::Recurrent| oracle::Recurrent { layers: 2, directions: 2, ..spec };
     let hard = Activation::HardSigmoid { alpha: 0.2, beta: 0.5 };
     let hard64 = A::HardSigmoid { alpha: f64::from(0.2f32), beta: 0.5 };
+    let before = || config().reset(Reset::BeforeProduct);
+    let plain_before = || oracle::Recurrent {
+        cell: oracle::Cell::Gru { reset: oracle::Reset::Before, gate: A::Sigmoid, candidate: A::Tanh },
+        ..plain()
+    };
     let acts = oracle::Cell::Gru { reset: oracle::Reset::After, gate: hard64, candidate: A::Softsign };
     let table = vec![
         Network::new("gru", deep(config()), deep64(plain())),
@@ -181,6 +263,64 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
         Network {
             weight_dropout: 0.4,
             ..Network::new("gru_weight_dropout", deep(config().weight_dropout(0.4)), deep64(plain()))
+        },
+        Network::new("gru_layer_norm", config().layer_norm(true), norm64(plain())),
+        Network::new("gru_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
+        Network::new(
+            "gru_layer_norm_no_bias",
+            config().layer_norm(true).bias(false).direction(Direction::Reverse),
+            oracle::Recurrent { bias: false, first_reverse: true, ..norm64(plain()) },
+        ),
+        Network {
+            zoneout: [0.3, 0.0],
+            weight_dropout: 0.4,
+            ..Network::new(
+                "gru_layer_norm_zoneout_weight_dropout",
+                deep(config().layer_norm(true).zoneout(0.3, 0.0).weight_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            ..Network::new(
+                "gru_layer_norm_recurrent_dropout",
+                deep(config().layer_norm(true).recurrent_dropout(0.4)),
+                deep64(norm64(plain())),
+            )
+        },
+        Network { recurrent_dropout: 0.4, ..Network::new("gru_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
+        Network {
+            recurrent_dropout: 0.3,
+            ..Network::new("gru_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            zoneout: [0.3, 0.0],
+            ..Network::new("gru_recurrent_dropout_zoneout", config().recurrent_dropout(0.4).zoneout(0.3, 0.0), plain())
+        },
+        Network::new("gru_reset_before", before(), plain_before()),
+        Network::new("gru_reset_before_deep", deep(before()), deep64(plain_before())),
+        Network::new("gru_reset_before_no_bias", before().bias(false), oracle::Recurrent { bias: false, ..plain_before() }),
+        Network::new(
+            "gru_reset_before_gate_clip",
+            before().gate_clip(0.5),
+            oracle::Recurrent { pre_clip: Some(0.5), ..plain_before() },
+        ),
+        Network::new(
+            "gru_reset_before_hard_sigmoid_softsign",
+            before().activations(hard, Activation::Softsign),
+            oracle::Recurrent {
+                cell: oracle::Cell::Gru { reset: oracle::Reset::Before, gate: hard64, candidate: A::Softsign },
+                ..plain()
+            },
+        ),
+        Network {
+            zoneout: [0.3, 0.0],
+            ..Network::new("gru_reset_before_zoneout", deep(before().zoneout(0.3, 0.0)), deep64(plain_before()))
+        },
+        Network {
+            weight_dropout: 0.4,
+            ..Network::new("gru_reset_before_weight_dropout", before().weight_dropout(0.4), plain_before())
         },
     ];
     table.into_iter().try_for_each(|network| check(cases, network))
@@ -214,8 +354,23 @@ fn rnns(cases: &mut Cases<'_>) -> Result<()> {
         Network::new("rnn_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),
         Network::new("rnn_jordan", config().jordan(4), oracle::Recurrent { projection: Some(4), ..plain() }),
         Network { zoneout: [0.3, 0.0], ..Network::new("rnn_zoneout", deep(config().zoneout(0.3, 0.0)), deep64(plain())) },
+        Network { recurrent_dropout: 0.4, ..Network::new("rnn_recurrent_dropout", config().recurrent_dropout(0.4), plain()) },
+        Network {
+            recurrent_dropout: 0.3,
+            ..Network::new("rnn_recurrent_dropout_deep", deep(config().recurrent_dropout(0.3)), deep64(plain()))
+        },
+        Network {
+            recurrent_dropout: 0.4,
+            zoneout: [0.3, 0.0],
+            ..Network::new("rnn_recurrent_dropout_zoneout", config().recurrent_dropout(0.4).zoneout(0.3, 0.0), plain())
+        },
     ]);
     table.into_iter().try_for_each(|network| check(cases, network))
+}
+
+/// With layer normalization.
+fn norm64(spec: oracle::Recurrent) -> oracle::Recurrent {
+    oracle::Recurrent { layer_norm: true, ..spec }
 }
 
 /// What a case hands to both.
@@ -229,11 +384,16 @@ pub(super) struct Given {
     pub dstate: Vec<Vec<f32>>,
 }
 
-/// One network: ragged with a state, then plain and from zeros.
+/// One network: ragged with a state, then plain and from zeros, then of one step.
 pub(super) fn check<C: Cell>(cases: &mut Cases<'_>, network: Network<C>) -> Result<()> {
-    for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false)] {
+    for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false), ("_step", 1, 1, false)] {
         let mut rng = Rng::seed(network.name.len() as u64 + 7);
         let layer = network.config.clone().init(cases.device, &mut rng)?;
+        // Gains of 1 and shifts of 0 would hide where they go.
+        for (_, param) in layer.params().iter().filter(|(name, _)| name.starts_with("norm_")) {
+            let values: Vec<f32> = param.value().to_vec()?.iter().map(|value| value + 0.4 * rng.normal()).collect();
+            param.set(&values)?;
+        }
         for (_, param) in layer.params().into_iter().filter(|(name, _)| name.starts_with("initial_")) {
             param.set(&normal(&mut rng, param.value().len()))?;
         }
@@ -366,8 +526,17 @@ pub(super) fn check_given<C: Cell>(
         teacher: targets.as_deref().zip(flags.as_deref()),
         ..RecurrentInput::default()
     };
+    let gate_masks = |slot: usize| {
+        let (width, key) = (spec.projection.unwrap_or(spec.hidden), key.draw(0x6761_7465, slot));
+        wide(&super::gates::masks(0..C::Pre::LEN, rows, width, network.recurrent_dropout, key))
+    };
+    let recurrent_masks: Vec<Vec<f64>> = match network.recurrent_dropout > 0.0 {
+        true => (0..slots).map(gate_masks).collect(),
+        false => Vec::new(),
+    };
     let (random, mean) = (zoneout(true), zoneout(false));
-    let mut trained = spec.forward_backward(&dropped, RecurrentInput { zoneout: random.as_deref(), masks: &drops, ..input });
+    let drawn = RecurrentInput { zoneout: random.as_deref(), masks: &drops, recurrent_masks: &recurrent_masks, ..input };
+    let mut trained = spec.forward_backward(&dropped, drawn);
     for (gradients, mask) in trained.dweights.iter_mut().zip(&masks) {
         gradients.entry("weight_hh".to_owned()).and_modify(|w| w.iter_mut().zip(mask).for_each(|(w, m)| *w *= m));
     }
@@ -457,10 +626,13 @@ fn stream<C: Cell>(
 /// Jordan networks under a teacher: forced in full, scheduled, never.
 pub(super) fn jordan(cases: &mut Cases<'_>) -> Result<()> {
     const OUTPUTS: usize = 4;
-    let config = RnnConfig::new(INPUT, HIDDEN).jordan(OUTPUTS);
+    let config = || RnnConfig::new(INPUT, HIDDEN).jordan(OUTPUTS);
     let spec = oracle::Recurrent { projection: Some(OUTPUTS), ..oracle::Recurrent::new(oracle::Cell::RNN, INPUT, HIDDEN) };
-    let network = Network::new("jordan", config, spec);
-    for (name, probability) in [("forced", 1.0), ("scheduled", 0.5), ("free", 0.0)] {
+    let plain = Network::new("jordan", config(), spec);
+    let masked =
+        Network { recurrent_dropout: 0.4, ..Network::new("jordan_recurrent_dropout", config().recurrent_dropout(0.4), spec) };
+    let kinds = [("forced", 1.0), ("scheduled", 0.5), ("free", 0.0)];
+    for (network, (name, probability)) in [&plain, &masked].into_iter().flat_map(|network| kinds.map(|kind| (network, kind))) {
         for (steps, rows, is_ragged) in [(7, 5, true), (6, 4, false), (1, 2, false)] {
             let mut rng = Rng::seed(3);
             let layer = network.config.clone().init(cases.device, &mut rng)?;
@@ -473,8 +645,8 @@ pub(super) fn jordan(cases: &mut Cases<'_>) -> Result<()> {
             let kind = if is_ragged { "ragged" } else { "full" };
             check_given(
                 cases,
-                &format!("jordan_{name}_{kind}_t{steps}"),
-                &network,
+                &format!("{}_{name}_{kind}_t{steps}", network.name),
+                network,
                 &layer,
                 &given,
                 Some((&targets, probability)),

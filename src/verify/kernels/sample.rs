@@ -27,7 +27,7 @@ fn draw(temperature: f32, top_k: Option<u32>) -> Choice {
 }
 
 /// `greedy`, `temperature 0.7, top-k Some(3)`.
-fn title(choice: &Choice) -> String {
+pub(super) fn title(choice: &Choice) -> String {
     match choice {
         Choice::Greedy => "greedy".into(),
         Choice::Draw { temperature, top_k, .. } => format!("temperature {temperature}, top-k {top_k:?}"),
@@ -99,7 +99,7 @@ fn greedy(cases: &mut Cases<'_>) -> Result<()> {
 }
 
 /// The tokens that are within rounding of the best score of a row, by sorting and in f64.
-fn best(z: &[f32], row: usize, step: usize, temperature: f32, top_k: Option<u32>, key: MaskKey) -> Vec<u32> {
+pub(super) fn best(z: &[f32], row: usize, step: usize, temperature: f32, top_k: Option<u32>, key: MaskKey) -> Vec<u32> {
     let mut order: Vec<u32> = (0..z.len() as u32).collect();
     // Stable: of equal logits the lower id stays first.
     order.sort_by(|a, b| z[*b as usize].total_cmp(&z[*a as usize]));

@@ -102,14 +102,7 @@ impl Sweep {
                 saved[at] = if n % gates / self.hidden == 2 { sum.tanh() } else { sigmoid(sum) };
             }
         }
-        // The sweep leaves the first step's product to whoever asks for the gradient of h.
-        let mut dstates = want.dstate.concat();
-        if let Some((t, ..)) = self.order().first() {
-            let dslots = &want.dx[t * rows * gates..][..rows * gates];
-            let product = oracle::matmul(dslots, &weights[0]["weight_hh"], rows, self.hidden, gates, false, false);
-            dstates.iter_mut().zip(product).for_each(|(d, product)| *d -= product);
-        }
-        Swept { y: want.y, states, saved, dslots: want.dx, dstates }
+        Swept { y: want.y, states, saved, dslots: want.dx, dstates: want.dstate.concat() }
     }
 
     /// The kernels on `run`'s device; `check` gets what forward made, and what backward made of it.

@@ -1,0 +1,283 @@
+//! Long-term dependencies: which networks remember over hundreds of steps? Trains a vanilla RNN, one that starts with orthogonal
+//! recurrent weights, a GRU and an LSTM, each with and without clipping of the gradient's norm, on two classic tasks.
+//!
+//! ```sh
+//! cargo run --release --example memory -- --quick                               # a few rows, about a minute on a CPU
+//! cargo run --release --example memory -- --task adding --t 200 --net gru       # some rows of the table
+//! cargo run --release --example memory                                          # the whole table: 48 rows, hours on a CPU
+//! ```
+//!
+//! Adding (Hochreiter & Schmidhuber 1997): T steps of a random number and a marker; two are marked, and after the last step their
+//! sum is wanted. Whoever remembers nothing answers 1 and errs by 1/6, the variance of the sum. Copying: ten letters of
+//! eight, T steps of silence, and a signal on which the letters are wanted back. Whoever remembers nothing guesses them, which costs
+//! 10 ln 8 over the T + 20 steps. Solved is a row whose loss on held-out sequences falls under a tenth of that.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use gatefold::nn::{GruConfig, LastStep, LinearConfig, LstmConfig, Module, RnnConfig, Sequential};
+use gatefold::{Batch, CrossEntropy, Device, Ids, Loss, MeanSquaredError, Rng, Tensor, Trainer, optim::AdamW};
+
+const HIDDEN: usize = 64;
+const BATCH: usize = 32;
+const HELD_OUT: usize = 256;
+const CLIP: f64 = 1.0;
+/// Steps of training between two looks at the held-out loss.
+const LOOK: u32 = 50;
+/// A row is solved under this share of the loss of remembering nothing.
+const SOLVED: f32 = 0.1;
+/// Letters to remember, and how many there are; symbol 0 is silence, the last one the signal to recall.
+const WORD: usize = 10;
+const ALPHABET: usize = 8;
+const SYMBOLS: usize = ALPHABET + 2;
+
+/// Compares how far recurrent networks remember
+#[derive(Parser)]
+struct Args {
+    /// Only this task; may be given again, as the next two
+    #[arg(long, value_enum)]
+    task: Vec<Task>,
+    /// Only this T: the steps over which to remember; by default 50, 200 and 500
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..))]
+    t: Vec<u32>,
+    /// Only this network
+    #[arg(long, value_enum)]
+    net: Vec<Net>,
+    /// Only with clipping of the gradient's norm, or only without
+    #[arg(long)]
+    clip: Option<bool>,
+    /// Adding over 50 steps, with clipping, and at most 1000 steps a row
+    #[arg(long, conflicts_with_all = ["task", "t", "clip"])]
+    quick: bool,
+    /// Steps of training, at most, for each row of the table
+    #[arg(long, default_value_t = 4000, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Seconds of training, at most, for each row of the table
+    #[arg(long, default_value_t = 180)]
+    seconds: u64,
+    /// Of the initial weights and of the sequences
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Such as `cpu` or `vulkan:llvmpipe`; by default the best GPU, else the CPU
+    #[arg(long)]
+    device: Option<String>,
+    /// Fail unless every row that ran was solved
+    #[arg(long)]
+    require: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Task {
+    /// The sum of two marked numbers among T
+    Adding,
+    /// Ten letters, T steps later
+    Copying,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Net {
+    /// h(t) = tanh(b + W h(t-1) + U x(t))
+    Rnn,
+    /// The same, with an orthogonal W at first: it neither shrinks nor stretches what it carries
+    Orthogonal,
+    /// Gated recurrent unit
+    Gru,
+    /// Long short-term memory with its forget gate open at first
+    Lstm,
+}
+
+/// A row of the table: what is trained.
+#[derive(Clone, Copy)]
+struct Row {
+    task: Task,
+    t: usize,
+    net: Net,
+    clip: bool,
+}
+
+/// What came of it.
+struct Outcome {
+    loss: f32,
+    solved: bool,
+    steps: u32,
+    seconds: f32,
+    skipped: u32,
+    clipped: f32,
+}
+
+impl Task {
+    /// The loss of whoever remembers nothing.
+    fn baseline(self, t: usize) -> f32 {
+        match self {
+            Task::Adding => 1.0 / 6.0,
+            Task::Copying => WORD as f32 * (ALPHABET as f32).ln() / (t + 2 * WORD) as f32,
+        }
+    }
+
+    /// Numbers in an input row, and in an output row.
+    fn sizes(self) -> [usize; 2] {
+        match self {
+            Task::Adding => [2, 1],
+            Task::Copying => [SYMBOLS, ALPHABET + 1],
+        }
+    }
+
+    /// Random sequences, time-major.
+    fn batch(self, device: &Device, t: usize, rows: usize, rng: &mut Rng) -> gatefold::Result<Batch> {
+        match self {
+            Task::Adding => {
+                let (mut x, mut sums) = (vec![0.0; t * rows * 2], vec![0.0; rows]);
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    (0..t).for_each(|step| x[(step * rows + row) * 2] = rng.uniform(0.0, 1.0));
+                    // One number of the first half and one of the second.
+                    for step in [rng.below(t / 2), t / 2 + rng.below(t - t / 2)] {
+                        let at = (step * rows + row) * 2;
+                        x[at + 1] = 1.0;
+                        *sum += x[at];
+                    }
+                }
+                Ok(Batch::new(Tensor::from_slice(device, &x, [t, rows, 2])?, Tensor::from_slice(device, &sums, [rows, 1])?))
+            }
+            Task::Copying => {
+                let steps = t + 2 * WORD;
+                let (mut x, mut wanted) = (vec![0.0; steps * rows * SYMBOLS], vec![0; steps * rows]);
+                for row in 0..rows {
+                    let mut say = |step: usize, symbol: usize| x[(step * rows + row) * SYMBOLS + symbol] = 1.0;
+                    for step in 0..WORD {
+                        let letter = 1 + rng.below(ALPHABET);
+                        say(step, letter);
+                        wanted[(t + WORD + step) * rows + row] = letter as u32;
+                    }
+                    // The signal comes one step before the first letter is wanted, silence all around it.
+                    (WORD..steps).for_each(|step| say(step, if step + 1 == t + WORD { SYMBOLS - 1 } else { 0 }));
+                }
+                let x = Tensor::from_slice(device, &x, [steps, rows, SYMBOLS])?;
+                Ok(Batch::new(x, Ids::from_slice(device, &wanted, [steps, rows])?))
+            }
+        }
+    }
+}
+
+/// The network of a row: the recurrent layer is layer 0.
+fn build(row: Row, device: &Device, rng: &mut Rng) -> Result<Sequential> {
+    let [input, output] = row.task.sizes();
+    let model = match row.net {
+        Net::Rnn | Net::Orthogonal => Sequential::new().push(RnnConfig::new(input, HIDDEN).init(device, rng)?),
+        Net::Gru => Sequential::new().push(GruConfig::new(input, HIDDEN).init(device, rng)?),
+        Net::Lstm => Sequential::new().push(LstmConfig::new(input, HIDDEN).forget_bias(1.0).init(device, rng)?),
+    };
+    let model = if row.task == Task::Adding { model.push(LastStep) } else { model };
+    let model = model.push(LinearConfig::new(HIDDEN, output).init(device, rng)?);
+    if row.net == Net::Orthogonal {
+        let params = model.params();
+        let (_, weight) = params.iter().find(|(name, _)| name == "0.weight_hh_l0").context("no recurrent weights")?;
+        weight.set(&orthogonal(HIDDEN, rng))?;
+    }
+    Ok(model)
+}
+
+/// A random orthogonal matrix `[size, size]`: rows of normal numbers, each freed of its parts along the rows before (Gram and Schmidt).
+fn orthogonal(size: usize, rng: &mut Rng) -> Vec<f32> {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    let mut rows: Vec<Vec<f32>> = Vec::new();
+    for _ in 0..size {
+        let mut row: Vec<f32> = (0..size).map(|_| rng.normal()).collect();
+        // Twice, because rounding leaves a rest of the first time.
+        for other in rows.iter().chain(&rows) {
+            let along = dot(&row, other);
+            row.iter_mut().zip(other).for_each(|(number, other)| *number -= along * other);
+        }
+        let norm = dot(&row, &row).sqrt();
+        row.iter_mut().for_each(|number| *number /= norm);
+        rows.push(row);
+    }
+    rows.concat()
+}
+
+fn learning_rate(row: Row) -> f64 {
+    match row.net {
+        // Gates keep gradients tame, a bare recurrence does not.
+        Net::Rnn | Net::Orthogonal => 1e-3,
+        Net::Gru | Net::Lstm => 5e-3,
+    }
+}
+
+/// Trains the network of a row until the task is solved or a budget is spent.
+fn train<L: Loss>(row: Row, loss: L, args: &Args, device: &Device) -> Result<Outcome> {
+    let mut rng = Rng::seed(args.seed);
+    let held_out = row.task.batch(device, row.t, HELD_OUT, &mut rng)?;
+    let model = build(row, device, &mut rng)?;
+    let mut trainer = Trainer::new(model, loss, AdamW::new(learning_rate(row)).weight_decay(0.0))?;
+    if row.clip {
+        trainer = trainer.clip_grad_norm(CLIP);
+    }
+    let budget = if args.quick { args.steps.min(1000) } else { args.steps };
+    let bar = common::progress_bar(u64::from(budget), "steps")?;
+    let (start, solved_under) = (Instant::now(), SOLVED * row.task.baseline(row.t));
+    let mut loss = f32::NAN;
+    for step in 1..=budget {
+        trainer.step(&row.task.batch(device, row.t, BATCH, &mut rng)?)?;
+        bar.inc(1);
+        let spent = start.elapsed() >= Duration::from_secs(args.seconds);
+        if step % LOOK == 0 || step == budget || spent {
+            loss = trainer.evaluate(&held_out)?.item()?;
+            bar.set_message(format!("held-out loss {loss:.4}"));
+            if loss < solved_under || spent {
+                break;
+            }
+        }
+    }
+    bar.finish_and_clear();
+    let stats = trainer.stats()?;
+    Ok(Outcome {
+        loss,
+        solved: loss < solved_under,
+        steps: trainer.steps() as u32,
+        seconds: start.elapsed().as_secs_f32(),
+        skipped: stats.skipped,
+        clipped: stats.clipped as f32 / trainer.steps() as f32,
+    })
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let device = common::open_device(args.device.as_deref())?;
+    let or = |given: &[u32], all: &[u32]| if given.is_empty() { all.to_vec() } else { given.to_vec() };
+    let tasks = if args.task.is_empty() { Task::value_variants() } else { &args.task };
+    let tasks = if args.quick { &[Task::Adding] } else { tasks };
+    let nets = if args.net.is_empty() { Net::value_variants() } else { &args.net };
+    let clips = args.clip.or(args.quick.then_some(true)).map_or(vec![true, false], |clip| vec![clip]);
+    let mut rows = Vec::new();
+    for &task in tasks {
+        for t in or(&args.t, if args.quick { &[50] } else { &[50, 200, 500] }) {
+            for &net in nets {
+                rows.extend(clips.iter().map(|clip| Row { task, t: t as usize, net, clip: *clip }));
+            }
+        }
+    }
+
+    println!("{HIDDEN} units, batches of {BATCH}, AdamW; loss on {HELD_OUT} held-out sequences, of remembering nothing = 1");
+    println!("task     T    network     clip  loss/baseline  solved  steps  seconds  skipped  clipped");
+    let mut unsolved = Vec::new();
+    for row @ Row { task, t, net, clip } in rows {
+        let Outcome { loss, solved, steps, seconds, skipped, clipped } = match task {
+            Task::Adding => train(row, MeanSquaredError, &args, &device)?,
+            Task::Copying => train(row, CrossEntropy::new(), &args, &device)?,
+        };
+        let [task_name, net_name] = [format!("{task:?}"), format!("{net:?}")].map(|name| name.to_lowercase());
+        let [clip, answer] = [clip, solved].map(|yes| if yes { "yes" } else { "no" });
+        let (share, clipped) = (loss / task.baseline(t), 100.0 * clipped);
+        let (what, work) = (format!("{task_name:8} {t:<4} {net_name:11} {clip:4}"), format!("{steps:6}  {seconds:7.1}"));
+        println!("{what}  {share:13.4}  {answer:6} {work}  {skipped:7}  {clipped:6.1}%");
+        if !solved {
+            unsolved.push(what.split_whitespace().collect::<Vec<_>>().join(" "));
+        }
+    }
+    if args.require {
+        ensure!(unsolved.is_empty(), "not solved: {}", unsolved.join(", "));
+    }
+    Ok(())
+}

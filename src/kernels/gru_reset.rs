@@ -1,0 +1,99 @@
+//! A GRU's reset gate before the product: what a step does between its two products.
+
+use super::cell_contract::{Gated, GatedStep};
+use super::cell_gru::GruCell;
+use super::math::Lanes;
+use super::{READ, READ_WRITE, grid};
+use crate::backend::{Access, Kernel, params};
+use crate::device::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+params! {
+    /// The shader's uniform struct.
+    GruReset { rows: u32, hidden: u32, t: u32, before: u32, }
+}
+
+const fn kernel(name: &'static str, entry: &'static str, bindings: &'static [(u32, Access)]) -> Kernel {
+    let source = concat!(
+        include_str!("../../shaders/gru_reset.wgsl"),
+        include_str!("../../shaders/activation.wgsl"),
+        include_str!("../../shaders/math.wgsl"),
+    );
+    Kernel { name, source, entry, params: GruReset::LAYOUT, bindings, workgroup: 64 }
+}
+
+pub(crate) static RESET: Kernel = kernel("gru_reset", "reset", &[(1, READ_WRITE), (2, READ), (3, READ), (4, READ)]);
+pub(crate) static RESET_BACKWARD: Kernel =
+    kernel("gru_reset_backward", "reset_backward", &[(1, READ_WRITE), (2, READ), (5, READ), (6, READ_WRITE)]);
+
+/// Gates r, z, n; slots of a step; the slot of `r h'`.
+const GATES: usize = 3;
+const SLOTS: usize = 4;
+const SEEN: usize = 3;
+
+fn params(at: &GatedStep<'_>) -> GruReset {
+    GruReset { rows: at.rows as u32, hidden: at.hidden as u32, t: at.t as u32, before: at.before as u32 }
+}
+
+/// Units of a row, sixteen at a time: `(first, count)`.
+fn blocks(hidden: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..hidden).step_by(Lanes::COUNT).map(move |at| (at, Lanes::COUNT.min(hidden - at)))
+}
+
+impl Gated for GruCell {
+    fn slot(&self) -> usize {
+        SEEN
+    }
+
+    fn forward(&self, at: &GatedStep<'_>, unit: &Tensor, product: &Tensor) -> Result<()> {
+        match at.slots.device().backend() {
+            Backend::Native => {
+                let (unit, product, states) = (unit.native::<f32>(), product.native::<f32>(), at.states.native::<f32>());
+                let mut slots = at.slots.native_mut::<f32>();
+                for row in 0..at.rows {
+                    let slots = &mut slots[(at.t * at.rows + row) * SLOTS * at.hidden..][..SLOTS * at.hidden];
+                    let product = &product[row * GATES * at.hidden..];
+                    let h = &states[(at.before * at.rows + row) * at.hidden..];
+                    for (u, width) in blocks(at.hidden) {
+                        let load = |from: &[f32]| Lanes::load(&from[u..][..width]);
+                        let r = self.gate(load(slots) + (load(product) + load(&unit)));
+                        (r * load(h)).store(&mut slots[SEEN * at.hidden + u..][..width]);
+                    }
+                }
+                Ok(())
+            }
+            Backend::Gpu(gpu) => {
+                let bindings = [at.slots, at.states, product, unit].map(Tensor::range);
+                let step = (params(at), grid(at.rows * at.hidden));
+                gpu.launch_each(&RESET, &self.gate_constants(), &bindings, std::iter::once(step))
+            }
+        }
+    }
+
+    fn backward(&self, at: &GatedStep<'_>, dseen: &Tensor, dh: &Tensor) -> Result<()> {
+        match at.slots.device().backend() {
+            Backend::Native => {
+                let (dseen, states) = (dseen.native::<f32>(), at.states.native::<f32>());
+                let (mut slots, mut dh) = (at.slots.native_mut::<f32>(), dh.native_mut::<f32>());
+                for row in 0..at.rows {
+                    let slot = &mut slots[(at.t * at.rows + row) * SLOTS * at.hidden..][..at.hidden];
+                    let h = &states[(at.before * at.rows + row) * at.hidden..];
+                    let (dseen, dh) = (&dseen[row * at.hidden..], &mut dh[row * at.hidden..][..at.hidden]);
+                    for (u, width) in blocks(at.hidden) {
+                        let load = |from: &[f32]| Lanes::load(&from[u..][..width]);
+                        let (r, d) = (load(slot), load(dseen));
+                        (d * load(h) * self.gate_slope(r)).store(&mut slot[u..][..width]);
+                        (load(dh) + d * r).store(&mut dh[u..][..width]);
+                    }
+                }
+                Ok(())
+            }
+            Backend::Gpu(gpu) => {
+                let bindings = [at.slots, at.states, dseen, dh].map(Tensor::range);
+                let step = (params(at), grid(at.rows * at.hidden));
+                gpu.launch_each(&RESET_BACKWARD, &self.gate_constants(), &bindings, std::iter::once(step))
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Back-propagation in segments: the bits of the whole sequence at once, in the memory that was predicted.
+
+use super::harness::{Cases, NAN, normal, ragged};
+use crate::device::Device;
+use crate::error::Result;
+use crate::nn::{Cell, CellState, GruConfig, Input, LstmConfig, Module, RecurrentConfig, Reset, RnnConfig};
+use crate::rng::{MaskKey, Rng};
+use crate::tensor::{Lengths, Tensor};
+use crate::verify::{Comparison, Report};
+
+const INPUT: usize = 5;
+const HIDDEN: usize = 19;
+
+pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
+    let lstm = || LstmConfig::new(INPUT, HIDDEN);
+    check(cases, "lstm", lstm())?;
+    check(cases, "lstm_masks", lstm().layers(2).dropout(0.3).zoneout(0.2, 0.1).weight_dropout(0.3))?;
+    check(cases, "lstm_sums", lstm().layers(2).peepholes(true).gradient_clip(0.05))?;
+    check(cases, "lstm_projection", lstm().layers(2).projection(INPUT).residual(true))?;
+    check(cases, "lstm_learned_state", lstm().learn_initial_state(true))?;
+    check(cases, "lstm_layer_norm", lstm().layers(2).layer_norm(true).projection(INPUT))?;
+    check(cases, "gru_layer_norm", GruConfig::new(INPUT, HIDDEN).layer_norm(true))?;
+    check(cases, "lstm_recurrent_dropout", lstm().recurrent_dropout(0.3))?;
+    check(cases, "gru_reset_before", GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct))?;
+    check(cases, "gru", GruConfig::new(INPUT, HIDDEN).layers(2))?;
+    check(cases, "rnn", RnnConfig::new(INPUT, HIDDEN))?;
+    check(cases, "rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4))
+}
+
+fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>) -> Result<()> {
+    let steps = 250;
+    // A device of its own: whatever else runs at the same time is not in its count.
+    let info = cases.device.info();
+    let device =
+        &if cases.device.is_cpu() { Device::cpu() } else { Device::by_name(&format!("{}:{}", info.backend, info.name))? };
+    device.poison();
+    for (kind, rows, is_ragged) in [("", 17, false), ("_ragged", 17, true)] {
+        let mut rng = Rng::seed(8);
+        let layer = config.clone().init(device, &mut rng)?;
+        let lengths = is_ragged.then(|| ragged(&mut rng, steps, rows));
+        let lengths = lengths.map(|lengths| Lengths::from_slice(device, &lengths)).transpose()?;
+        let x = Tensor::from_slice(device, &normal(&mut rng, steps * rows * INPUT), [steps, rows, INPUT])?;
+        let width = layer.output();
+        let dy = normal(&mut rng, steps * rows * width);
+        let whole_dy = Tensor::from_slice(device, &dy, [steps, rows, width])?;
+        let input = || Input::new().lengths(lengths.as_ref()).key(MaskKey::new(1, 2));
+
+        let mut words = Vec::new();
+        let mut read = |tensor: &Tensor| -> Result<()> {
+            words.extend(tensor.read_back::<u32>()?);
+            Ok(())
+        };
+        layer.zero_grad()?;
+        let (y, state, tape) = layer.forward_train(&x, input())?;
+        let (dx, dstate) = layer.backward(tape, &whole_dy, None)?;
+        let y = y.read_back::<u32>()?;
+        state.tensors().into_iter().chain(dstate.tensors()).chain([&dx]).try_for_each(&mut read)?;
+        layer.params().into_iter().try_for_each(|(_, param)| read(param.grad()))?;
+        let expected = std::mem::take(&mut words);
+        let clipped = layer.clipped_gradients()?;
+        drop((dx, state, dstate));
+
+        layer.zero_grad()?;
+        let bptt = |bytes| layer.bptt_memory(bytes).needs_dx(true);
+        let one = bptt(u64::MAX).plan(steps, rows)?;
+        let plan = bptt(one.peak_bytes / 2).plan(steps, rows)?;
+        device.synchronize()?;
+        device.reset_peak();
+        let before = device.memory().held;
+        let mut seen = vec![0; y.len()];
+        let result = bptt(one.peak_bytes / 2).run(&x, input(), |steps, part| {
+            let range = steps.start * rows * width..steps.end * rows * width;
+            seen[range.clone()].copy_from_slice(&part.read_back::<u32>()?);
+            Tensor::from_slice(device, &dy[range], part.shape())
+        })?;
+        let peak = device.memory().peak - before;
+        let mut words = Vec::new();
+        let tensors = [result.state.tensors(), result.dstate.tensors(), result.dx.iter().collect()].concat();
+        for tensor in tensors.into_iter().chain(layer.params().into_iter().map(|(_, param)| param.grad())) {
+            words.extend(tensor.read_back::<u32>()?);
+        }
+        let off = (plan.peak_bytes as f64 / peak as f64 - 1.0).abs();
+        let cut = if one.segments == 1 && plan.segments > 1 { 0.0 } else { f64::NAN };
+        let counts = (layer.clipped_gradients()? as f64 - 2.0 * clipped as f64).abs();
+        let comparisons = vec![
+            Comparison { tensor: format!("segments of {plan:?}"), error: cut, bound: 0.0 },
+            Comparison::bits("y", &seen, &y),
+            Comparison::bits("states and gradients", &words, &expected),
+            Comparison { tensor: "clipped".into(), error: counts, bound: 0.0 },
+            Comparison { tensor: format!("predicted {} bytes of {peak}", plan.peak_bytes), error: off, bound: 0.1 },
+            Comparison::new("no NaN", &[if y.iter().any(|word| *word == NAN.to_bits()) { NAN } else { 0.0 }], &[0.0], 0.0),
+        ];
+        cases.reports.push(Report::new(format!("{name}{kind}"), comparisons));
+    }
+    Ok(())
+}
