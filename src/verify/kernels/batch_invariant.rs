@@ -24,6 +24,7 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
     device.poison();
     device.set_batch_invariant(true);
     let mut own = Cases { device: &device, reports: Vec::new() };
+    super::products::gemm(&mut own)?;
     for hidden in [5, 19, 66] {
         check(&mut own, "lstm", 2, LstmConfig::new(INPUT, hidden).layers(2))?;
         check(&mut own, BOTH_WAYS, 2, LstmConfig::new(INPUT, hidden).direction(Direction::Both))?;
