@@ -28,10 +28,10 @@
 //! Tensors are row-major and time-major: x is `[seq, batch, features]`; [`nn::RecurrentConfig::batch_first`] exchanges
 //! the two at the edge. Gate order, parameter names and initial weights are PyTorch's, so that a saved `state_dict`
 //! loads as it is ([`nn::Module::load`]). A state is a value: passed in, returned, cloned, saved, never hidden in a
-//! layer. [`Lengths`] make a batch ragged: past its end a row keeps its state and outputs zeros, and the reverse
-//! direction starts at each row's own end. Random masks are functions of a [`MaskKey`] and a place, the same on every
-//! device. Whatever does not fit is an [`Error`] that names the operation, the argument, what was expected and what
-//! was given.
+//! layer; [`nn::Stream`] keeps those of many sequences that go on at their own pace. [`Lengths`] make a batch ragged: past
+//! its end a row keeps its state and outputs zeros, and the reverse direction starts at each row's own end. Random masks
+//! are functions of a [`MaskKey`] and a place, the same on every device. Whatever does not fit is an [`Error`] that names
+//! the operation, the argument, what was expected and what was given.
 //!
 //! # Architecture
 //!
