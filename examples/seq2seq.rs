@@ -27,6 +27,8 @@ const EMBEDDING: usize = 32;
 const HIDDEN: usize = 256;
 /// Dates in one step of training.
 const ROWS: usize = 64;
+/// Batches whose dates are sorted by length together.
+const SORTED: usize = 8;
 const LEARNING_RATE: f64 = 4e-3;
 /// Dates that tell how good the network is.
 const HELD_OUT: usize = 1000;
@@ -39,7 +41,7 @@ const ISO: usize = 11;
 #[derive(Parser)]
 struct Args {
     /// Steps of training, each of 64 new dates
-    #[arg(long, default_value_t = 3000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 6000, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     /// Of the initial weights and of the dates
     #[arg(long, default_value_t = 0)]
@@ -64,6 +66,15 @@ type Pairs = Vec<(String, String)>;
 
 fn draw(count: usize, rng: &mut Rng) -> Pairs {
     (0..count).map(|_| DateTask::pair(rng)).collect()
+}
+
+/// Some batches, each of texts of like length, for there is less padding to read then; in a random order.
+fn batches(rng: &mut Rng) -> Vec<Pairs> {
+    let mut pairs = draw(SORTED * ROWS, rng);
+    pairs.sort_by_key(|(text, _)| text.len());
+    let mut batches: Vec<Pairs> = pairs.chunks(ROWS).map(<[_]>::to_vec).collect();
+    rng.shuffle(&mut batches);
+    batches
 }
 
 impl Dates<'_> {
@@ -115,11 +126,16 @@ fn main() -> Result<()> {
     let held_out = draw(HELD_OUT, &mut rng);
 
     let bar = common::progress_bar(u64::from(args.steps) * ROWS as u64, "dates")?;
-    let (start, mut recent) = (Instant::now(), Vec::new());
+    let (start, mut recent, mut ahead) = (Instant::now(), Vec::new(), Vec::new());
     for step in 1..=args.steps {
         let done = f64::from(step - 1) / f64::from(args.steps);
         trainer.set_learning_rate(LEARNING_RATE * 0.5 * (1.0 + (PI * done).cos()));
-        recent.push(trainer.step(&dates.batch(&draw(ROWS, &mut rng))?)?.loss);
+        if ahead.is_empty() {
+            ahead = batches(&mut rng);
+        }
+        if let Some(pairs) = ahead.pop() {
+            recent.push(trainer.step(&dates.batch(&pairs)?)?.loss);
+        }
         bar.inc(ROWS as u64);
         // Reading a loss waits for the device: now and then is enough.
         if step % 20 == 0 || step == args.steps {

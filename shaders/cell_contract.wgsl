@@ -6,6 +6,9 @@
 //     fn recurrent_slot(gate: u32) -> u32      the slot that gets the gradient of the gate's recurrent part
 //     fn cell_forward(site: Site, x: Pre, r: Pre, previous: State, p: Unit) -> Forward
 //     fn cell_backward(site: Site, saved: Slots, previous: State, p: Unit, d: State) -> Backward
+//     fn cell_totals(saved: Slots, previous: State, p: Unit, d: State) -> State
+//                              d and what the new state's parts get from each other within the step (c goes into h)
+//     for `sweep_scan.wgsl`, where a cell is linear in its one state: scan_coefficients and scan_decay, described there
 // and a sweep file calls them for each step, row and unit. x is the input part W_ih x + b_ih, r the product W_hh h of a
 // unit's gates, p the unit's own parameters, d the gradient of the new state. Options of a cell are pipeline constants. Where the
 // last gate's product sees not h but what another gate makes of it, a kernel of the cell's own makes that (gru_reset.wgsl).

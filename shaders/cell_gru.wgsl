@@ -46,3 +46,5 @@ fn cell_backward(site: Site, saved: Slots, previous: State, p: Unit, d: State) -
     let slots = Slots(select(dr, reset, reset_before), dz, dn, select(dn * reset, q, reset_before));
     return Backward(slots, State(d[0] * z), Unit());
 }
+
+fn cell_totals(saved: Slots, previous: State, p: Unit, d: State) -> State { return d; }

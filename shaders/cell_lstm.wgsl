@@ -40,6 +40,13 @@ fn cell_forward(site: Site, x: Pre, r: Pre, previous: State, p: Unit) -> Forward
     return Forward(State(o * output(c), c), Slots(i, f, g, o));
 }
 
+fn cell_totals(saved: Slots, previous: State, p: Unit, d: State) -> State {
+    let o = saved[3];
+    let y = output(clip_to(cell_clip, saved[1] * previous[1] + saved[0] * saved[2]));
+    let d_out = d[0] * y * gate_slope(o);
+    return State(d[0], d[1] + d[0] * o * slope(output_kind, output_alpha, output_beta, y) + d_out * p[6]);
+}
+
 fn cell_backward(site: Site, saved: Slots, previous: State, p: Unit, d: State) -> Backward {
     let i = saved[0];
     let f = saved[1];

@@ -1,4 +1,4 @@
-// Global-norm clipping, SGD with momentum (Sutskever et al. 2013, in PyTorch's form) and AdamW (Loshchilov & Hutter 2019)
+// Clipping by global norm, then by value, SGD with momentum (Sutskever et al. 2013, in PyTorch's form) and AdamW (Loshchilov & Hutter 2019)
 // over the flat parameter arena. A step whose gradient is not finite changes nothing but the count of skipped steps.
 // The step count and Adam's bias corrections live on the device, so that the host need not wait to know them.
 
@@ -13,6 +13,7 @@ struct Optimizer {
     one_minus_beta1: f32, // rounded once, on the host: 1 - 0.999f has only 4 good digits
     one_minus_beta2: f32,
     epsilon: f32,
+    max_value: f32, // clip each element to -max_value .. max_value, after the norm; 0: do not clip
 }
 
 struct Control {
@@ -24,6 +25,10 @@ struct Control {
     steps: u32,       // applied
     skipped: u32,
     clipped: u32,
+    clipped_values: atomic<u32>, // elements that the last step clipped by value: a sum that no order changes
+    values_low: u32,             // those of the steps before it, 64 bits
+    values_high: u32,
+    value_steps: u32,            // steps before it that clipped any
 }
 
 @group(0) @binding(0) var<uniform> params: Optimizer;
@@ -34,6 +39,10 @@ struct Control {
 
 @compute @workgroup_size(1)
 fn prepare() {
+    let clipped_values = atomicExchange(&control.clipped_values, 0u);
+    control.values_low += clipped_values;
+    control.values_high += select(0u, 1u, control.values_low < clipped_values);
+    control.value_steps += select(0u, 1u, clipped_values > 0u);
     let finite = is_finite_bits(squares[0]);
     let norm = sqrt(squares[0]);
     control.norm = norm;
@@ -60,23 +69,38 @@ fn prepare() {
 
 const LANES = 64u;
 
+// The gradient at a place after both clips, and whether the second acted.
+struct Clipped { g: f32, acted: bool }
+
+fn clipped_gradient(at: u32) -> Clipped {
+    let scaled = gradient[at] * control.scale;
+    let g = clip_to(params.max_value, scaled);
+    return Clipped(g, g != scaled && control.skip == 0u);
+}
+
 @compute @workgroup_size(LANES)
 fn sgd(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    var clipped_values = 0u;
     for (var at = id.x; at < params.count; at += groups.x * LANES) {
-        let g = gradient[at] * control.scale + params.weight_decay * value[at];
+        let clipped = clipped_gradient(at);
+        let g = clipped.g + params.weight_decay * value[at];
         gradient[at] = 0.0;
         if control.skip == 1u { continue; }
         let velocity = params.momentum * first[at] + g;
         first[at] = velocity;
         value[at] -= params.learning_rate * velocity;
+        clipped_values += select(0u, 1u, clipped.acted);
     }
+    if clipped_values > 0u { atomicAdd(&control.clipped_values, clipped_values); }
 }
 
 @compute @workgroup_size(LANES)
 fn adamw(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     let root = sqrt(control.correction2);
+    var clipped_values = 0u;
     for (var at = id.x; at < params.count; at += groups.x * LANES) {
-        let g = gradient[at] * control.scale;
+        let clipped = clipped_gradient(at);
+        let g = clipped.g;
         gradient[at] = 0.0;
         if control.skip == 1u { continue; }
         let m = params.beta1 * first[at] + params.one_minus_beta1 * g;
@@ -85,5 +109,7 @@ fn adamw(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) 
         second[at] = v;
         let decayed = value[at] - params.learning_rate * params.weight_decay * value[at];
         value[at] = decayed - params.learning_rate / control.correction1 * m / (sqrt(v) / root + params.epsilon);
+        clipped_values += select(0u, 1u, clipped.acted);
     }
+    if clipped_values > 0u { atomicAdd(&control.clipped_values, clipped_values); }
 }

@@ -28,6 +28,7 @@ struct Sweep {
     zoneout_h: f32, // probabilities, of state 0 and of the others
     zoneout_c: f32,
     clip: f32,      // backward: a bound for each element of the gradient that later steps give; 0: none
+    flow_at: u32,   // backward with `flow`: where the gradients of all steps start in dstates
 }
 
 @group(0) @binding(0) var<uniform> params: Sweep;
@@ -39,11 +40,12 @@ struct Sweep {
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
 // What goes from later steps to earlier ones: the gradient of the state [STATES, B, H]; then, where the cell or the clip needs
 // them, sums for each tile of ROWS rows [tiles, SUMS, H]: the gradients of the unit parameters from BIASES on, and how often
-// the clip acted.
+// the clip acted; then, for the flow of the gradient, that of each state after each step [T, STATES, B, H].
 @group(0) @binding(7) var<storage, read_write> dstates: array<f32>;
 @group(0) @binding(8) var<storage, read> products: array<f32>; // forward_split: [B, GATES, H]
 
 override sums: bool = false; // whether dstates has room for the sums
+override flow: bool = false; // and for the gradients of all steps
 
 const LANES = 64u;
 const ROWS = 4u;  // of a lane, written out below as the components of a vector
@@ -219,6 +221,13 @@ fn add_sums(tile: u32, unit: u32, dunit: Unit, clipped: u32) {
     dstates[at + counts * params.hidden] += f32(clipped);
 }
 
+// The whole gradient of each state after this step, behind the sums.
+fn store_flow(row: u32, unit: u32, d: State) {
+    for (var s = 0u; s < STATES; s++) {
+        dstates[params.flow_at + ((params.t * STATES + s) * params.rows + row) * params.hidden + unit] = d[s];
+    }
+}
+
 struct StepBackward { dunit: Unit, clipped: u32 }
 
 fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
@@ -232,6 +241,7 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
     }
     var dslots: Slots;
     for (var s = 0u; s < SLOTS; s++) { dslots[s] = 0.0; }
+    var totals: State;
     if is_valid(row) {
         for (var s = 0u; s < STATES; s++) {
             let kept = clip_to(params.clip, d[s]);
@@ -244,7 +254,9 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
         let previous = load_state(params.before, row, unit);
         let site = site_of(row, unit);
         var held_back: State; // its gradient passes the cell by
+        if flow && !zoneout { totals = cell_totals(saved, previous, p, d); }
         if zoneout {
+            totals = d; // what was held back goes into nothing else of its step
             for (var s = 0u; s < STATES; s++) {
                 let k = held(site, s);
                 held_back[s] = k * d[s];
@@ -257,6 +269,7 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> StepBackward {
         if zoneout { for (var s = 0u; s < STATES; s++) { d[s] += held_back[s]; } }
         result.dunit = out.dunit;
     }
+    if flow { store_flow(row, unit, totals); }
     for (var s = 0u; s < SLOTS; s++) { slots[slot_at(params.t, row, s, unit)] = dslots[s]; }
     for (var s = 0u; s < STATES; s++) { dstates[(s * params.rows + row) * params.hidden + unit] = d[s]; }
     return result;

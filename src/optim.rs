@@ -102,7 +102,7 @@ impl Rule {
         }
     }
 
-    fn check(&self, max_norm: Option<f64>) -> Result<()> {
+    fn check(&self, max_norm: Option<f64>, max_value: Option<f64>) -> Result<()> {
         // As the kernels see it: in f32 a tiny number may be 0 and a large one infinite.
         let finite = |value: f64| value >= 0.0 && (value as f32).is_finite();
         let positive = |value: f64| finite(value) && value as f32 > 0.0;
@@ -131,10 +131,12 @@ impl Rule {
                 return Err(Error::argument(self.name(), name, value, expected));
             }
         }
-        match max_norm {
-            Some(norm) if !positive(norm) => Err(Error::argument("clip_grad_norm", "max_norm", norm, "finite and positive")),
-            _ => Ok(()),
+        for (op, name, limit) in [("clip_grad_norm", "max_norm", max_norm), ("clip_grad_value", "limit", max_value)] {
+            if let Some(limit) = limit.filter(|limit| !positive(*limit)) {
+                return Err(Error::argument(op, name, limit, "finite and positive"));
+            }
         }
+        Ok(())
     }
 }
 
@@ -146,8 +148,12 @@ pub struct Stats {
     pub steps: u32,
     /// Steps that were skipped because their gradient was not finite.
     pub skipped: u32,
-    /// Steps whose gradient was clipped.
+    /// Steps whose gradient was clipped by its norm.
     pub clipped: u32,
+    /// Steps in which an element of the gradient was clipped by value.
+    pub value_clipped: u32,
+    /// Elements that were clipped by value, in all steps together.
+    pub clipped_values: u64,
     /// Global norm of the last gradient, before clipping.
     pub grad_norm: f32,
 }
@@ -157,6 +163,7 @@ pub struct Stats {
 pub struct Optimizer {
     rule: Rule,
     max_norm: Option<f64>,
+    max_value: Option<f64>,
     value: Tensor,
     gradient: Tensor,
     first: Tensor,
@@ -185,7 +192,7 @@ impl Optimizer {
     /// [`crate::ErrorKind::DeviceMismatch`]; [`crate::ErrorKind::Limit`] or [`crate::ErrorKind::OutOfMemory`] when the arena does not fit.
     pub fn new(rule: impl Into<Rule>, params: Vec<(String, &mut Param)>) -> Result<Self> {
         let rule = rule.into();
-        rule.check(None)?;
+        rule.check(None, None)?;
         let Some(device) = params.first().map(|(_, param)| param.value().device().clone()) else {
             return Err(Error::argument("Optimizer.new", "params", "empty", "at least one parameter"));
         };
@@ -203,8 +210,9 @@ impl Optimizer {
         let arena = || Tensor::zeros(&device, [length]);
         let second = if matches!(rule, Rule::AdamW(_)) { Some(arena()?) } else { None };
         let control = Tensor::zeros(&device, [CONTROL_WORDS])?;
+        let (max_norm, max_value) = (None, None);
         let optimizer =
-            Self { rule, max_norm: None, value: arena()?, gradient: arena()?, first: arena()?, second, control, slots };
+            Self { rule, max_norm, max_value, value: arena()?, gradient: arena()?, first: arena()?, second, control, slots };
         for ((_, param), slot) in params.into_iter().zip(&optimizer.slots) {
             let part = |arena: &Tensor| arena.slice(slot.offset, slot.shape.clone());
             param.relocate(part(&optimizer.value), part(&optimizer.gradient))?;
@@ -217,6 +225,12 @@ impl Optimizer {
         Self { max_norm: Some(max_norm), ..self }
     }
 
+    /// Keep each element of each gradient within `[-limit, limit]`. Beside [`Optimizer::clip_grad_norm`] it comes second, as PyTorch's
+    /// `clip_grad_value_` after `clip_grad_norm_`: both bounds hold then, and [`Stats::grad_norm`] is that of the gradient as it was.
+    pub fn clip_grad_value(self, limit: f64) -> Self {
+        Self { max_value: Some(limit), ..self }
+    }
+
     /// For schedules: the rate of the next step.
     pub fn set_learning_rate(&mut self, learning_rate: f64) {
         *self.rule.learning_rate_mut() = learning_rate;
@@ -226,9 +240,9 @@ impl Optimizer {
     /// and is counted. Queues up like every operation: [`Device::submit`] hands it to the GPU.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Argument`] for a learning rate or clip norm out of range; what the device reports.
+    /// [`crate::ErrorKind::Argument`] for a learning rate or a bound of the gradient out of range; what the device reports.
     pub fn step(&mut self) -> Result<()> {
-        self.rule.check(self.max_norm)?;
+        self.rule.check(self.max_norm, self.max_value)?;
         let length = self.value.len() as u32;
         let mut params = optimizer::Optimizer {
             count: length,
@@ -241,6 +255,7 @@ impl Optimizer {
             one_minus_beta1: 1.0,
             one_minus_beta2: 1.0,
             epsilon: 0.0,
+            max_value: self.max_value.unwrap_or(0.0) as f32,
         };
         match self.rule {
             Rule::Sgd(rule) => {
@@ -270,7 +285,8 @@ impl Optimizer {
         let words: Vec<u32> = self.control.read_back()?;
         let control: &Control = bytemuck::from_bytes(bytemuck::cast_slice(&words));
         let Control { steps, skipped, clipped, norm, .. } = *control;
-        Ok(Stats { steps, skipped, clipped, grad_norm: norm })
+        let (clipped_values, value_clipped) = control.clipped_by_value();
+        Ok(Stats { steps, skipped, clipped, value_clipped, clipped_values, grad_norm: norm })
     }
 
     /// Where the parameters live.

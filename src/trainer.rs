@@ -229,6 +229,11 @@ impl<L: Loss, M: Model> Trainer<L, M> {
         Self { optimizer: self.optimizer.clip_grad_norm(max_norm), ..self }
     }
 
+    /// Keep each element of each gradient within `[-limit, limit]`: see [`Optimizer::clip_grad_value`].
+    pub fn clip_grad_value(self, limit: f64) -> Self {
+        Self { optimizer: self.optimizer.clip_grad_value(limit), ..self }
+    }
+
     /// The seed of random masks; 0 at first.
     pub fn seed(self, seed: u64) -> Self {
         Self { progress: Progress { seed, ..self.progress }, ..self }

@@ -411,6 +411,26 @@ fn recurrent_layers() -> Result<()> {
         let (_, param) = &lstm.params()[3];
         param.set(&[0.5; 16])?;
         t.row(|| lstm.backward(old, &dy, None), Argument, format!("lstm.backward: {STALE}"));
+
+        // Questions about a tape.
+        let text = "tape is of another layer, expected the tape of this layer's forward_train";
+        t.row(|| twin.inspect(&tape()?, 0, Direction::Forward), Argument, format!("lstm.inspect: {text}"));
+        t.row(|| twin.first_non_finite(&tape()?), Argument, format!("lstm.first_non_finite: {text}"));
+        let text = "lstm.inspect: layer is 2, expected below the 2 layers that there are";
+        t.row(|| lstm.inspect(&tape()?, 2, Direction::Forward), Argument, text);
+        for direction in [Direction::Reverse, Direction::Both] {
+            let text = format!("lstm.inspect: direction is {direction:?}, expected Forward");
+            t.row(|| lstm.inspect(&tape()?, 0, direction), Argument, text);
+        }
+        let both = LstmConfig::new(3, 4).direction(Direction::Both).init(device, rng)?;
+        let text = "lstm.inspect: direction is Both, expected Forward or Reverse";
+        t.row(|| both.inspect(&both.forward_train(&x, None)?.2, 0, Direction::Both), Argument, text);
+        let text = "lstm.backward_with_flow: dy has shape [5, 2, 3], expected [seq, batch, output] = [5, 2, 4]";
+        t.row(|| lstm.backward_with_flow(tape()?, &x, None), Argument, text);
+        t.row(|| twin.backward_with_flow(tape()?, &dy, None), Argument, format!("lstm.backward_with_flow: {STALE}"));
+        let normalized = LstmConfig::new(3, 4).layer_norm(true).init(device, rng)?;
+        let text = "lstm.backward_with_flow: layer_norm of a cell state";
+        t.row(|| normalized.backward_with_flow(normalized.forward_train(&x, None)?.2, &dy, None), Unsupported, text);
         t.row(
             || Layer::backward(&lstm, Tape::new(()), &dy, true),
             Argument,
@@ -968,6 +988,8 @@ fn optimizers() -> Result<()> {
         for norm in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-60, 1e39] {
             let step = || Trainer::new(model()?, MeanSquaredError, adamw)?.clip_grad_norm(norm).step(&Batch::new(&ones, &ones));
             t.row(step, Argument, format!("clip_grad_norm: max_norm is {norm}, expected finite and positive"));
+            let step = || Trainer::new(model()?, MeanSquaredError, adamw)?.clip_grad_value(norm).step(&Batch::new(&ones, &ones));
+            t.row(step, Argument, format!("clip_grad_value: limit is {norm}, expected finite and positive"));
         }
         let mut trainer = Trainer::new(model()?, MeanSquaredError, Sgd::new(0.1))?;
         trainer.set_learning_rate(f64::NAN);
@@ -1290,13 +1312,13 @@ fn checkpoint_files() -> Result<()> {
     let good = r#"{"seed":0,"step":7}"#;
     let control = |dtype, words| Parts::from([("optimizer.control", (dtype, vec![words]))]);
     let cases = [
-        (control(Dtype::U32, 8), "{}", "gatefold.trainer is {}: .."),
-        (control(Dtype::U32, 8), r#"{"seed":-1,"step":7}"#, "gatefold.trainer is {\"seed\":-1,\"step\":7}: .."),
+        (control(Dtype::U32, 12), "{}", "gatefold.trainer is {}: .."),
+        (control(Dtype::U32, 12), r#"{"seed":-1,"step":7}"#, "gatefold.trainer is {\"seed\":-1,\"step\":7}: .."),
         (Parts::new(), good, "optimizer.control is missing"),
-        (control(Dtype::U32, 7), good, "optimizer.control is U32 [7], expected U32 [8]"),
-        (control(f32s, 8), good, "optimizer.control is F32 [8], expected U32 [8]"),
+        (control(Dtype::U32, 7), good, "optimizer.control is U32 [7], expected U32 [12]"),
+        (control(f32s, 12), good, "optimizer.control is F32 [12], expected U32 [12]"),
         (
-            control(Dtype::U32, 8),
+            control(Dtype::U32, 12),
             good,
             "0.weight is missing; 0.bias is missing; optimizer.first.0.weight is missing; optimizer.first.0.bias is missing",
         ),

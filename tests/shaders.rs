@@ -150,8 +150,10 @@ fn compare_struct(module: &Module, ty: Handle<Type>, layout: &Layout) -> Result<
     let wgsl: Vec<(&str, usize)> =
         members.iter().map(|member| (member.name.as_deref().unwrap_or_default(), member.offset as usize)).collect();
     ensure!(wgsl == layout.fields, "struct {name} has the members {wgsl:?}, {:?} in Rust", layout.fields);
-    let is_scalar =
-        |member: &StructMember| matches!(module.types[member.ty].inner, TypeInner::Scalar(scalar) if scalar.width == 4);
+    let is_scalar = |member: &StructMember| match module.types[member.ty].inner {
+        TypeInner::Scalar(scalar) | TypeInner::Atomic(scalar) => scalar.width == 4,
+        _ => false,
+    };
     ensure!(members.iter().all(is_scalar), "struct {name} has a member that is no 32-bit scalar");
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! The native half of a cell computes sixteen units at once, in [`Lanes`]. A cell is a value: its options are its fields.
 
 use super::math::Lanes;
+use super::sweep_scan::ScanKernels;
 use crate::backend::Kernel;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -83,6 +84,8 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     const PRODUCT: bool;
     /// The cell on the GPU.
     const KERNELS: &'static StepKernels;
+    /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
+    const SCAN: Option<&'static ScanKernels> = None;
 
     /// How many of the unit's parameters this cell has; the others are zero.
     fn unit_params(&self) -> usize {
@@ -110,6 +113,11 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     -> (Self::State, Self::Slots);
     /// From the gradient `d` of the new state.
     fn backward(&self, site: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self>;
+
+    /// The whole gradient of the new state: `d`, and what its parts get from each other within the step (c goes into h).
+    fn totals(&self, _: Self::Slots, _: Self::State, _: Self::Unit, d: Self::State) -> Self::State {
+        d
+    }
 
     /// Unit parameters that are no biases: the sweep sums their gradients.
     fn extras(&self) -> usize {

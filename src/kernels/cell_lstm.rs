@@ -85,6 +85,14 @@ impl CellKernel for LstmCell {
     }
 
     #[inline(always)]
+    fn totals(&self, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Self::State {
+        let [i, f, g, o] = saved;
+        let y = self.output.apply(clip_to(self.cell_clip, f * previous[1] + i * g));
+        let d_out = d[0] * y * self.gate.clipped_slope(self.clip, o);
+        [d[0], d[1] + d[0] * o * self.output.slope(y) + d_out * p[6]]
+    }
+
+    #[inline(always)]
     fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self> {
         let [i, f, g, o] = saved;
         let c_before = previous[1];

@@ -129,6 +129,20 @@ fn multiply_native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
     );
 }
 
+/// `A [m, k] . B [k, n]` in f64 on the host, for sizes `[m, n, k]`.
+pub(crate) fn multiply_f64([m, n, k]: [usize; 3], a: &[f64], b: &[f64]) -> Vec<f64> {
+    assert!(a.len() == m * k && b.len() == k * n);
+    let mut c = vec![0.0; m * n];
+    let [row_a, row_b, row_c] = [k as isize, n as isize, n as isize];
+    // SAFETY: the assertion keeps every element inside its slice; `c` is a buffer of its own.
+    unsafe {
+        let (a, b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
+        let one = gemm::Parallelism::None;
+        gemm::gemm(m, n, k, c, 1, row_c, false, a, 1, row_a, b, 1, row_b, 0.0, 1.0, false, false, false, one);
+    }
+    c
+}
+
 /// `C = A . B (+ C)` for sizes `[m, n, k]`; A and B are slices with their row and column strides, C with its row stride.
 /// On at most `threads` threads, which share the rows or the columns of C. The device says whether it is batch invariant.
 pub(crate) fn multiply(

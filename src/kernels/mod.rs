@@ -7,8 +7,12 @@
 pub(crate) mod activation;
 pub(crate) mod cell_contract;
 pub(crate) mod cell_gru;
+pub(crate) mod cell_indrnn;
 pub(crate) mod cell_lstm;
+pub(crate) mod cell_min_gru;
+pub(crate) mod cell_min_lstm;
 pub(crate) mod cell_rnn;
+pub(crate) mod cell_slstm;
 pub(crate) mod column_sum;
 pub(crate) mod columns;
 pub(crate) mod cross_entropy;
@@ -28,6 +32,7 @@ pub(crate) mod pooling;
 mod product;
 pub(crate) mod reduce;
 pub(crate) mod sample;
+pub(crate) mod sweep_scan;
 pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;
 pub(crate) mod transpose;
@@ -51,7 +56,15 @@ fn grid(count: usize) -> [u32; 3] {
 /// Every kernel, for the tests that need no GPU.
 #[cfg(feature = "verify")]
 pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
-    let cells = [&cell_lstm::KERNELS, &cell_gru::KERNELS, &cell_rnn::KERNELS];
+    let cells = [
+        &cell_lstm::KERNELS,
+        &cell_gru::KERNELS,
+        &cell_rnn::KERNELS,
+        &cell_indrnn::KERNELS,
+        &cell_slstm::KERNELS,
+        &cell_min_gru::KERNELS,
+        &cell_min_lstm::KERNELS,
+    ];
     let mut kernels: Vec<&'static crate::backend::Kernel> = vec![
         &gemm::GEMM,
         &transpose::TRANSPOSE,
@@ -93,5 +106,6 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &gate_mask::COLLECT,
     ];
     kernels.extend(cells.iter().flat_map(|cell| [&cell.forward, &cell.forward_split, &cell.backward]));
+    kernels.extend([&cell_min_gru::SCAN, &cell_min_lstm::SCAN].into_iter().flat_map(sweep_scan::ScanKernels::all));
     kernels
 }

@@ -1,4 +1,4 @@
-//! Global-norm clipping and the optimizers, over the flat parameter arena.
+//! Clipping by global norm and by value, and the optimizers, over the flat parameter arena.
 
 use super::{READ, READ_WRITE, grid, reduce};
 use crate::backend::{Kernel, params};
@@ -19,6 +19,7 @@ params! {
         one_minus_beta1: f32,
         one_minus_beta2: f32,
         epsilon: f32,
+        max_value: f32,
     }
 }
 
@@ -34,6 +35,18 @@ pub(crate) struct Control {
     pub steps: u32,
     pub skipped: u32,
     pub clipped: u32,
+    pub clipped_values: u32,
+    pub values_low: u32,
+    pub values_high: u32,
+    pub value_steps: u32,
+}
+
+impl Control {
+    /// Elements clipped by value so far, and the steps that did so, the last one with them.
+    pub fn clipped_by_value(&self) -> (u64, u32) {
+        let before = u64::from(self.values_high) << 32 | u64::from(self.values_low);
+        (before + u64::from(self.clipped_values), self.value_steps + u32::from(self.clipped_values > 0))
+    }
 }
 
 /// [`Control`] in 32-bit words.
@@ -41,7 +54,11 @@ pub(crate) const CONTROL_WORDS: usize = size_of::<Control>() / 4;
 
 pub(crate) static PREPARE: Kernel = Kernel {
     name: "optimizer_prepare",
-    source: concat!(include_str!("../../shaders/optimizer.wgsl"), include_str!("../../shaders/math.wgsl")),
+    source: concat!(
+        include_str!("../../shaders/optimizer.wgsl"),
+        include_str!("../../shaders/activation.wgsl"),
+        include_str!("../../shaders/math.wgsl"),
+    ),
     entry: "prepare",
     params: Optimizer::LAYOUT,
     bindings: &[(1, READ_WRITE), (2, READ)],
@@ -105,10 +122,17 @@ fn native(p: &Optimizer, arena: &Arena<'_>, squares: f32) {
         return;
     }
     let mut first = arena.first.native_mut::<f32>();
+    let (scale, mut clipped_values) = (control.scale, 0);
+    let mut clipped = |gradient: f32| {
+        let scaled = gradient * scale;
+        let acts = p.max_value > 0.0 && scaled.abs() > p.max_value;
+        clipped_values += u32::from(acts);
+        if acts { p.max_value.copysign(scaled) } else { scaled }
+    };
     match arena.second {
         None => {
             for ((value, gradient), first) in value.iter_mut().zip(gradient.iter_mut()).zip(first.iter_mut()) {
-                let g = *gradient * control.scale + p.weight_decay * *value;
+                let g = clipped(*gradient) + p.weight_decay * *value;
                 *gradient = 0.0;
                 *first = p.momentum * *first + g;
                 *value -= p.learning_rate * *first;
@@ -119,7 +143,7 @@ fn native(p: &Optimizer, arena: &Arena<'_>, squares: f32) {
             let root = control.correction2.sqrt();
             let moments = first.iter_mut().zip(second.iter_mut());
             for ((value, gradient), (m, v)) in value.iter_mut().zip(gradient.iter_mut()).zip(moments) {
-                let g = *gradient * control.scale;
+                let g = clipped(*gradient);
                 *gradient = 0.0;
                 *m = p.beta1 * *m + p.one_minus_beta1 * g;
                 *v = p.beta2 * *v + p.one_minus_beta2 * g * g;
@@ -128,9 +152,13 @@ fn native(p: &Optimizer, arena: &Arena<'_>, squares: f32) {
             }
         }
     }
+    control.clipped_values = clipped_values;
 }
 
 fn prepare(p: &Optimizer, squares: f32, control: &mut Control) {
+    let (values, steps) = control.clipped_by_value();
+    (control.values_low, control.values_high) = (values as u32, (values >> 32) as u32);
+    (control.value_steps, control.clipped_values) = (steps, 0);
     control.norm = squares.sqrt();
     control.scale = 1.0;
     control.skip = u32::from(!squares.is_finite());

@@ -22,12 +22,14 @@ params! {
         key0: u32, key1: u32, start: u32,
         random: u32, zoneout_h: f32, zoneout_c: f32,
         clip: f32,
+        flow_at: u32,
     }
 }
 
-/// A cell composed with this file's shader: the contract, the cell, holding back, the functions that they use.
+/// A cell composed with this file's shader: the contract, the cell and more files of its own, holding back, the functions that
+/// they use.
 macro_rules! step_kernels {
-    ($name:literal, $cell:literal) => {{
+    ($name:literal, $cell:literal $(, $more:literal)*) => {{
         use crate::backend::Kernel;
         use crate::kernels::{READ, READ_WRITE};
         const FORWARD: Kernel = Kernel {
@@ -36,6 +38,7 @@ macro_rules! step_kernels {
                 include_str!("../../shaders/sweep_step.wgsl"),
                 include_str!("../../shaders/cell_contract.wgsl"),
                 include_str!(concat!("../../shaders/", $cell)),
+                $(include_str!(concat!("../../shaders/", $more)),)*
                 include_str!("../../shaders/hold.wgsl"),
                 include_str!("../../shaders/activation.wgsl"),
                 include_str!("../../shaders/math.wgsl"),
@@ -108,6 +111,8 @@ pub(crate) struct Plan<'a> {
     pub zoneout: [f32; 2],
     /// In backward, a bound for each element of the gradient of the state that later steps give; 0: none.
     pub clip: f32,
+    /// In backward, whether to keep the whole gradient of the states after every step.
+    pub flow: bool,
 }
 
 /// The buffers of a sweep.
@@ -147,12 +152,23 @@ impl<'a> Plan<'a> {
         if self.reverse { (self.steps % depth, 0) } else { (0, self.steps % depth) }
     }
 
-    /// Words of `dstates`: the state's gradient, and room for sums where they are wanted.
+    /// Words of `dstates`: the state's gradient, and room for sums and for the flow where they are wanted.
     pub fn dstates_len<C: CellKernel>(&self, cell: &C) -> usize {
+        let flow = if self.flow { self.steps * C::State::LEN * self.rows * self.hidden } else { 0 };
+        self.after_sums(cell) + flow
+    }
+
+    /// Where the flow lies in `dstates`: the first word of `[T, STATES, B, H]`, zeros past a row's end.
+    pub fn flow_at<C: CellKernel>(&self, cell: &C) -> Option<usize> {
+        self.flow.then(|| self.after_sums(cell))
+    }
+
+    fn after_sums<C: CellKernel>(&self, cell: &C) -> usize {
         C::State::LEN * self.rows * self.hidden + self.sums_len(cell)
     }
 
-    /// Words of the sums, which end `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of the clip's counts.
+    /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of
+    /// the clip's counts.
     pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
         if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
     }
@@ -170,6 +186,7 @@ impl<'a> Plan<'a> {
         let mut constants = cell.constants();
         constants.push(("zoneout", f64::from(u8::from(self.zoneout != [0.0; 2]))));
         constants.push(("sums", f64::from(u8::from(backward && self.sums(cell)))));
+        constants.push(("flow", f64::from(u8::from(backward && self.flow))));
         constants
     }
 
@@ -197,6 +214,7 @@ impl<'a> Plan<'a> {
             zoneout_h: self.zoneout[0],
             zoneout_c: self.zoneout[1],
             clip: self.clip,
+            flow_at: 0,
         }
     }
 
@@ -302,7 +320,8 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
             let mut params = |step: Step, finish: bool| {
                 let recurrent = u32::from(later.is_some());
                 let finish = u32::from(finish);
-                let params = Sweep { later: later.unwrap_or(0), recurrent, finish, ..plan.params(depth, step) };
+                let (later_step, flow_at) = (later.unwrap_or(0), plan.flow_at(cell).unwrap_or(0) as u32);
+                let params = Sweep { later: later_step, recurrent, finish, flow_at, ..plan.params(depth, step) };
                 later = Some(step.0 as u32);
                 (params, plan.groups(ROWS, UNITS))
             };
@@ -333,7 +352,8 @@ pub(crate) fn backward_split<C: CellKernel>(
         }
         Backend::Gpu(gpu) => {
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
-            let step = (plan.params(plan.steps + 1, step), plan.groups(ROWS, UNITS));
+            let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
+            let step = (Sweep { flow_at, ..plan.params(plan.steps + 1, step) }, plan.groups(ROWS, UNITS));
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, std::iter::once(step))
         }
     }
@@ -495,6 +515,8 @@ struct BackwardStep<'a, C> {
     dy: &'a [f32],
     slots: &'a Shared<'a>,
     dstates: &'a Shared<'a>,
+    /// [T, STATES, B, H], or nothing.
+    flow: &'a Shared<'a>,
     /// [extras + 1, H] of this part, or nothing.
     sums: &'a mut [f32],
 }
@@ -512,6 +534,10 @@ impl<C: CellKernel> pulp::WithSimd for BackwardStep<'_, C> {
             let slots = unsafe { slots.slice((t * rows + row) * kept, kept) };
             if !plan.is_valid(t, row) {
                 slots.fill(0.0);
+                for s in 0..if plan.flow { C::State::LEN } else { 0 } {
+                    // SAFETY: as above.
+                    unsafe { self.flow.slice(((t * C::State::LEN + s) * rows + row) * hidden, hidden) }.fill(0.0);
+                }
                 continue;
             }
             let dy = if plan.output { &dy[(t * rows + row) * plan.y_stride + plan.y_offset..][..hidden] } else { &[] };
@@ -530,7 +556,7 @@ impl<C: CellKernel> BackwardStep<'_, C> {
     /// `width` units of a row from unit `at` on; `dy` and `slots` are that row's.
     #[inline(always)]
     fn units(&mut self, (row, at, width): (usize, usize, usize), dy: &[f32], slots: &mut [f32]) {
-        let Self { cell, plan, step: (t, before, _), unit, states, dstates, .. } = *self;
+        let Self { cell, plan, step: (t, before, _), unit, states, dstates, flow, .. } = *self;
         let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.steps + 1);
         let saved = C::Slots::from_fn(|s| Lanes::load(&slots[s * hidden + at..][..width]));
         let p = load_unit(&cell, unit, hidden, (at, width));
@@ -552,6 +578,14 @@ impl<C: CellKernel> BackwardStep<'_, C> {
         let holds = plan.zoneout != [0.0; 2];
         // The gradient of what was held back passes the cell by.
         let held = C::State::from_fn(|s| if holds { plan.held(site, s) * d.lanes()[s] } else { Lanes::splat(0.0) });
+        if plan.flow {
+            // What was held back goes into nothing else of its step.
+            let totals = if holds { d } else { cell.totals(saved, previous, p, d) };
+            for (s, value) in totals.lanes().iter().enumerate() {
+                // SAFETY: as above.
+                value.store(unsafe { flow.slice(((t * C::State::LEN + s) * rows + row) * hidden + at, width) });
+            }
+        }
         let d = C::State::from_fn(|s| d.lanes()[s] - held.lanes()[s]);
         let Backward { slots: gradients, previous: direct, unit: dunit } = cell.backward(site, saved, previous, p, d);
         for (s, value) in gradients.lanes().iter().enumerate() {
@@ -585,8 +619,10 @@ fn native_backward<C: CellKernel>(
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let (states, dy) = (buffers.states.native::<f32>(), buffers.y.native::<f32>());
     let (mut slots, mut dstates) = (buffers.slots.native_mut::<f32>(), dstates.native_mut::<f32>());
+    let (dstates, flow) = dstates.split_at_mut(plan.after_sums(cell));
     let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
-    let (slots, dstates, sums) = (&Shared::new(&mut slots), &Shared::new(dstates), &Shared::new(sums));
+    let (slots, dstates) = (&Shared::new(&mut slots), &Shared::new(dstates));
+    let (sums, flow) = (&Shared::new(sums), &Shared::new(flow));
     let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
     let runs = recurrent_runs(cell, false);
     let parts = plan.parts::<C>(if products { plan.total } else { 1 });
@@ -597,8 +633,8 @@ fn native_backward<C: CellKernel>(
         for step @ (t, ..) in steps {
             // SAFETY: the lines of this part alone.
             let sums = unsafe { sums.slice(part * lines, lines) };
-            let rows_of = (first, count);
-            arch.dispatch(BackwardStep { cell: *cell, plan, step: *step, rows: rows_of, unit, states, dy, slots, dstates, sums });
+            let (cell, step, part) = (*cell, *step, (first, count));
+            arch.dispatch(BackwardStep { cell, plan, step, rows: part, unit, states, dy, slots, dstates, flow, sums });
             if !products {
                 continue;
             }

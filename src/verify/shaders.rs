@@ -24,6 +24,10 @@ pub fn control() -> Layout {
             ("steps", offset_of!(Control, steps)),
             ("skipped", offset_of!(Control, skipped)),
             ("clipped", offset_of!(Control, clipped)),
+            ("clipped_values", offset_of!(Control, clipped_values)),
+            ("values_low", offset_of!(Control, values_low)),
+            ("values_high", offset_of!(Control, values_high)),
+            ("value_steps", offset_of!(Control, value_steps)),
         ],
     }
 }

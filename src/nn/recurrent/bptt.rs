@@ -127,9 +127,7 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let dnorms = norm * (lines + lines.min(time_block(rows) * rows)) * gates + state_norm * lines * hidden;
         let carried = (C::State::LEN * rows + rows.div_ceil(4) * (config.cell.extras() + 1)) * hidden;
         // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
-        let split =
-            config.output.is_some() || config.layer_norm || config.cell.gated().is_some() || config.recurrent_dropout > 0.0;
-        let product = if split { rows * gates } else { 0 };
+        let product = if layer.is_split(true) { rows * gates } else { 0 };
         let masked = if config.recurrent_dropout > 0.0 { time_block(rows).min(segment) * rows * width } else { 0 };
         let head = lines * layer.output();
         let backward = dx + douts + dnorms + carried + masked + copies * lines * layer.output();
@@ -201,7 +199,7 @@ impl<C: Cell> BoundedBptt<'_, C> {
             drop(y);
             last.get_or_insert(state);
             let Some(tape) = tape else { unreachable!("a training run records a tape") };
-            let (part, before) = layer.run_backward_of(tape, &dy, dstate.as_ref(), self.needs_dx, &sums)?;
+            let (part, before) = layer.run_backward_of("backward", tape, &dy, dstate.as_ref(), self.needs_dx, &sums, None)?;
             if let (Some(dx), Some(part)) = (&dx, part) {
                 dx.slice(steps.start * rows * features, part.shape()).copy_from(&part)?;
             }

@@ -5,8 +5,12 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::activation::Activation;
 use crate::kernels::cell_gru::GruCell;
+use crate::kernels::cell_indrnn::IndRnnCell;
 use crate::kernels::cell_lstm::LstmCell;
+use crate::kernels::cell_min_gru::MinGruCell;
+use crate::kernels::cell_min_lstm::MinLstmCell;
 use crate::kernels::cell_rnn::RnnCell;
+use crate::kernels::cell_slstm::SLstmCell;
 use crate::rng::Rng;
 
 /// Which way a recurrent layer reads its sequences.
@@ -87,6 +91,14 @@ pub type LstmConfig = RecurrentConfig<LstmCell>;
 pub type GruConfig = RecurrentConfig<GruCell>;
 /// Sizes and options of an [`super::Rnn`].
 pub type RnnConfig = RecurrentConfig<RnnCell>;
+/// Sizes and options of an [`super::IndRnn`].
+pub type IndRnnConfig = RecurrentConfig<IndRnnCell>;
+/// Sizes and options of an [`super::SLstm`].
+pub type SLstmConfig = RecurrentConfig<SLstmCell>;
+/// Sizes and options of a [`super::MinGru`].
+pub type MinGruConfig = RecurrentConfig<MinGruCell>;
+/// Sizes and options of a [`super::MinLstm`].
+pub type MinLstmConfig = RecurrentConfig<MinLstmCell>;
 
 impl<C: Cell> RecurrentConfig<C> {
     /// One layer of `hidden` units over inputs of `input` numbers, forward in time, with biases.
@@ -192,7 +204,7 @@ impl<C: Cell> RecurrentConfig<C> {
     }
 
     /// The layer, with every weight and bias drawn from U(-1/sqrt(hidden), 1/sqrt(hidden)), as PyTorch does; gains
-    /// of normalizations start at 1, shifts at 0.
+    /// of normalizations start at 1, shifts at 0, and u of an [`super::IndRnn`] is drawn from U(0, 1).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for a size of 0, a probability outside `[0, 1)`, and other numbers out of range, by name;
@@ -402,5 +414,12 @@ impl RnnConfig {
     /// `bias_hr [outputs]`.
     pub fn jordan(self, outputs: usize) -> Self {
         Self { output: Some((outputs, true)), ..self }
+    }
+}
+
+impl IndRnnConfig {
+    /// The activation, relu at first.
+    pub fn activation(self, activation: Activation) -> Self {
+        Self { cell: IndRnnCell { activation }, ..self }
     }
 }

@@ -1,13 +1,20 @@
-//! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`] and [`Rnn`] are faces.
+//! Layers x directions of a recurrent cell: one generic core, of which [`Lstm`], [`Gru`], [`Rnn`] and others are faces.
 
 mod bptt;
 mod config;
+mod flow;
+mod inspect;
 mod state;
 mod weights;
 
 pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
-pub use config::{Direction, GruConfig, LstmConfig, Merge, RecurrentConfig, Reset, RnnConfig};
-pub use state::{CellState, HiddenState, LstmState};
+pub use config::{
+    Direction, GruConfig, IndRnnConfig, LstmConfig, Merge, MinGruConfig, MinLstmConfig, RecurrentConfig, Reset, RnnConfig,
+    SLstmConfig,
+};
+pub use flow::{GradientFlow, SpectralRadii, StateFlow, Verdict};
+pub use inspect::{Inspection, NonFinite, Quantity};
+pub use state::{CellState, HiddenState, LstmState, SLstmState};
 use weights::Weights;
 
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
@@ -16,8 +23,12 @@ use crate::error::{Error, Result};
 use crate::kernels::activation::Activation;
 use crate::kernels::cell_contract::{Block, CellKernel, is_gated, norm_groups, recurrent_runs};
 use crate::kernels::cell_gru::GruCell;
+use crate::kernels::cell_indrnn::IndRnnCell;
 use crate::kernels::cell_lstm::LstmCell;
+use crate::kernels::cell_min_gru::MinGruCell;
+use crate::kernels::cell_min_lstm::MinLstmCell;
 use crate::kernels::cell_rnn::RnnCell;
+use crate::kernels::cell_slstm::SLstmCell;
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::gate_mask::{self, Masks};
 use crate::kernels::gather;
@@ -25,6 +36,7 @@ use crate::kernels::gemm::{Matrix, gemm};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
+use crate::kernels::sweep_scan;
 use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
 use crate::kernels::sweep_step::{self, Buffers, Plan};
 use crate::kernels::{dropout, elementwise, transpose};
@@ -37,6 +49,10 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     const NAME: &'static str;
     /// The name of the unit parameters that are no biases.
     const EXTRA: &'static str = "";
+    /// The names of its gates: the first values that it keeps of each step.
+    const GATES: &'static [&'static str];
+    /// The range that they are drawn from; `None`: that of all other parameters.
+    const EXTRA_RANGE: Option<(f32, f32)> = None;
     /// Its state as a user meets it.
     type Value: CellState;
     /// With layer normalization, where h is made of a normalized state: the cell that leaves the other factor of h in its place,
@@ -49,10 +65,13 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for one that is not.
     fn check(&self, op: &str) -> Result<()>;
+    /// What the values of a gate of [`Cell::GATES`] come out of, where that is one activation.
+    fn gate_activation(&self, gate: usize) -> Option<Activation>;
 }
 
 impl Cell for LstmCell {
     const NAME: &'static str = "lstm";
+    const GATES: &'static [&'static str] = &["i", "f", "g", "o"];
     const EXTRA: &'static str = "weight_peephole";
     type Value = LstmState;
 
@@ -68,10 +87,19 @@ impl Cell for LstmCell {
         config::check_limit(op, "gate_clip", self.clip)?;
         config::check_limit(op, "cell_clip", self.cell_clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        match gate {
+            1 if self.coupled => None, // 1 - i
+            2 => Some(self.candidate),
+            _ => Some(self.gate),
+        }
+    }
 }
 
 impl Cell for GruCell {
     const NAME: &'static str = "gru";
+    const GATES: &'static [&'static str] = &["r", "z", "n"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
@@ -79,15 +107,86 @@ impl Cell for GruCell {
         config::check_activation(op, "the candidate activation", self.candidate)?;
         config::check_limit(op, "gate_clip", self.clip)
     }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        Some(if gate == 2 { self.candidate } else { self.gate })
+    }
 }
 
 impl Cell for RnnCell {
     const NAME: &'static str = "rnn";
+    const GATES: &'static [&'static str] = &["h"];
     type Value = HiddenState;
 
     fn check(&self, op: &str) -> Result<()> {
         config::check_activation(op, "activation", self.activation)?;
         config::check_limit(op, "gate_clip", self.clip)
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        Some(self.activation)
+    }
+}
+
+impl Cell for IndRnnCell {
+    const NAME: &'static str = "indrnn";
+    const GATES: &'static [&'static str] = &["h"];
+    const EXTRA: &'static str = "weight_hh";
+    const EXTRA_RANGE: Option<(f32, f32)> = Some((0.0, 1.0));
+    type Value = HiddenState;
+
+    fn check(&self, op: &str) -> Result<()> {
+        config::check_activation(op, "activation", self.activation)
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        Some(self.activation)
+    }
+}
+
+impl Cell for SLstmCell {
+    const NAME: &'static str = "slstm";
+    const GATES: &'static [&'static str] = &["i_pre", "f_pre", "z", "o"];
+    type Value = SLstmState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        match gate {
+            2 => Some(Activation::Tanh),
+            3 => Some(Activation::Sigmoid),
+            _ => None, // kept as they are before their exponentials
+        }
+    }
+}
+
+impl Cell for MinGruCell {
+    const NAME: &'static str = "min_gru";
+    const GATES: &'static [&'static str] = &["z", "n"];
+    type Value = HiddenState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn gate_activation(&self, gate: usize) -> Option<Activation> {
+        (gate == 0).then_some(Activation::Sigmoid)
+    }
+}
+
+impl Cell for MinLstmCell {
+    const NAME: &'static str = "min_lstm";
+    const GATES: &'static [&'static str] = &["f_pre", "i_pre", "n"];
+    type Value = HiddenState;
+
+    fn check(&self, _: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn gate_activation(&self, _: usize) -> Option<Activation> {
+        None // f and i are kept as they are before their sigmoids
     }
 }
 
@@ -118,6 +217,52 @@ pub type Gru = Recurrent<GruCell>;
 /// The vanilla recurrent network, with the equations and parameter names of PyTorch's `nn.RNN`: `h(t) = tanh(b + W h(t-1) + U x(t))`.
 /// [`RnnConfig::jordan`] makes it one whose recurrence goes through the output only.
 pub type Rnn = Recurrent<RnnCell>;
+/// The independently recurrent network (Li et al. 2018, "Independently Recurrent Neural Network"):
+/// `h(t) = act(W x(t) + b + u h(t-1))`, products of vectors elementwise, relu unless [`IndRnnConfig::activation`] says otherwise.
+///
+/// A unit sees its own past alone; another layer mixes units. Parameters: `weight_ih [hidden, input]`, `bias_ih [hidden]`,
+/// `weight_hh [hidden]`, which is u. u starts as U(0, 1): of the paper's range for relu, `[0, 2^(1/T)]`, what fits any number of
+/// steps T.
+pub type IndRnn = Recurrent<IndRnnCell>;
+/// The scalar LSTM of xLSTM (Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory"), stabilized, with an exponential input
+/// gate, a sigmoid forget gate and full recurrent matrices. Gates i, f, z, o, in this order; with
+/// `s = W_ih x(t) + b_ih + W_hh h(t-1) + b_hh` of each, products of vectors elementwise:
+///
+/// ```text
+/// m = max(log sigmoid(s_f) + m', s_i)    i = exp(s_i - m)    f = exp(log sigmoid(s_f) + m' - m)
+/// c = f c' + i tanh(s_z)    n = f n' + i    h = sigmoid(s_o) c / n
+/// ```
+///
+/// A state of zeros is the usual start. From it n grows to what the input gates let in, and where that is less than 1e-30 (s_i
+/// some 69 below `log sigmoid(s_f) + m'` at every step so far) nothing was: h is 0 there, and c / n has no gradient.
+///
+/// ```
+/// # fn main() -> gatefold::Result<()> {
+/// use gatefold::{Device, Rng, Tensor, nn::SLstmConfig};
+/// let device = Device::cpu();
+/// let slstm = SLstmConfig::new(3, 8).init(&device, &mut Rng::seed(0))?;
+/// let (y, state) = slstm.forward(&Tensor::zeros(&device, [5, 2, 3])?, None)?;
+/// assert_eq!((y.shape(), state.m.shape()), (&[5, 2, 8][..], &[1, 2, 8][..]));
+/// # Ok(()) }
+/// ```
+pub type SLstm = Recurrent<SLstmCell>;
+/// minGRU (Feng et al. 2024, "Were RNNs All We Needed?"), gates z, n, which see x alone, so that `weight_ih [2 * hidden, input]` and
+/// `bias_ih [2 * hidden]` are all parameters; with `x = W_ih x(t) + b_ih` of each, products of vectors elementwise:
+///
+/// ```text
+/// h = (1 - z) h' + z g(x_n)    z = sigmoid(x_z)    g(v) = v + 1/2 if v >= 0, else sigmoid(v)
+/// ```
+///
+/// This is linear in h', so that on a GPU long sequences of few rows and units run as a scan, many steps at once; streams, zoneout
+/// and the clip of the gradient take one step after another. Both give the same numbers up to rounding.
+pub type MinGru = Recurrent<MinGruCell>;
+/// minLSTM (Feng et al. 2024, "Were RNNs All We Needed?"), gates f, i, n, which see x alone, so that `weight_ih [3 * hidden, input]`
+/// and `bias_ih [3 * hidden]` are all parameters; g and the scan as in [`MinGru`]:
+///
+/// ```text
+/// h = f / (f + i) h' + i / (f + i) g(x_n)    f, i = sigmoid(x)
+/// ```
+pub type MinLstm = Recurrent<MinLstmCell>;
 
 /// What [`Recurrent::forward_train`] keeps for [`Recurrent::backward`]. Dropping it truncates back-propagation here.
 #[derive(Debug)]
@@ -317,7 +462,7 @@ impl<C: Cell> Recurrent<C> {
     /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
     /// changed since the tape was recorded; what the device reports.
     pub fn backward(&self, tape: RecurrentTape, dy: &Tensor, dstate: Option<&C::Value>) -> Result<(Tensor, C::Value)> {
-        match self.run_backward(tape, dy, dstate, true)? {
+        match self.run_backward("backward", tape, dy, dstate, true, None)? {
             (Some(dx), dstate) => Ok((dx, dstate)),
             (None, _) => unreachable!("dx was asked for"),
         }
@@ -479,13 +624,15 @@ impl<C: Cell> Recurrent<C> {
             random: key.is_some(),
             zoneout: self.config.zoneout,
             clip: self.config.gradient_clip,
+            flow: false,
         }
     }
 
-    /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell.
-    fn is_split(&self, pass: &Pass<'_>) -> bool {
-        let RecurrentConfig { cell, output, layer_norm, .. } = &self.config;
-        output.is_some() || *layer_norm || cell.gated().is_some() || self.gate_masks(pass).is_some()
+    /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell. `draws`: in
+    /// training, with a key.
+    fn is_split(&self, draws: bool) -> bool {
+        let RecurrentConfig { cell, output, layer_norm, recurrent_dropout, .. } = &self.config;
+        output.is_some() || *layer_norm || cell.gated().is_some() || (draws && *recurrent_dropout > 0.0)
     }
 
     /// The masks of recurrent dropout, in training.
@@ -760,7 +907,10 @@ impl<C: Cell> Recurrent<C> {
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
-        if !self.is_split(pass) {
+        if !self.is_split(pass.key.is_some()) {
+            if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
+                return sweep_scan::forward(kernels, cell, plan, &buffers);
+            }
             return sweep_step::forward(cell, plan, &buffers);
         }
         let norms = tape.norms.as_ref();
@@ -804,27 +954,33 @@ impl<C: Cell> Recurrent<C> {
 
     fn run_backward(
         &self,
+        method: &str,
         tape: RecurrentTape,
         dy: &Tensor,
         dstate: Option<&C::Value>,
         needs_dx: bool,
+        flow: Option<&mut Vec<flow::Totals>>,
     ) -> Result<(Option<Tensor>, C::Value)> {
         let sums = self.new_sums(tape.rows)?;
-        let result = self.run_backward_of(tape, dy, dstate, needs_dx, &sums)?;
+        let result = self.run_backward_of(method, tape, dy, dstate, needs_dx, &sums, flow)?;
         self.add_sums(&sums)?;
         Ok(result)
     }
 
-    /// The backward pass of a window: what the sweeps sum over steps is added to `sums`, not yet to the gradients.
+    /// The backward pass of a window: what the sweeps sum over steps is added to `sums`, not yet to the gradients. `flow` takes the
+    /// gradients of all states, pass by pass.
+    #[expect(clippy::too_many_arguments, reason = "what a backward pass takes, what a window carries on, and what is looked at")]
     fn run_backward_of(
         &self,
+        method: &str,
         tape: RecurrentTape,
         dy: &Tensor,
         dstate: Option<&C::Value>,
         needs_dx: bool,
         sums: &[Tensor],
+        mut flow: Option<&mut Vec<flow::Totals>>,
     ) -> Result<(Option<Tensor>, C::Value)> {
-        let op = self.op("backward");
+        let op = self.op(method);
         let RecurrentConfig { dropout, batch_first, .. } = self.config;
         let RecurrentTape { steps, rows, lengths, key, teacher, layers, window, given_state, owner, version } = tape;
         if !owner.same(self.owner()) || version != self.version() {
@@ -861,15 +1017,18 @@ impl<C: Cell> Recurrent<C> {
             };
             for (direction, tape) in passes.into_iter().enumerate() {
                 let index = layer * directions + direction;
-                let plan = self.plan([steps, rows], window, index, lengths.as_ref(), key);
+                let plan = Plan { flow: flow.is_some(), ..self.plan([steps, rows], window, index, lengths.as_ref(), key) };
                 let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
                 let sums = sums.get(index);
                 let dy = self.merge_backward(&dy, &factors, direction)?;
-                match &teacher {
+                let gradients = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
-                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?;
+                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?
                     }
                     _ => self.backward_pass(&pass, &tape, [&x, &dy], finals.as_deref(), &initial, sums)?,
+                };
+                if let Some(flow) = &mut flow {
+                    flow.push(self.totals(&pass, gradients));
                 }
                 if let Some(dx) = &dx {
                     self.input_gradient(&self.weights[index], &tape, [steps, rows], dx, direction > 0)?;
@@ -938,13 +1097,14 @@ impl<C: Cell> Recurrent<C> {
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
         sums: Option<&Tensor>,
-    ) -> Result<()> {
+    ) -> Result<Gradients> {
         let gradients = self.new_gradients(pass)?;
-        let kept_sums = sums.map(|sums| (gradients.dstates.slice(gradients.dstates.len() - sums.len(), [sums.len()]), sums));
+        let rows = pass.plan.rows;
+        let after_states = C::State::LEN * rows * self.config.hidden;
+        let kept_sums = sums.map(|sums| (gradients.dstates.slice(after_states, [sums.len()]), sums));
         if let Some((place, sums)) = &kept_sums {
             place.copy_from(sums)?;
         }
-        let rows = pass.plan.rows;
         for s in 0..C::State::LEN {
             let width = self.width_of(s);
             let target = gradients.state(s, rows, width, self.config.hidden);
@@ -962,7 +1122,7 @@ impl<C: Cell> Recurrent<C> {
             let width = self.width_of(s);
             part(state, pass.index, rows * width).copy_from(&gradients.state(s, rows, width, self.config.hidden))?;
         }
-        Ok(())
+        Ok(gradients)
     }
 
     fn forced_backward(
@@ -973,7 +1133,7 @@ impl<C: Cell> Recurrent<C> {
         dy: &Tensor,
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-    ) -> Result<()> {
+    ) -> Result<Gradients> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
         let pass = Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass };
@@ -986,7 +1146,8 @@ impl<C: Cell> Recurrent<C> {
         self.sweep_backward(&pass, tape, dy, &gradients)?;
         self.gradients(&pass, tape, x, &gradients)?;
         // What is left of the others belongs to the targets.
-        initial[0].copy_from(&part(&carried, 0, rows * width))
+        initial[0].copy_from(&part(&carried, 0, rows * width))?;
+        Ok(gradients)
     }
 
     /// Buffers for a backward pass: the gradients of the state are not set.
@@ -1015,7 +1176,10 @@ impl<C: Cell> Recurrent<C> {
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
-        if !self.is_split(pass) {
+        if !self.is_split(pass.key.is_some()) {
+            if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
+                return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates);
+            }
             return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
         }
         let norms = tape.norms.as_ref();
@@ -1285,13 +1449,13 @@ impl<C: Cell> Layer for Recurrent<C> {
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
         let op = self.op("backward");
-        Ok(self.run_backward(tape.open(&op)?, dy, None, needs_dx)?.0)
+        Ok(self.run_backward("backward", tape.open(&op)?, dy, None, needs_dx, None)?.0)
     }
 
     fn backward_from(&self, tape: Tape, dy: &Tensor, dstate: &[Tensor], needs_dx: bool) -> Result<(Option<Tensor>, Vec<Tensor>)> {
         let op = self.op("backward_from");
         let dstate = self.given_state(&op, "dstate", dstate)?;
-        let (dx, first) = self.run_backward(tape.open(&op)?, dy, dstate.as_ref(), needs_dx)?;
+        let (dx, first) = self.run_backward("backward_from", tape.open(&op)?, dy, dstate.as_ref(), needs_dx, None)?;
         Ok((dx, first.tensors().into_iter().cloned().collect()))
     }
 

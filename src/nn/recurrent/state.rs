@@ -50,7 +50,33 @@ impl CellState for LstmState {
     }
 }
 
-/// The state of a network whose cells have nothing but h: RNN, GRU and others; the order is that of [`LstmState`].
+/// The state of an sLSTM, each `[layers * directions, batch, hidden]`; the order is that of [`LstmState`].
+#[derive(Clone, Debug)]
+pub struct SLstmState {
+    /// Hidden state.
+    pub h: Tensor,
+    /// Cell state, a sum of candidates weighted by `exp(.. - m)`.
+    pub c: Tensor,
+    /// Normalizer, the sum of these weights.
+    pub n: Tensor,
+    /// Stabilizer, the exponent that c and n are relative to.
+    pub m: Tensor,
+}
+
+impl CellState for SLstmState {
+    const NAMES: &'static [&'static str] = &["h", "c", "n", "m"];
+
+    fn tensors(&self) -> Vec<&Tensor> {
+        vec![&self.h, &self.c, &self.n, &self.m]
+    }
+
+    fn from_tensors(tensors: Vec<Tensor>) -> Option<Self> {
+        let [h, c, n, m] = tensors.try_into().ok()?;
+        Some(Self { h, c, n, m })
+    }
+}
+
+/// The state of a network whose cells have nothing but h: RNN, GRU, IndRNN and others; the order is that of [`LstmState`].
 #[derive(Clone, Debug)]
 pub struct HiddenState {
     /// Hidden state `[layers * directions, batch, hidden]`; of a Jordan network the last output `[.., outputs]`.

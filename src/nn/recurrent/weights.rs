@@ -40,8 +40,8 @@ pub(super) struct Weights {
 }
 
 impl Weights {
-    /// Draws them from U(-1/sqrt(hidden), 1/sqrt(hidden)), but for gains, which start at 1, and shifts, at 0; `suffix` ends their
-    /// names: `_l0_reverse`.
+    /// Draws them from U(-1/sqrt(hidden), 1/sqrt(hidden)), extras from their own range if they have one, but for gains, which start
+    /// at 1, and shifts, at 0; `suffix` ends their names: `_l0_reverse`.
     pub fn init<C: Cell>(
         config: &RecurrentConfig<C>,
         inputs: usize,
@@ -53,8 +53,9 @@ impl Weights {
         // Saturating: a size beyond all memory is refused by the tensor that would have it.
         let gates = C::Pre::LEN.saturating_mul(hidden);
         let bound = 1.0 / (hidden as f32).sqrt();
-        let mut param = |part: &str, shape: &[usize]| {
-            let draw = |at: usize| match (rng.uniform(-bound, bound), config.forget_bias) {
+        let all = (-bound, bound);
+        let mut param = |part: &str, (low, high): (f32, f32), shape: &[usize]| {
+            let draw = |at: usize| match (rng.uniform(low, high), config.forget_bias) {
                 // Of an LSTM's gates i, f, g, o the second.
                 (_, Some(bias)) if part.starts_with("bias_") && part != "bias_hr" && at / hidden == 1 => {
                     bias * f32::from(part == "bias_ih")
@@ -64,21 +65,21 @@ impl Weights {
             Param::draw(&format!("{part}{suffix}"), device, shape, draw)
         };
         // In PyTorch's order.
-        let weight_ih = param("weight_ih", &[gates, inputs])?;
-        let weight_hh = if C::PRODUCT { Some(param("weight_hh", &[gates, width])?) } else { None };
-        let bias_ih = if config.bias { Some(param("bias_ih", &[gates])?) } else { None };
-        let bias_hh = if config.bias && C::BIASES > 0 { Some(param("bias_hh", &[gates])?) } else { None };
+        let weight_ih = param("weight_ih", all, &[gates, inputs])?;
+        let weight_hh = if C::PRODUCT { Some(param("weight_hh", all, &[gates, width])?) } else { None };
+        let bias_ih = if config.bias { Some(param("bias_ih", all, &[gates])?) } else { None };
+        let bias_hh = if config.bias && C::BIASES > 0 { Some(param("bias_hh", all, &[gates])?) } else { None };
         let weight_hr = match config.output {
-            Some((width, _)) => Some(param("weight_hr", &[width, hidden])?),
+            Some((width, _)) => Some(param("weight_hr", all, &[width, hidden])?),
             None => None,
         };
         let bias_hr = match config.output {
-            Some((width, true)) => Some(param("bias_hr", &[width])?),
+            Some((width, true)) => Some(param("bias_hr", all, &[width])?),
             _ => None,
         };
         let extra = match config.cell.extras() {
             0 => None,
-            count => Some(param(C::EXTRA, &[count * hidden])?),
+            count => Some(param(C::EXTRA, C::EXTRA_RANGE.unwrap_or(all), &[count * hidden])?),
         };
         let constant = |part: &str, len: usize, wanted: bool, value: f32| match wanted {
             true => Param::draw(&format!("{part}{suffix}"), device, [len], |_| value).map(Some),

@@ -23,6 +23,8 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "lstm_recurrent_dropout", lstm().recurrent_dropout(0.3))?;
     check(cases, "gru_reset_before", GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct))?;
     check(cases, "gru", GruConfig::new(INPUT, HIDDEN).layers(2))?;
+    check(cases, "lstm_recurrent_dropout", lstm().layers(2).projection(7).recurrent_dropout(0.3))?;
+    check(cases, "gru_reset_before", GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct))?;
     check(cases, "rnn", RnnConfig::new(INPUT, HIDDEN))?;
     check(cases, "rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4))
 }

@@ -8,6 +8,7 @@ mod batch_invariant;
 mod bptt;
 mod dropout;
 mod encoder_decoder;
+mod flow;
 mod gates;
 mod harness;
 mod layers;
@@ -19,6 +20,7 @@ mod optimizers;
 mod pooling;
 mod products;
 mod sample;
+mod scans;
 mod sums;
 mod sweeps;
 
@@ -78,6 +80,8 @@ pub fn all() -> Vec<KernelCheck> {
         ("networks", networks::networks),
         ("jordan", networks::jordan),
         ("batch_invariant", batch_invariant::batch_invariant),
+        ("gradient_flow", flow::gradient_flow),
+        ("scans", scans::scans),
         ("bptt", bptt::bptt),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];

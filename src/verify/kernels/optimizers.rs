@@ -19,15 +19,18 @@ pub(super) fn adamw(cases: &mut Cases<'_>) -> Result<()> {
 /// Six steps in a row, of which the third has a gradient that is not finite: nothing changes but the count.
 fn optimizer(cases: &mut Cases<'_>, adam: bool) -> Result<()> {
     let mut rng = Rng::seed(9);
-    for (count, max_norm, bad, momentum, decay) in [
-        (1, 0.0, NAN, 0.0, 0.0),
-        (63, 0.0, f32::INFINITY, 0.9, 0.0),
-        (64, 1.0, NAN, 0.5, 0.01),
-        (65, 0.5, f32::NEG_INFINITY, 0.9, 0.1),
+    for (count, max_norm, max_value, bad, momentum, decay) in [
+        (1, 0.0, 0.0, NAN, 0.0, 0.0),
+        (63, 0.0, 0.0, f32::INFINITY, 0.9, 0.0),
+        (64, 1.0, 0.0, NAN, 0.5, 0.01),
+        (65, 0.5, 0.0, f32::NEG_INFINITY, 0.9, 0.1),
         // Finite, but its square is not.
-        (5000, 1e6, 1e30, 0.9, 0.01),
-        (5001, 2.0, NAN, 0.0, 0.0),
-        (MANY, 1.0, NAN, 0.9, 0.01),
+        (5000, 1e6, 0.0, 1e30, 0.9, 0.01),
+        (5001, 2.0, 0.0, NAN, 0.0, 0.0),
+        (200, 0.0, 0.5, NAN, 0.9, 0.01),
+        // Both: without scaling first, other elements would be clipped.
+        (5001, 20.0, 0.25, f32::INFINITY, 0.5, 0.01),
+        (MANY, 0.0, 1.5, NAN, 0.9, 0.01),
     ] {
         let (beta1, beta2) = (0.9, 0.999);
         let params = Optimizer {
@@ -41,6 +44,7 @@ fn optimizer(cases: &mut Cases<'_>, adam: bool) -> Result<()> {
             one_minus_beta1: (1.0 - beta1) as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
             epsilon: 1e-8,
+            max_value,
         };
         let steps = if count == MANY { 2 } else { 6 };
         let start = normal(&mut rng, count);
@@ -58,13 +62,18 @@ fn optimizer(cases: &mut Cases<'_>, adam: bool) -> Result<()> {
         let [lr, weight_decay] = [params.learning_rate, params.weight_decay].map(f64::from);
         let by_sgd = oracle::Sgd { lr, momentum: params.momentum.into(), weight_decay };
         let by_adamw = oracle::AdamW { lr, beta1, beta2, epsilon: params.epsilon.into(), weight_decay };
-        cases.run(format!("{count}, clipped to {max_norm}, skipped at {bad}"), |run| {
+        cases.run(format!("{count}, clipped to {max_norm} and {max_value}, skipped at {bad}"), |run| {
             let zeros = || Tensor::zeros(run.device, [count]);
             let (value, first, gradient) = (Tensor::from_slice(run.device, &start, [count])?, zeros()?, zeros()?);
             let second = if adam { Some(zeros()?) } else { None };
             let control = Tensor::zeros(run.device, [CONTROL_WORDS])?;
+            // As after many steps: the count is about to need its second word.
+            let mut values = u64::from(u32::MAX);
+            let counted = Control { values_low: u32::MAX, ..bytemuck::Zeroable::zeroed() };
+            control.write(&[counted])?;
             let (mut w, mut m, mut v) = (wide(&start), vec![0.0; count], vec![0.0; count]);
             let (mut applied, mut skipped, mut clipped) = (0, 0, 0);
+            let mut value_steps = 0;
             for (step, given) in gradients.iter().enumerate() {
                 gradient.write(given)?;
                 let state = |tensors: [Option<&Tensor>; 3]| -> Result<Vec<u32>> {
@@ -85,7 +94,13 @@ fn optimizer(cases: &mut Cases<'_>, adam: bool) -> Result<()> {
                     let factor = if max_norm > 0.0 { oracle::clip_factor(norm, max_norm.into()) } else { 1.0 };
                     applied += 1;
                     clipped += u32::from(factor < 1.0);
-                    let g: Vec<f64> = given.iter().map(|g| f64::from(*g) * factor).collect();
+                    let mut g: Vec<f64> = given.iter().map(|g| f64::from(*g) * factor).collect();
+                    if max_value > 0.0 {
+                        let limit = f64::from(max_value);
+                        let outside = g.iter().filter(|g| g.abs() > limit).count() as u64;
+                        (values, value_steps) = (values + outside, value_steps + u32::from(outside > 0));
+                        g.iter_mut().for_each(|g| *g = g.clamp(-limit, limit));
+                    }
                     match adam {
                         true => by_adamw.step(&mut w, &g, &mut m, &mut v, applied as i32),
                         false => by_sgd.step(&mut w, &g, &mut m),
@@ -100,6 +115,10 @@ fn optimizer(cases: &mut Cases<'_>, adam: bool) -> Result<()> {
                 let counts = [now.skip, now.steps, now.skipped, now.clipped];
                 let expected = [u32::from(!finite), applied, skipped, clipped];
                 run.comparisons.push(Comparison::bits(format!("counts {step}"), &counts, &expected));
+                let (given, steps) = now.clipped_by_value();
+                let given = [given as u32, (given >> 32) as u32, steps];
+                let expected = [values as u32, (values >> 32) as u32, value_steps];
+                run.comparisons.push(Comparison::bits(format!("values clipped {step}"), &given, &expected));
                 run.near(&format!("value {step}"), &value, &w, TIGHT)?;
                 run.near(&format!("first {step}"), &first, &m, OUTPUT)?;
                 if let Some(second) = &second {

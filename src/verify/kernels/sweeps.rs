@@ -131,6 +131,7 @@ impl Sweep {
             random: false,
             zoneout: [0.0; 2],
             clip: 0.0,
+            flow: false,
         };
         let slots = Tensor::from_slice(run.device, &self.x, [steps, rows, 4, hidden])?;
         let block = rows * hidden;
