@@ -1455,7 +1455,7 @@ impl<C: Cell> Layer for Recurrent<C> {
     fn backward_from(&self, tape: Tape, dy: &Tensor, dstate: &[Tensor], needs_dx: bool) -> Result<(Option<Tensor>, Vec<Tensor>)> {
         let op = self.op("backward_from");
         let dstate = self.given_state(&op, "dstate", dstate)?;
-        let (dx, first) = self.run_backward("backward", tape.open(&op)?, dy, dstate.as_ref(), needs_dx, None)?;
+        let (dx, first) = self.run_backward("backward_from", tape.open(&op)?, dy, dstate.as_ref(), needs_dx, None)?;
         Ok((dx, first.tensors().into_iter().cloned().collect()))
     }
 

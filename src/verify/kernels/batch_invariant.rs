@@ -4,7 +4,10 @@
 use super::harness::{Cases, Run, normal, to_bits};
 use crate::device::Device;
 use crate::error::Result;
-use crate::nn::{Cell, CellState, Direction, GruConfig, Input, LinearConfig, LstmConfig, RecurrentConfig, Reset, RnnConfig};
+use crate::nn::{
+    Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig,
+    RecurrentConfig, Reset, RnnConfig, SLstmConfig,
+};
 use crate::rng::Rng;
 use crate::tensor::{Lengths, Tensor};
 use crate::verify::Comparison;
@@ -34,6 +37,10 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
         check(&mut own, "gru", 2, GruConfig::new(INPUT, hidden).layers(2))?;
         check(&mut own, "gru, reset before", 1, GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct))?;
         check(&mut own, "rnn", 1, RnnConfig::new(INPUT, hidden))?;
+        check(&mut own, "indrnn", 1, IndRnnConfig::new(INPUT, hidden))?;
+        check(&mut own, "slstm", 1, SLstmConfig::new(INPUT, hidden))?;
+        check(&mut own, "min_gru", 2, MinGruConfig::new(INPUT, hidden).layers(2))?;
+        check(&mut own, "min_lstm", 1, MinLstmConfig::new(INPUT, hidden))?;
         check(&mut own, "jordan", 1, RnnConfig::new(INPUT, hidden).jordan(4))?;
     }
     // Enough for threads, and for more than one block of k.
@@ -54,10 +61,12 @@ type Outputs = (Vec<f32>, Vec<Vec<f32>>);
 
 /// `slots`: layers x directions.
 fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: RecurrentConfig<C>) -> Result<()> {
+    // Cells that may scan over time do so from 64 steps on.
+    let steps = if C::SCAN.is_some() { 70 } else { STEPS };
     let streams = name != BOTH_WAYS;
     let mut rng = Rng::seed(5);
     let layer = config.init(cases.device, &mut rng)?;
-    let x = normal(&mut rng, STEPS * ROWS * INPUT);
+    let x = normal(&mut rng, steps * ROWS * INPUT);
     let (output, hidden) = (layer.output(), layer.hidden());
     cases.run(format!("{name} of {hidden}"), |run| {
         let forward = |x: &[f32], rows: usize, state: Option<&[Vec<f32>]>, lengths: Option<&[u32]>| -> Result<Outputs> {
@@ -65,8 +74,7 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: Recur
             let state = state.map(|state| state.iter().map(tensor).collect::<Result<Vec<_>>>()).transpose()?;
             let state = state.and_then(C::Value::from_tensors);
             let lengths = lengths.map(|lengths| Lengths::from_slice(run.device, lengths)).transpose()?;
-            let steps = x.len() / (rows * INPUT);
-            let x = Tensor::from_slice(run.device, x, [steps, rows, INPUT])?;
+            let x = Tensor::from_slice(run.device, x, [x.len() / (rows * INPUT), rows, INPUT])?;
             let (y, last) = layer.forward(&x, Input::new().lengths(&lengths).state(&state))?;
             Ok((y.to_vec()?, last.tensors().into_iter().map(Tensor::to_vec).collect::<Result<_>>()?))
         };
@@ -79,7 +87,7 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: Recur
         };
 
         if streams {
-            for cuts in [&[0, 1, 2, 3, 4, 5, 6][..], &[0, 1, 6], &[0, 4, 6]] {
+            for cuts in [(0..=steps).collect(), vec![0, 1, steps], vec![0, 4, steps]] {
                 let (mut y, mut carried) = (Vec::new(), state.clone());
                 for ends in cuts.windows(2) {
                     let (part, next) = forward(part(ends[0], ends[1]), ROWS, Some(&carried), None)?;
@@ -89,7 +97,7 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: Recur
                 same(run, &format!("cut at {cuts:?}"), &(y, carried), &whole);
             }
             let (mut y, mut carried) = (Vec::new(), None);
-            for t in 0..STEPS {
+            for t in 0..steps {
                 let x = Tensor::from_slice(run.device, part(t, t + 1), [ROWS, INPUT])?;
                 let (part, next) = layer.step(&x, carried.as_ref())?;
                 y.extend(part.to_vec()?);
@@ -108,7 +116,7 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: Recur
         }
 
         // Ragged rows in a batch that is larger and longer.
-        let lengths: Vec<u32> = (0..ROWS as u32).map(|row| (row * 5 + 3) % 7).collect();
+        let lengths: Vec<u32> = (0..ROWS as u32).map(|row| (row * 5 + 3) % (steps as u32 + 1)).collect();
         let ragged = forward(&x, ROWS, Some(&state), Some(&lengths))?;
         let more = ROWS + 4;
         let pad = |values: &[f32], width: usize, blocks: usize| -> Vec<f32> {
@@ -119,15 +127,15 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: Recur
             all
         };
         let padded_state: Vec<_> = state.iter().map(|values| pad(values, values.len() / slots / ROWS, slots)).collect();
-        let padded_lengths = [&[8, 0][..], &lengths, &[3, 8]].concat();
-        let (y, last) = forward(&pad(&x, INPUT, STEPS + 2), more, Some(&padded_state), Some(&padded_lengths))?;
+        let padded_lengths = [&[steps as u32 + 2, 0][..], &lengths, &[3, steps as u32 + 2]].concat();
+        let (y, last) = forward(&pad(&x, INPUT, steps + 2), more, Some(&padded_state), Some(&padded_lengths))?;
         let rows: Vec<usize> = (2..ROWS + 2).collect();
         let last: Vec<_> = last.iter().map(|values| pick(values, more, values.len() / slots / more, &rows)).collect();
         same(run, "padded", &(pick(&y, more, output, &rows)[..ragged.0.len()].to_vec(), last), &ragged);
         for (row, length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
-            let steps = *length as usize;
-            let alone = forward(&pick(part(0, steps), ROWS, INPUT, &[row]), 1, Some(&of_rows(&state, &[row])), None)?;
-            let expected = (pick(&ragged.0[..steps * ROWS * output], ROWS, output, &[row]), of_rows(&ragged.1, &[row]));
+            let length = *length as usize;
+            let alone = forward(&pick(part(0, length), ROWS, INPUT, &[row]), 1, Some(&of_rows(&state, &[row])), None)?;
+            let expected = (pick(&ragged.0[..length * ROWS * output], ROWS, output, &[row]), of_rows(&ragged.1, &[row]));
             same(run, &format!("ragged row {row}"), &alone, &expected);
         }
         Ok(())
