@@ -50,7 +50,7 @@ impl Chart<'_> {
     where
         Y::CoordDescType: ValueFormatter<f32>,
     {
-        let Self { file, title, x_title, y_title, ticks, lines, .. } = self;
+        let Self { file, title, x_title, y_title, log, ticks, lines } = self;
         let last = lines.iter().map(|(.., values)| values.len()).max().unwrap_or(0).saturating_sub(1).max(1);
         let label = |at: &usize| ticks.iter().find(|(tick, _)| tick == at).map_or(String::new(), |(_, label)| label.clone());
 
@@ -73,7 +73,10 @@ impl Chart<'_> {
             chart.draw_series(series)?.label(name).legend(sample);
         }
         let mut legend = chart.configure_series_labels();
-        legend.position(SeriesLabelPosition::UpperRight).background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.4));
+        legend
+            .position(if log { SeriesLabelPosition::LowerRight } else { SeriesLabelPosition::UpperRight })
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK.mix(0.4));
         legend.label_font(("sans-serif", 14)).draw()?;
         root.present().with_context(|| format!("writing {}", file.display()))
     }
