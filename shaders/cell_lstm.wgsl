@@ -28,15 +28,17 @@ fn recurrent_slot(gate: u32) -> u32 { return gate; }
 
 fn gate(x: f32) -> f32 { return activate(gate_kind, gate_alpha, gate_beta, clip_to(clip, x)); }
 fn gate_slope(y: f32) -> f32 { return clipped_slope(gate_kind, gate_alpha, gate_beta, clip, y); }
+// 0 without peepholes: 0 c would be NaN for a c that is infinite.
+fn peephole(p: f32, c: f32) -> f32 { return select(0.0, p * c, unit_params > BIASES); }
 fn output(c: f32) -> f32 { return activate(output_kind, output_alpha, output_beta, c); }
 
 fn cell_forward(site: Site, x: Pre, r: Pre, previous: State, p: Unit) -> Forward {
-    let i = gate(x[0] + (r[0] + p[0]) + p[4] * previous[1]);
+    let i = gate(x[0] + (r[0] + p[0]) + peephole(p[4], previous[1]));
     var f = 1.0 - i;
-    if !coupled { f = gate(x[1] + (r[1] + p[1]) + p[5] * previous[1]); }
+    if !coupled { f = gate(x[1] + (r[1] + p[1]) + peephole(p[5], previous[1])); }
     let g = activate(candidate_kind, candidate_alpha, candidate_beta, clip_to(clip, x[2] + (r[2] + p[2])));
     let c = clip_to(cell_clip, f * previous[1] + i * g);
-    let o = gate(x[3] + (r[3] + p[3]) + p[6] * c);
+    let o = gate(x[3] + (r[3] + p[3]) + peephole(p[6], c));
     return Forward(State(o * output(c), c), Slots(i, f, g, o));
 }
 

@@ -28,10 +28,10 @@
 //! Tensors are row-major and time-major: x is `[seq, batch, features]`; [`nn::RecurrentConfig::batch_first`] exchanges
 //! the two at the edge. Gate order, parameter names and initial weights are PyTorch's, so that a saved `state_dict`
 //! loads as it is ([`nn::Module::load`]). A state is a value: passed in, returned, cloned, saved, never hidden in a
-//! layer. [`Lengths`] make a batch ragged: past its end a row keeps its state and outputs zeros, and the reverse
-//! direction starts at each row's own end. Random masks are functions of a [`MaskKey`] and a place, the same on every
-//! device. Whatever does not fit is an [`Error`] that names the operation, the argument, what was expected and what
-//! was given.
+//! layer; [`nn::Stream`] keeps those of many sequences that go on at their own pace. [`Lengths`] make a batch ragged: past
+//! its end a row keeps its state and outputs zeros, and the reverse direction starts at each row's own end. Random masks
+//! are functions of a [`MaskKey`] and a place, the same on every device. Whatever does not fit is an [`Error`] that names
+//! the operation, the argument, what was expected and what was given.
 //!
 //! # Architecture
 //!
@@ -56,13 +56,17 @@
 //!
 //! A cell is pointwise: from the input part, the recurrent part and the previous state of a unit it makes the new state,
 //! and back (`shaders/cell_lstm.wgsl`). A sweep walks over time, does the recurrent product, and knows no cell
-//! (`shaders/sweep_step.wgsl`; for cells that are linear in their state also `shaders/sweep_scan.wgsl`). They meet in
-//! `shaders/cell_contract.wgsl` and are joined as text, so that N cells and M sweeps are N + M files. In Rust the same two halves
-//! are the traits of `kernels::cell_contract` and the generic functions of `kernels::sweep_step` and `kernels::sweep_scan`.
+//! (`shaders/sweep_step.wgsl`). They meet in `shaders/cell_contract.wgsl` and are joined as text, so that N cells and M
+//! sweeps are N + M files. In Rust the same two halves are the traits of `kernels::cell_contract` and the generic
+//! functions of the sweeps. A cell is a value: its options are its fields, on the GPU constants of the pipeline.
+//!
+//! Three sweeps: `sweep_step`, one launch a step, product and cell in one; `sweep_split`, a step as a row of launches, for what
+//! comes between the product and the cell or after the cell (masks, layer normalisation, a gated product, an output product);
+//! `sweep_scan`, in parallel over time, for cells that are linear in their state. `nn::recurrent` chooses.
 //!
 //! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward
-//! sweep leaves what backward needs, the backward sweep leaves the gradients, from which three products make those of
-//! the weights and of x.
+//! sweep leaves what backward needs, the backward sweep leaves the gradients, from which the products make those of
+//! the weights and of x, in blocks of time from last to first.
 #![deny(missing_docs)]
 
 mod arithmetic;

@@ -11,9 +11,9 @@ use common::{adapters, devices};
 use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limit, NoDevice, Unsupported};
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
-    Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, Input, LastState, LastStep,
-    Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual, RnnConfig,
-    Sequential, Skip, State, Tape, Value,
+    CellState, Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, Input, LastState,
+    LastStep, Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual,
+    RnnConfig, Sequential, Skip, State, Stream, Tape, Value,
 };
 use gatefold::onnx::{Inputs, Kind, Operator};
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
@@ -667,6 +667,110 @@ fn layers_in_a_row() -> Result<()> {
             let text = "a name without dots, not empty, not a number";
             let text = format!("sequential.push_named: name is {name:?}, expected {text}");
             t.row(|| named([name, "head"]), Argument, text);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn rows_of_states() -> Result<()> {
+    everywhere(|t, device, other| {
+        let state =
+            |device: &Device, shape: [usize; 3]| Ok::<_, anyhow::Error>(State::new(vec![vec![], vec![zeros(device, shape)?]]));
+        let good = state(device, [2, 3, 4])?;
+        let flags = "rows has shape [2], expected [batch] = [3]";
+        t.row(|| good.reset_rows(&[true, false]), Argument, format!("State.reset_rows: {flags}"));
+        let h = zeros(device, [2, 3, 4])?;
+        let typed = LstmState { h: h.clone(), c: h };
+        t.row(|| typed.reset_rows(&[true, false]), Argument, format!("State.reset_rows: {flags}"));
+        let flat = State::new(vec![vec![zeros(device, [4])?]]);
+        let text = "tensor 0 of layer 0 has shape [4], expected [.., batch, features]";
+        t.row(|| flat.reset_rows(&[true; 4]), Argument, format!("State.reset_rows: {text}"));
+        t.row(|| flat.take_rows(&[0]), Argument, format!("State.take_rows: {text}"));
+        t.row(|| good.take_rows(&[2, 3]), Argument, "State.take_rows: row is 3, expected below the batch 3");
+        t.row(|| good.take_rows(&[]), Argument, "State.take_rows: rows has shape [0], expected at least one row");
+        t.row(|| good.put_rows(&[(3, 0)], &good), Argument, "State.put_rows: row is 3, expected below the batch 3");
+        t.row(|| good.put_rows(&[(0, 5)], &good), Argument, "State.put_rows: row is 5, expected below the batch 3");
+        let text = "State.put_rows: from is of layers with [1] tensors, expected of layers with [0, 1] tensors";
+        t.row(|| good.put_rows(&[(0, 0)], &flat), Argument, text);
+        for shape in [[1, 3, 4], [2, 3, 5]] {
+            let text = format!("State.put_rows: from: tensor 0 of layer 1 has shape {shape:?}, expected [2, 3, 4] for any batch");
+            let wrong = state(device, shape)?;
+            t.row(|| good.put_rows(&[(0, 0)], &wrong), Argument, text);
+        }
+        let there = state(other, [2, 3, 4])?;
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        let text = format!("State.put_rows: from: tensor 0 of layer 1 {elsewhere}");
+        t.row(|| good.put_rows(&[(0, 0)], &there), DeviceMismatch, text);
+        Ok(())
+    })
+}
+
+#[test]
+fn streams() -> Result<()> {
+    everywhere(|t, device, other| {
+        let rng = &mut Rng::seed(0);
+        let mut lstm = |direction| LstmConfig::new(3, 4).direction(direction).init(device, rng);
+        let model = std::sync::Arc::new(Sequential::new().push(lstm(Direction::Forward)?));
+        let text = "lstm.step: streaming needs Direction::Forward; the reverse pass needs the whole sequence";
+        for direction in [Direction::Reverse, Direction::Both] {
+            let model = Sequential::new().push(lstm(direction)?);
+            t.row(|| Stream::new(model, 3, 2), Unsupported, text);
+        }
+        let pooled = Sequential::new().push(lstm(Direction::Forward)?).push(LastStep);
+        let text = "last_step.step: this layer cannot stream: it has no single step";
+        t.row(|| Stream::new(pooled, 3, 2), Unsupported, text);
+        t.row(|| Stream::new(Sequential::new(), 3, 2), Unsupported, "Stream.new: the model has no parameters");
+        t.row(|| Stream::new(model.clone(), 3, 0), Argument, "Stream.new: capacity is 0, expected at least 1");
+        t.row(|| Stream::new(model.clone(), 0, 2), Argument, "Stream.new: width is 0, expected at least 1");
+        t.row(|| Stream::new(model.clone(), 5, 2), Argument, "lstm.step: x has shape [2, 5], expected [batch, 3]");
+        t.row(|| Stream::of_ids(model.clone(), 2), Argument, "lstm.step: x is token ids, expected numbers..");
+
+        let mut stream = Stream::new(model.clone(), 3, 2)?;
+        let (a, b) = (stream.join()?, stream.join()?);
+        let text = "capacity is 2, expected a free row: that many streams have joined";
+        t.row(|| stream.join(), Argument, format!("Stream.join: {text}"));
+        let left = stream.leave(a)?;
+        let gone = format!("id is {a}, which is not here, expected a stream that joined and has not left");
+        t.row(|| stream.leave(a), Argument, format!("Stream.leave: {gone}"));
+        t.row(|| stream.row(a), Argument, format!("Stream.row: {gone}"));
+        t.row(|| stream.push(&[(b, &[0.0; 3]), (a, &[0.0; 3])]), Argument, format!("Stream.push: {gone}"));
+        let mut twin = Stream::new(model, 3, 2)?;
+        let text = format!("Stream.push: id is {b}, which is not here, expected a stream that joined and has not left");
+        t.row(|| twin.push(&[(b, &[0.0; 3])]), Argument, text);
+        let text = format!("Stream.push: data of {b} has shape [4], expected a multiple of 3 numbers, which a frame has");
+        t.row(|| stream.push(&[(b, &[0.0; 4])]), Argument, text);
+        let text = format!("Stream.push: {b} is given twice, expected once");
+        t.row(|| stream.push(&[(b, &[0.0; 3]), (b, &[])]), Argument, text);
+        t.row(|| stream.push_ids(&[(b, &[1])]), Argument, "Stream.push_ids: frames is ids, expected numbers");
+        let lengths = Lengths::from_slice(device, &[0, 1])?;
+        for shape in [vec![1, 3, 3], vec![1, 2, 4], vec![2, 3]] {
+            let x = Tensor::zeros(device, shape.clone())?;
+            let text = format!("Stream.push_batch: x has shape {shape:?}, expected [seq, 2, 3]");
+            t.row(|| stream.push_batch(x, &lengths), Argument, text);
+        }
+        let x = zeros(device, [4, 2, 3])?;
+        for (lengths, text) in [
+            (&[0, 1, 2][..], "lengths has shape [3], expected [batch] = [2]"),
+            (&[0, 5], "lengths[1] is 5, expected at most the 4 steps of the batch"),
+            (&[1, 4], "lengths[0] is 1, expected 0: no stream has this row"),
+        ] {
+            let lengths = Lengths::from_slice(device, lengths)?;
+            t.row(|| stream.push_batch(&x, &lengths), Argument, format!("Stream.push_batch: {text}"));
+        }
+        let elsewhere = format!("is on {}, expected on {}", other.info(), device.info());
+        t.row(|| stream.push_batch(&zeros(other, [4, 2, 3])?, &lengths), DeviceMismatch, format!("lstm.forward: x {elsewhere}"));
+        let there = Lengths::from_slice(other, &[0, 1])?;
+        t.row(|| stream.push_batch(&x, &there), DeviceMismatch, format!("Stream.push_batch: lengths {elsewhere}"));
+        let two = State::new(vec![vec![zeros(device, [1, 2, 4])?; 2]]);
+        let text = "Stream.join_with: state has shape [1, 2, 4], expected [.., 1, features], of one row";
+        t.row(|| stream.join_with(&two), Argument, text);
+        let text = "Stream.join_with: from is of layers with [0] tensors, expected of layers with [2] tensors";
+        t.row(|| stream.join_with(&State::new(vec![vec![]])), Argument, text);
+        // Nothing of that has moved a stream.
+        let before = stream.leave(b)?;
+        for (tensor, zeros) in before.layer(0).iter().zip(left.layer(0)) {
+            assert_eq!(tensor.to_vec()?, zeros.to_vec()?);
         }
         Ok(())
     })

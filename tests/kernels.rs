@@ -42,6 +42,40 @@ fn check(device: &Lazy, body: impl Fn(&Device) -> Result<Vec<Report>>) -> Result
     Ok(())
 }
 
+/// Each mark of the README's table of cells and options stands for a case `cell_option` that compared what the mark says: f the
+/// forward pass, b the gradients, s the same sequence step by step.
+fn marks() -> Result<()> {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"))?;
+    let cells = |line: &str| line.trim_matches('|').split('|').map(|cell| cell.trim().replace('`', "")).collect::<Vec<_>>();
+    let mut table = readme.lines().skip_while(|line| !line.starts_with("| option |")).take_while(|line| line.starts_with('|'));
+    let header = cells(table.next().unwrap_or_default());
+    let networks = kernels::all().into_iter().find(|check| check.name == "networks");
+    let reports = networks.map_or(Ok(Vec::new()), |networks| networks.run(&Device::cpu()))?;
+    let (mut missing, mut marks) = (Vec::new(), 0);
+    for row in table.skip(1).map(cells) {
+        for (cell, mark) in header.iter().zip(&row).skip(1) {
+            for letter in mark.chars() {
+                let name = format!("{cell}_{}", row[0]);
+                let compared = match letter {
+                    'f' => "infer.y",
+                    'b' => "dx",
+                    's' => "step 0",
+                    '-' => continue,
+                    other => anyhow::bail!("the README has the mark {other:?} for {name}"),
+                };
+                let case = |report: &&Report| report.case.strip_prefix(&name).is_some_and(|rest| ["", "_plain"].contains(&rest));
+                let found = reports.iter().filter(case).flat_map(|report| &report.comparisons).any(|c| c.tensor == compared);
+                if !found {
+                    missing.push(format!("{name}: {compared}"));
+                }
+                marks += 1;
+            }
+        }
+    }
+    ensure!(marks > 100 && missing.is_empty(), "of {marks} marks without a case:\n{}", missing.join("\n"));
+    Ok(())
+}
+
 fn main() {
     let arguments = Arguments::from_args();
     let infos = Device::list();
@@ -59,6 +93,7 @@ fn main() {
             }));
         }
     }
+    trials.push(Trial::test("readme::every_mark_has_its_case", || marks().map_err(|error| Failed::from(format!("{error:#}")))));
     let adapters = infos.iter().filter(|info| info.backend != "native").count();
     trials.push(Trial::test("adapters::at_least_one_gpu_adapter", move || match adapters {
         0 => Err("no wgpu adapter was found, so no shader was run: apt-get install mesa-vulkan-drivers".into()),

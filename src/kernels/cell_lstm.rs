@@ -34,6 +34,14 @@ impl Default for LstmCell {
     }
 }
 
+impl LstmCell {
+    /// 0 without peepholes: 0 c would be NaN for a c that is infinite.
+    #[inline(always)]
+    fn peephole(&self, p: Lanes, c: Lanes) -> Lanes {
+        if self.peepholes { p * c } else { Lanes::splat(0.0) }
+    }
+}
+
 impl CellKernel for LstmCell {
     type Pre = [Lanes; 4]; // i, f, g, o
     type Slots = [Lanes; 4]; // the same, after their functions
@@ -72,15 +80,15 @@ impl CellKernel for LstmCell {
         let (i, f, g) = if *self == Self::default() {
             (gate(0).sigmoid(), gate(1).sigmoid(), gate(2).tanh())
         } else {
-            let i = self.gate.apply(clip_to(self.clip, gate(0) + p[4] * c_before));
+            let i = self.gate.apply(clip_to(self.clip, gate(0) + self.peephole(p[4], c_before)));
             let f = match self.coupled {
                 true => Lanes::splat(1.0) - i,
-                false => self.gate.apply(clip_to(self.clip, gate(1) + p[5] * c_before)),
+                false => self.gate.apply(clip_to(self.clip, gate(1) + self.peephole(p[5], c_before))),
             };
             (i, f, self.candidate.apply(clip_to(self.clip, gate(2))))
         };
         let c = clip_to(self.cell_clip, f * c_before + i * g);
-        let o = self.gate.apply(clip_to(self.clip, gate(3) + p[6] * c));
+        let o = self.gate.apply(clip_to(self.clip, gate(3) + self.peephole(p[6], c)));
         ([o * self.output.apply(c), c], [i, f, g, o])
     }
 

@@ -1,8 +1,9 @@
 //! Matrix product: `C = A . B (+ bias) (+ C)` on strided windows, every transposition by strides.
 
+use super::product::Product;
 use super::{MAX_GROUPS, READ, READ_WRITE};
 use crate::backend::{Kernel, native, params};
-use crate::device::Backend;
+use crate::device::{Backend, Device};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -118,6 +119,7 @@ fn multiply_native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
         }
     }
     multiply(
+        c.tensor.device(),
         [a.rows, b.cols, a.cols],
         (&lhs[a.offset..], a.row, a.col),
         (&rhs[b.offset..], b.row, b.col),
@@ -142,8 +144,9 @@ pub(crate) fn multiply_f64([m, n, k]: [usize; 3], a: &[f64], b: &[f64]) -> Vec<f
 }
 
 /// `C = A . B (+ C)` for sizes `[m, n, k]`; A and B are slices with their row and column strides, C with its row stride.
-/// On at most `threads` threads, which share the rows or the columns of C.
+/// On at most `threads` threads, which share the rows or the columns of C. The device says whether it is batch invariant.
 pub(crate) fn multiply(
+    device: &Device,
     [m, n, k]: [usize; 3],
     (a, a_row, a_col): (&[f32], usize, usize),
     (b, b_row, b_col): (&[f32], usize, usize),
@@ -153,11 +156,18 @@ pub(crate) fn multiply(
 ) {
     let last = |rows: usize, cols: usize, row: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
     assert!(last(m, k, a_row, a_col) < a.len() && last(k, n, b_row, b_col) < b.len() && last(m, n, c_row, 1) < c.len());
+    if device.is_batch_invariant() && !accumulate {
+        c.chunks_mut(c_row).take(m).for_each(|row| row[..n].fill(0.0));
+    }
     let c = native::Shared::new(c);
     // Below this, waking a thread costs more than it saves.
     let threads = if m * n * k < 1 << 22 { 1 } else { threads };
     native::for_parts(m.max(n), threads, |first, count| {
         let (row, col, m, n) = if m >= n { (first, 0, count, n) } else { (0, first, m, count) };
+        if device.is_batch_invariant() {
+            let (a, b) = ((&a[row * a_row..], a_row, a_col), (&b[col * b_col..], b_row, b_col));
+            return pulp::Arch::new().dispatch(Product { sizes: [m, n, k], a, b, c: (&c, row * c_row + col, c_row) });
+        }
         // SAFETY: the assertion keeps every element inside its slice; `c` is borrowed apart from `a` and `b`, and each part
         // writes rows or columns of its own.
         unsafe {

@@ -29,6 +29,7 @@ pub(crate) mod norm_output;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod pooling;
+mod product;
 pub(crate) mod reduce;
 pub(crate) mod sample;
 pub(crate) mod sweep_scan;

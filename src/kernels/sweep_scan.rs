@@ -104,12 +104,12 @@ const UNITS: usize = 1 << 18;
 /// Which sweep runs: the scan's kernels, or `None` for the step sweep. The only place that decides: a scan needs a GPU, a cell that
 /// has one, long sequences and few units of all rows. Zoneout and the clip of the gradient act between steps, and an output
 /// product after each: they take the step sweep. So do a stream, whose steps are few, the windows of a bounded
-/// back-propagation, and who asks for the gradients of all states.
+/// back-propagation, and who asks for the gradients of all states. A device that is batch invariant has one order for any T and B.
 pub(crate) fn choose<C: CellKernel>(device: &Device, plan: &Plan<'_>) -> Option<&'static ScanKernels> {
     let linear = plan.zoneout == [0.0; 2] && plan.clip == 0.0 && plan.output && !plan.flow;
     let whole = plan.start == 0 && plan.steps == plan.total;
     let pays = !device.is_cpu() && whole && plan.steps >= STEPS && plan.rows * plan.hidden <= UNITS;
-    C::SCAN.filter(|_| linear && pays)
+    C::SCAN.filter(|_| linear && pays && !device.is_batch_invariant())
 }
 
 /// As [`sweep_step::forward`], which it is on the CPU.

@@ -461,6 +461,7 @@ impl<C: CellKernel> ForwardStep<'_, C> {
 fn native_forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, depth: usize) {
     let (rows, hidden) = (plan.rows, plan.hidden);
     let gates = if C::PRODUCT { C::Pre::LEN * hidden } else { 0 };
+    let device = buffers.slots.device();
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let mut states = buffers.states.native_mut::<f32>();
     let (mut slots, mut y) = (buffers.slots.native_mut::<f32>(), buffers.y.native_mut::<f32>());
@@ -473,7 +474,8 @@ fn native_forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_
             if C::PRODUCT {
                 // SAFETY: rows of this part alone, and nothing else of the states is borrowed.
                 let h = unsafe { states.slice((before * rows + first) * hidden, count * hidden) };
-                gemm::multiply([count, gates, hidden], (h, hidden, 1), (&weights, gates, 1), (&mut product, gates), false, 1);
+                let sizes = [count, gates, hidden];
+                gemm::multiply(device, sizes, (h, hidden, 1), (&weights, gates, 1), (&mut product, gates), false, 1);
             }
             let product = &*product;
             arch.dispatch(ForwardStep { cell: *cell, plan, depth, step, rows: (first, count), product, unit, slots, states, y });
@@ -612,7 +614,7 @@ fn native_backward<C: CellKernel>(
     steps: &[Step],
     products: bool,
 ) {
-    let (rows, hidden) = (plan.rows, plan.hidden);
+    let (rows, hidden, device) = (plan.rows, plan.hidden, buffers.slots.device());
     let kept = C::Slots::LEN * hidden;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let (states, dy) = (buffers.states.native::<f32>(), buffers.y.native::<f32>());
@@ -645,7 +647,7 @@ fn native_backward<C: CellKernel>(
                 let w = &weights[gate * hidden * hidden..];
                 let sizes = [count, hidden, run * hidden];
                 let dr = &dr[slot * hidden..];
-                gemm::multiply(sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
+                gemm::multiply(device, sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
             }
         }
     });

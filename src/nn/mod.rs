@@ -9,7 +9,9 @@ mod param;
 mod pooling;
 mod recurrent;
 mod residual;
+mod rows;
 mod sequential;
+mod stream;
 
 use std::any::Any;
 
@@ -32,6 +34,7 @@ pub use recurrent::{
 };
 pub use residual::{Residual, Skip};
 pub use sequential::{Sequential, SequentialTape, State};
+pub use stream::{Stream, StreamId};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::rng::MaskKey;
@@ -271,6 +274,20 @@ pub trait Layer: Module + Send + Sync {
     /// # Errors
     /// What the layer refuses, and what its device reports.
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>>;
+
+    /// The same where gradients also flow through the state, from one window of a sequence to the one before it: from the gradient
+    /// of the final state (empty: zeros) also to that of the initial one, both in the layer's own order of tensors.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] from a layer with a state that does not say how; as [`Layer::backward`].
+    fn backward_from(&self, tape: Tape, dy: &Tensor, dstate: &[Tensor], needs_dx: bool) -> Result<(Option<Tensor>, Vec<Tensor>)> {
+        let op = format!("{}.backward_from", self.kind());
+        match (self.state_len(), dstate.len()) {
+            (0, 0) => Ok((self.backward(tape, dy, needs_dx)?, Vec::new())),
+            (0, given) => Err(Error::argument(&op, "dstate", format!("{given} tensors"), "none: this layer has no state")),
+            _ => Err(Error::unsupported(&op, "this layer gives no gradient of its state")),
+        }
+    }
 
     /// Whether it can use [`Context::teacher`]; a model whose last layer cannot is refused one.
     fn takes_teacher(&self) -> bool {

@@ -31,10 +31,29 @@ pub struct Skip {
     layer: Box<dyn Layer>,
 }
 
+/// The gradient of x, and that of the initial state where it was asked for.
+type Gradients = (Option<Tensor>, Vec<Tensor>);
+
+/// The backward pass of the layer inside.
+trait LayerBackward: FnOnce(Tape, &Tensor) -> Result<Gradients> {}
+
+impl<F: FnOnce(Tape, &Tensor) -> Result<Gradients>> LayerBackward for F {}
+
 impl Residual {
     /// Around `layer`.
     pub fn new(layer: impl Layer + 'static) -> Self {
         Self { layer: Box::new(layer) }
+    }
+
+    fn backward_around(&self, tape: Tape, dy: &Tensor, needs_dx: bool, layer: impl LayerBackward) -> Result<Gradients> {
+        let op = "residual.backward";
+        let ResidualTape { inner, x } = tape.open(op)?;
+        dy.expect_shape(op, "dy", &x, "the shape of x")?;
+        match layer(inner, dy)? {
+            (_, dstate) if !needs_dx => Ok((None, dstate)),
+            (Some(dx), dstate) => Ok((Some(dx.add(dy)?), dstate)),
+            (None, _) => Err(no_gradient(op, self.layer.as_ref())),
+        }
     }
 
     fn join(&self, op: &str, x: &Tensor, output: Output) -> Result<Output> {
@@ -48,6 +67,19 @@ impl Skip {
     /// Around `layer`.
     pub fn new(layer: impl Layer + 'static) -> Self {
         Self { layer: Box::new(layer) }
+    }
+
+    fn backward_around(&self, tape: Tape, dy: &Tensor, needs_dx: bool, layer: impl LayerBackward) -> Result<Gradients> {
+        let op = "skip.backward";
+        let SkipTape { inner, x, y } = tape.open(op)?;
+        let (rows, own) = (&x[..x.len() - 1], x[x.len() - 1]);
+        let whole: Vec<usize> = rows.iter().copied().chain([own + y[y.len() - 1]]).collect();
+        dy.expect_shape(op, "dy", &whole, "the shape of [x, f(x)]")?;
+        match layer(inner, &columns_of(dy, own, &y)?)? {
+            (_, dstate) if !needs_dx => Ok((None, dstate)),
+            (Some(dx), dstate) => Ok((Some(dx.add(&columns_of(dy, 0, &x)?)?), dstate)),
+            (None, _) => Err(no_gradient(op, self.layer.as_ref())),
+        }
     }
 
     fn join(&self, op: &str, x: &Tensor, output: Output) -> Result<Output> {
@@ -112,14 +144,12 @@ impl Layer for Residual {
     }
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
-        let op = "residual.backward";
-        let ResidualTape { inner, x } = tape.open(op)?;
-        dy.expect_shape(op, "dy", &x, "the shape of x")?;
-        match self.layer.backward(inner, dy, needs_dx)? {
-            _ if !needs_dx => Ok(None),
-            Some(dx) => dx.add(dy).map(Some),
-            None => Err(no_gradient(op, self.layer.as_ref())),
-        }
+        let plain = |tape, dy: &Tensor| Ok((self.layer.backward(tape, dy, needs_dx)?, Vec::new()));
+        Ok(self.backward_around(tape, dy, needs_dx, plain)?.0)
+    }
+
+    fn backward_from(&self, tape: Tape, dy: &Tensor, dstate: &[Tensor], needs_dx: bool) -> Result<(Option<Tensor>, Vec<Tensor>)> {
+        self.backward_around(tape, dy, needs_dx, |tape, dy| self.layer.backward_from(tape, dy, dstate, needs_dx))
     }
 
     fn step(&self, x: &Value, context: &Context<'_>) -> Result<Output> {
@@ -151,16 +181,12 @@ impl Layer for Skip {
     }
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
-        let op = "skip.backward";
-        let SkipTape { inner, x, y } = tape.open(op)?;
-        let (rows, own) = (&x[..x.len() - 1], x[x.len() - 1]);
-        let whole: Vec<usize> = rows.iter().copied().chain([own + y[y.len() - 1]]).collect();
-        dy.expect_shape(op, "dy", &whole, "the shape of [x, f(x)]")?;
-        match self.layer.backward(inner, &columns_of(dy, own, &y)?, needs_dx)? {
-            _ if !needs_dx => Ok(None),
-            Some(dx) => dx.add(&columns_of(dy, 0, &x)?).map(Some),
-            None => Err(no_gradient(op, self.layer.as_ref())),
-        }
+        let plain = |tape, dy: &Tensor| Ok((self.layer.backward(tape, dy, needs_dx)?, Vec::new()));
+        Ok(self.backward_around(tape, dy, needs_dx, plain)?.0)
+    }
+
+    fn backward_from(&self, tape: Tape, dy: &Tensor, dstate: &[Tensor], needs_dx: bool) -> Result<(Option<Tensor>, Vec<Tensor>)> {
+        self.backward_around(tape, dy, needs_dx, |tape, dy| self.layer.backward_from(tape, dy, dstate, needs_dx))
     }
 
     fn step(&self, x: &Value, context: &Context<'_>) -> Result<Output> {

@@ -33,6 +33,10 @@ impl State {
         self.layers.get(index).map_or(&[], Vec::as_slice)
     }
 
+    pub(super) fn layers(&self) -> &[Vec<Tensor>] {
+        &self.layers
+    }
+
     /// Writes all tensors to a safetensors file; `1.0` and `1.1` are the first two of layer 1.
     ///
     /// # Errors
@@ -129,7 +133,26 @@ impl Sequential {
     /// # Errors
     /// What a layer refuses, and what the device reports.
     pub fn backward(&self, tape: SequentialTape, dy: &Tensor) -> Result<()> {
-        self.run_backward(tape, dy, false).map(|_| ())
+        self.run_backward(tape, dy, None, false).map(|_| ())
+    }
+
+    /// The same where gradients also flow through the state: from that of the final states (`None`: zeros) also to that of the
+    /// initial ones. With the tapes of several windows kept, the last window's goes first, and each hands on its gradient to the one
+    /// before it: the gradients are then those of one long pass. [`super::Recurrent::backward`] has an example.
+    ///
+    /// # Errors
+    /// As [`Sequential::backward`]; [`crate::ErrorKind::Argument`] for the state of another model;
+    /// [`crate::ErrorKind::Unsupported`] from a layer of the application's own whose state has no gradient.
+    pub fn backward_from(&self, tape: SequentialTape, dy: &Tensor, dstate: Option<&State>) -> Result<State> {
+        if let Some(dstate) = dstate.filter(|dstate| dstate.layers.len() != self.layers.len()) {
+            let (given, expected) = (dstate.layers.len(), self.layers.len());
+            return Err(Error::argument("sequential.backward_from", "dstate", format!("of {given} layers"), expected));
+        }
+        let dstates = match dstate {
+            Some(dstate) => dstate.layers.iter().map(Vec::as_slice).collect(),
+            None => vec![&[][..]; self.layers.len()],
+        };
+        Ok(State { layers: self.run_backward(tape, dy, Some(dstates), false)?.1 })
     }
 
     /// What each layer gets of a state for all.
@@ -145,13 +168,17 @@ impl Sequential {
 
     /// The same where the tensors of all layers come one after another.
     fn open_layer<'a>(&self, op: &str, context: &Context<'a>) -> Result<(States<'a>, Context<'a>)> {
-        let mut rest = context.state;
+        Ok((self.split(op, "state", context.state)?, *context))
+    }
+
+    /// The tensors of each layer, of those of all layers one after another.
+    fn split<'a>(&self, op: &str, argument: &str, mut rest: &'a [Tensor]) -> Result<States<'a>> {
         if rest.is_empty() {
-            return Ok((None, *context));
+            return Ok(None);
         }
         if rest.len() != self.state_len() {
             let (given, expected) = (format!("{} tensors", rest.len()), format!("{} tensors", self.state_len()));
-            return Err(Error::argument(op, "state", given, expected));
+            return Err(Error::argument(op, argument, given, expected));
         }
         let mut states = Vec::new();
         for (_, layer) in &self.layers {
@@ -159,7 +186,7 @@ impl Sequential {
             states.push(part);
             rest = others;
         }
-        Ok((Some(states), *context))
+        Ok(Some(states))
     }
 
     /// Calls every layer in turn; gives the output, and each layer's final state and what `call` gave beside.
@@ -198,24 +225,40 @@ impl Sequential {
         }
     }
 
-    fn run_backward(&self, tape: SequentialTape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
+    /// With the gradients of the final states, where those of the initial ones are wanted.
+    fn run_backward(
+        &self,
+        tape: SequentialTape,
+        dy: &Tensor,
+        dstates: States<'_>,
+        needs_dx: bool,
+    ) -> Result<(Option<Tensor>, Vec<Vec<Tensor>>)> {
         let op = "sequential.backward";
         if tape.tapes.len() != self.layers.len() {
             let (given, expected) = (tape.tapes.len(), self.layers.len());
             return Err(Error::argument(op, "tape", format!("of {given} layers"), expected));
         }
-        let mut dy = dy.clone();
+        let (mut dy, mut firsts) = (dy.clone(), vec![Vec::new(); self.layers.len()]);
         for (index, ((_, layer), tape)) in self.layers.iter().zip(tape.tapes).enumerate().rev() {
-            match layer.backward(tape, &dy, index > 0 || needs_dx)? {
+            let needs = index > 0 || needs_dx;
+            let dx = match &dstates {
+                None => layer.backward(tape, &dy, needs)?,
+                Some(dstates) => {
+                    let (dx, first) = layer.backward_from(tape, &dy, dstates[index], needs)?;
+                    firsts[index] = first;
+                    dx
+                }
+            };
+            match dx {
                 Some(dx) => dy = dx,
-                None if index == 0 => return Ok(None),
+                None if index == 0 => return Ok((None, firsts)),
                 None => {
                     let what = format!("layer {index} ({}) takes ids and must be the first", layer.kind());
                     return Err(Error::unsupported(op, what));
                 }
             }
         }
-        Ok(needs_dx.then_some(dy))
+        Ok((needs_dx.then_some(dy), firsts))
     }
 }
 
@@ -266,7 +309,14 @@ impl Layer for Sequential {
     }
 
     fn backward(&self, tape: Tape, dy: &Tensor, needs_dx: bool) -> Result<Option<Tensor>> {
-        self.run_backward(tape.open("sequential.backward")?, dy, needs_dx)
+        Ok(self.run_backward(tape.open("sequential.backward")?, dy, None, needs_dx)?.0)
+    }
+
+    fn backward_from(&self, tape: Tape, dy: &Tensor, dstate: &[Tensor], needs_dx: bool) -> Result<(Option<Tensor>, Vec<Tensor>)> {
+        let op = "sequential.backward_from";
+        let dstates = self.split(op, "dstate", dstate)?.unwrap_or_else(|| vec![&[][..]; self.layers.len()]);
+        let (dx, firsts) = self.run_backward(tape.open(op)?, dy, Some(dstates), needs_dx)?;
+        Ok((dx, firsts.concat()))
     }
 
     fn step(&self, x: &Value, context: &Context<'_>) -> Result<Output> {

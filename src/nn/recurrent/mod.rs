@@ -441,6 +441,23 @@ impl<C: Cell> Recurrent<C> {
     /// Back-propagation through time: from dy (the shape of y) and the gradient of the final state (`None`: zeros) to the
     /// gradients of x and of the initial state; adds to those of the parameters.
     ///
+    /// A long sequence may go through in windows that carry the state. A window whose backward pass gets no gradient of its final
+    /// state, or whose tape is dropped, is cut off: back-propagation is truncated. Where all tapes are kept it is not: the last
+    /// window's goes first, and each hands on the gradient of its initial state to the one before it.
+    ///
+    /// ```
+    /// # fn main() -> gatefold::Result<()> {
+    /// use gatefold::{Device, Rng, Tensor, nn::LstmConfig};
+    /// let device = Device::cpu();
+    /// let lstm = LstmConfig::new(3, 8).init(&device, &mut Rng::seed(0))?;
+    /// let window = || Tensor::from_slice(&device, &[0.5; 4 * 2 * 3], [4, 2, 3]);
+    /// let (y1, state, tape1) = lstm.forward_train(&window()?, None)?;
+    /// let (y2, _, tape2) = lstm.forward_train(&window()?, &state)?;
+    /// let (_, dstate) = lstm.backward(tape2, &y2, None)?; // of sum(y * y) / 2 over both windows
+    /// lstm.backward(tape1, &y1, Some(&dstate))?; // with None: truncated between them
+    /// # Ok(()) }
+    /// ```
+    ///
     /// # Errors
     /// [`crate::ErrorKind::Argument`] or [`crate::ErrorKind::DeviceMismatch`] for a dy or dstate that does not fit, or when a parameter
     /// changed since the tape was recorded; what the device reports.
@@ -1435,6 +1452,13 @@ impl<C: Cell> Layer for Recurrent<C> {
         Ok(self.run_backward("backward", tape.open(&op)?, dy, None, needs_dx, None)?.0)
     }
 
+    fn backward_from(&self, tape: Tape, dy: &Tensor, dstate: &[Tensor], needs_dx: bool) -> Result<(Option<Tensor>, Vec<Tensor>)> {
+        let op = self.op("backward_from");
+        let dstate = self.given_state(&op, "dstate", dstate)?;
+        let (dx, first) = self.run_backward("backward_from", tape.open(&op)?, dy, dstate.as_ref(), needs_dx, None)?;
+        Ok((dx, first.tensors().into_iter().cloned().collect()))
+    }
+
     fn takes_teacher(&self) -> bool {
         self.is_teachable()
     }
@@ -1445,7 +1469,7 @@ impl<C: Cell> Layer for Recurrent<C> {
 
     fn step(&self, x: &Value, context: &Context<'_>) -> Result<Output> {
         let op = self.op("step");
-        let state = self.given_state(&op, context.state)?;
+        let state = self.given_state(&op, "state", context.state)?;
         let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
         let (y, state) = Recurrent::step(self, x.numbers(&op)?, input)?;
         Ok(Output { y, state: state.tensors().into_iter().cloned().collect() })
@@ -1454,13 +1478,13 @@ impl<C: Cell> Layer for Recurrent<C> {
 
 impl<C: Cell> Recurrent<C> {
     /// The state that other layers' caller gave, which knows no types.
-    fn given_state(&self, op: &str, tensors: &[Tensor]) -> Result<Option<C::Value>> {
+    fn given_state(&self, op: &str, argument: &str, tensors: &[Tensor]) -> Result<Option<C::Value>> {
         if tensors.is_empty() {
             return Ok(None);
         }
         let expected = || format!("{:?}", C::Value::NAMES);
         let state = C::Value::from_tensors(tensors.to_vec());
-        state.map(Some).ok_or_else(|| Error::argument(op, "state", format!("{} tensors", tensors.len()), expected()))
+        state.map(Some).ok_or_else(|| Error::argument(op, argument, format!("{} tensors", tensors.len()), expected()))
     }
 
     fn run_layer(
@@ -1475,7 +1499,7 @@ impl<C: Cell> Recurrent<C> {
             let what = "batch_first(true) has no place among other layers, which are time-major; give the model [seq, batch, ..]";
             return Err(Error::unsupported(&op, what));
         }
-        let state = self.given_state(&op, context.state)?;
+        let state = self.given_state(&op, "state", context.state)?;
         let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
         self.run(method, x.numbers(&op)?, input, train, None)
     }

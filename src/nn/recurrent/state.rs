@@ -1,5 +1,7 @@
 //! States of recurrent layers, as a user meets them.
 
+use crate::error::Result;
+use crate::nn::rows;
 use crate::tensor::Tensor;
 
 /// The state of a recurrent layer: a value, passed in and returned, never hidden.
@@ -11,6 +13,19 @@ pub trait CellState: Clone + std::fmt::Debug + Send + Sync + Sized {
     fn tensors(&self) -> Vec<&Tensor>;
     /// A state of these tensors, as many as [`CellState::NAMES`].
     fn from_tensors(tensors: Vec<Tensor>) -> Option<Self>;
+
+    /// With zeros in the rows that are flagged: as [`crate::nn::State::reset_rows`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] unless there is a flag for each row; what the device reports.
+    fn reset_rows(&self, rows: &[bool]) -> Result<Self> {
+        let tensors = Self::NAMES.iter().zip(self.tensors());
+        let tensors = tensors.map(|(name, tensor)| rows::reset("State.reset_rows", name, tensor, rows)).collect::<Result<_>>()?;
+        match Self::from_tensors(tensors) {
+            Some(state) => Ok(state),
+            None => unreachable!("as many tensors as before"),
+        }
+    }
 }
 
 /// The state of an LSTM; layer and direction `(l, d)` stand at `l * directions + d`, as in PyTorch.

@@ -4,6 +4,7 @@
 //! runs with each other, and inputs afterwards with what they were. Windows lie in larger tensors of NaN words, which
 //! a kernel must neither use nor touch.
 
+mod batch_invariant;
 mod bptt;
 mod dropout;
 mod encoder_decoder;
@@ -80,6 +81,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("jordan", networks::jordan),
         ("gradient_flow", flow::gradient_flow),
         ("scans", scans::scans),
+        ("batch_invariant", batch_invariant::batch_invariant),
         ("bptt", bptt::bptt),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];

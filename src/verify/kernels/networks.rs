@@ -10,6 +10,7 @@ use crate::nn::{
 };
 use crate::rng::{MaskKey, Rng, philox, unit};
 use crate::tensor::Tensor;
+use crate::verify::Comparison;
 use crate::verify::oracle::{self, RecurrentInput, Weights};
 
 /// A network in both worlds.
@@ -66,7 +67,8 @@ pub(super) fn networks(cases: &mut Cases<'_>) -> Result<()> {
     lstms(cases)?;
     grus(cases)?;
     rnns(cases)?;
-    indrnns(cases)
+    indrnns(cases)?;
+    gradient_clip(cases)
 }
 
 /// What every cell has, and masks on the recurrent product where there is one.
@@ -647,6 +649,54 @@ fn stream<C: Cell>(
         state = Some(next);
     }
     Ok(())
+}
+
+/// The clip of the recurrent gradient, by hand: `d(t) = dy(t) + clip(W^T da(t+1))`, `da = d (1 - h^2)`, in f64 from the layer's own h.
+fn gradient_clip(cases: &mut Cases<'_>) -> Result<()> {
+    const LIMIT: f32 = 0.3;
+    let (steps, rows) = (9, 3);
+    let mut rng = Rng::seed(21);
+    let layer = RnnConfig::new(INPUT, HIDDEN).gradient_clip(LIMIT).init(cases.device, &mut rng)?;
+    let x = normal(&mut rng, steps * rows * INPUT);
+    let dy = normal(&mut rng, steps * rows * HIDDEN);
+    let value = |name: &str| -> Result<Vec<f64>> {
+        let found = layer.params().into_iter().find(|(full, _)| full == name);
+        found.map_or(Ok(Vec::new()), |(_, param)| Ok(wide(&param.value().to_vec()?)))
+    };
+    let (weight_ih, weight_hh) = (value("weight_ih_l0")?, value("weight_hh_l0")?);
+    cases.run("rnn_gradient_clip", |run| {
+        layer.zero_grad()?;
+        let counted = layer.clipped_gradients()?;
+        let x = run.input("x", &x, [steps, rows, INPUT])?;
+        let (y, _, tape) = layer.forward_train(&x, None)?;
+        let h = wide(&y.to_vec()?);
+        let (dx, first) = layer.backward(tape, &Tensor::from_slice(run.device, &dy, [steps, rows, HIDDEN])?, None)?;
+        let (mut clipped, mut carried) = (0.0, vec![0.0f64; rows * HIDDEN]);
+        let (mut dx64, mut bias) = (vec![0.0; steps * rows * INPUT], vec![0.0; HIDDEN]);
+        for t in (0..steps).rev() {
+            let mut da = vec![0.0; rows * HIDDEN];
+            for (at, da) in da.iter_mut().enumerate() {
+                let limit = f64::from(LIMIT);
+                clipped += f64::from(u8::from(carried[at].abs() > limit));
+                let line = t * rows * HIDDEN + at;
+                *da = (carried[at].clamp(-limit, limit) + f64::from(dy[line])) * (1.0 - h[line] * h[line]);
+                bias[at % HIDDEN] += *da;
+            }
+            carried = oracle::matmul(&da, &weight_hh, rows, HIDDEN, HIDDEN, false, false);
+            let part = oracle::matmul(&da, &weight_ih, rows, INPUT, HIDDEN, false, false);
+            dx64[t * rows * INPUT..][..rows * INPUT].copy_from_slice(&part);
+        }
+        run.near("dx", &dx, &dx64, GRADIENT)?;
+        run.near("dh0", &first.h, &carried, GRADIENT)?;
+        for (_, param) in layer.params().into_iter().filter(|(name, _)| name == "bias_ih_l0") {
+            run.near("grad.bias_ih_l0", param.grad(), &bias, GRADIENT)?;
+        }
+        let counts = (layer.clipped_gradients()? - counted) as f64 - clipped;
+        run.comparisons.push(Comparison { tensor: format!("{clipped} clipped"), error: counts.abs(), bound: 0.0 });
+        let acted = if clipped > 0.0 { 0.0 } else { f64::NAN };
+        run.comparisons.push(Comparison { tensor: "the clip acts".into(), error: acted, bound: 0.0 });
+        Ok(())
+    })
 }
 
 /// Jordan networks under a teacher: forced in full, scheduled, never.

@@ -1,0 +1,174 @@
+//! On a device that is batch invariant nothing shows in the bits of an output but its own row: not the batch, nor the padding, nor
+//! how a sequence is cut.
+
+use super::harness::{Cases, Run, normal, to_bits};
+use crate::device::Device;
+use crate::error::Result;
+use crate::nn::{
+    Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig,
+    RecurrentConfig, Reset, RnnConfig, SLstmConfig,
+};
+use crate::rng::Rng;
+use crate::tensor::{Lengths, Tensor};
+use crate::verify::Comparison;
+
+const STEPS: usize = 6;
+const ROWS: usize = 9;
+const INPUT: usize = 21;
+const BOTH_WAYS: &str = "lstm, both ways";
+
+pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
+    // A device of its own: others share the given one.
+    let info = cases.device.info();
+    let device = match info.backend.as_str() {
+        "native" => Device::cpu(),
+        backend => Device::by_name(&format!("{backend}:{}", info.name))?,
+    };
+    device.poison();
+    device.set_batch_invariant(true);
+    let mut own = Cases { device: &device, reports: Vec::new() };
+    super::products::gemm(&mut own)?;
+    for hidden in [5, 19, 66] {
+        check(&mut own, "lstm", 2, LstmConfig::new(INPUT, hidden).layers(2))?;
+        check(&mut own, BOTH_WAYS, 2, LstmConfig::new(INPUT, hidden).direction(Direction::Both))?;
+        check(&mut own, "lstm, projection", 2, LstmConfig::new(INPUT, hidden).projection(7).layers(2))?;
+        check(&mut own, "lstm, peepholes", 1, LstmConfig::new(INPUT, hidden).peepholes(true))?;
+        check(&mut own, "lstm, layer norm", 1, LstmConfig::new(INPUT, hidden).layer_norm(true))?;
+        check(&mut own, "gru", 2, GruConfig::new(INPUT, hidden).layers(2))?;
+        check(&mut own, "gru, reset before", 1, GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct))?;
+        check(&mut own, "rnn", 1, RnnConfig::new(INPUT, hidden))?;
+        check(&mut own, "indrnn", 1, IndRnnConfig::new(INPUT, hidden))?;
+        check(&mut own, "slstm", 1, SLstmConfig::new(INPUT, hidden))?;
+        check(&mut own, "min_gru", 2, MinGruConfig::new(INPUT, hidden).layers(2))?;
+        check(&mut own, "min_lstm", 1, MinLstmConfig::new(INPUT, hidden))?;
+        check(&mut own, "jordan", 1, RnnConfig::new(INPUT, hidden).jordan(4))?;
+    }
+    // Enough for threads, and for more than one block of k.
+    check(&mut own, "lstm", 1, LstmConfig::new(INPUT, 300))?;
+    linear(&mut own)?;
+    cases.reports.extend(own.reports);
+    Ok(())
+}
+
+/// Some rows of blocks of `rows` lines.
+fn pick(values: &[f32], rows: usize, width: usize, picked: &[usize]) -> Vec<f32> {
+    let blocks = values.chunks_exact(rows * width);
+    blocks.flat_map(|block| picked.iter().flat_map(|row| block[row * width..][..width].to_vec())).collect()
+}
+
+/// Outputs and final states of a run.
+type Outputs = (Vec<f32>, Vec<Vec<f32>>);
+
+/// `slots`: layers x directions.
+fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: RecurrentConfig<C>) -> Result<()> {
+    // Cells that may scan over time do so from 64 steps on.
+    let steps = if C::SCAN.is_some() { 70 } else { STEPS };
+    let streams = name != BOTH_WAYS;
+    let mut rng = Rng::seed(5);
+    let layer = config.init(cases.device, &mut rng)?;
+    let x = normal(&mut rng, steps * ROWS * INPUT);
+    let (output, hidden) = (layer.output(), layer.hidden());
+    cases.run(format!("{name} of {hidden}"), |run| {
+        let forward = |x: &[f32], rows: usize, state: Option<&[Vec<f32>]>, lengths: Option<&[u32]>| -> Result<Outputs> {
+            let tensor = |values: &Vec<f32>| Tensor::from_slice(run.device, values, [slots, rows, values.len() / slots / rows]);
+            let state = state.map(|state| state.iter().map(tensor).collect::<Result<Vec<_>>>()).transpose()?;
+            let state = state.and_then(C::Value::from_tensors);
+            let lengths = lengths.map(|lengths| Lengths::from_slice(run.device, lengths)).transpose()?;
+            let x = Tensor::from_slice(run.device, x, [x.len() / (rows * INPUT), rows, INPUT])?;
+            let (y, last) = layer.forward(&x, Input::new().lengths(&lengths).state(&state))?;
+            Ok((y.to_vec()?, last.tensors().into_iter().map(Tensor::to_vec).collect::<Result<_>>()?))
+        };
+        // A state that is not zero.
+        let (_, state) = forward(&x, ROWS, None, None)?;
+        let whole = forward(&x, ROWS, Some(&state), None)?;
+        let part = |from: usize, to: usize| &x[from * ROWS * INPUT..to * ROWS * INPUT];
+        let of_rows = |state: &[Vec<f32>], rows: &[usize]| -> Vec<Vec<f32>> {
+            state.iter().map(|values| pick(values, ROWS, values.len() / slots / ROWS, rows)).collect()
+        };
+
+        if streams {
+            for cuts in [(0..=steps).collect(), vec![0, 1, steps], vec![0, 4, steps]] {
+                let (mut y, mut carried) = (Vec::new(), state.clone());
+                for ends in cuts.windows(2) {
+                    let (part, next) = forward(part(ends[0], ends[1]), ROWS, Some(&carried), None)?;
+                    y.extend(part);
+                    carried = next;
+                }
+                same(run, &format!("cut at {cuts:?}"), &(y, carried), &whole);
+            }
+            let (mut y, mut carried) = (Vec::new(), None);
+            for t in 0..steps {
+                let x = Tensor::from_slice(run.device, part(t, t + 1), [ROWS, INPUT])?;
+                let (part, next) = layer.step(&x, carried.as_ref())?;
+                y.extend(part.to_vec()?);
+                carried = Some(next);
+            }
+            let last = carried.iter().flat_map(CellState::tensors).map(Tensor::to_vec).collect::<Result<_>>()?;
+            same(run, "in steps", &(y, last), &forward(&x, ROWS, None, None)?);
+        }
+
+        // Rows alone, and in batches where they stand elsewhere.
+        let batches = (0..ROWS).map(|row| vec![row]).chain((2..ROWS).map(|count| (ROWS - count..ROWS).rev().collect()));
+        for rows in batches {
+            let alone = forward(&pick(&x, ROWS, INPUT, &rows), rows.len(), Some(&of_rows(&state, &rows)), None)?;
+            let expected = (pick(&whole.0, ROWS, output, &rows), of_rows(&whole.1, &rows));
+            same(run, &format!("rows {rows:?}"), &alone, &expected);
+        }
+
+        // Ragged rows in a batch that is larger and longer.
+        let lengths: Vec<u32> = (0..ROWS as u32).map(|row| (row * 5 + 3) % (steps as u32 + 1)).collect();
+        let ragged = forward(&x, ROWS, Some(&state), Some(&lengths))?;
+        let more = ROWS + 4;
+        let pad = |values: &[f32], width: usize, blocks: usize| -> Vec<f32> {
+            let mut all = vec![7.0; blocks * more * width];
+            for (all, block) in all.chunks_exact_mut(more * width).zip(values.chunks_exact(ROWS * width)) {
+                all[2 * width..][..ROWS * width].copy_from_slice(block);
+            }
+            all
+        };
+        let padded_state: Vec<_> = state.iter().map(|values| pad(values, values.len() / slots / ROWS, slots)).collect();
+        let padded_lengths = [&[steps as u32 + 2, 0][..], &lengths, &[3, steps as u32 + 2]].concat();
+        let (y, last) = forward(&pad(&x, INPUT, steps + 2), more, Some(&padded_state), Some(&padded_lengths))?;
+        let rows: Vec<usize> = (2..ROWS + 2).collect();
+        let last: Vec<_> = last.iter().map(|values| pick(values, more, values.len() / slots / more, &rows)).collect();
+        same(run, "padded", &(pick(&y, more, output, &rows)[..ragged.0.len()].to_vec(), last), &ragged);
+        for (row, length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
+            let length = *length as usize;
+            let alone = forward(&pick(part(0, length), ROWS, INPUT, &[row]), 1, Some(&of_rows(&state, &[row])), None)?;
+            let expected = (pick(&ragged.0[..length * ROWS * output], ROWS, output, &[row]), of_rows(&ragged.1, &[row]));
+            same(run, &format!("ragged row {row}"), &alone, &expected);
+        }
+        Ok(())
+    })
+}
+
+fn same(run: &mut Run<'_>, name: &str, computed: &Outputs, expected: &Outputs) {
+    let words = |outputs: &Outputs| to_bits(&[&outputs.0[..], &outputs.1.concat()].concat());
+    let computed = words(computed);
+    run.comparisons.push(Comparison::bits(name, &computed, &words(expected)));
+    run.words.extend(computed);
+}
+
+/// A product alone, of sizes around tiles, with and without a bias.
+fn linear(cases: &mut Cases<'_>) -> Result<()> {
+    const MANY: usize = 40;
+    for (input, output, bias) in [(3, 2, true), (64, 1, true), (130, 33, false), (700, 257, true)] {
+        let mut rng = Rng::seed(6);
+        let layer = LinearConfig::new(input, output).bias(bias).init(cases.device, &mut rng)?;
+        let x = normal(&mut rng, MANY * input);
+        cases.run(format!("linear from {input} to {output}"), |run| {
+            let forward = |rows: &[usize]| -> Result<Outputs> {
+                let x = Tensor::from_slice(run.device, &pick(&x, MANY, input, rows), [rows.len(), input])?;
+                Ok((layer.forward(&x)?.to_vec()?, Vec::new()))
+            };
+            let whole = forward(&(0..MANY).collect::<Vec<_>>())?;
+            for count in (1..10).chain([15, 16, 17, 39]) {
+                let rows: Vec<usize> = (MANY - count..MANY).rev().collect();
+                let expected = (pick(&whole.0, MANY, output, &rows), Vec::new());
+                same(run, &format!("{count} rows"), &forward(&rows)?, &expected);
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
