@@ -11,15 +11,25 @@
 //! their sum is wanted. Whoever remembers nothing answers 1 and errs by 1/6, the variance of the sum. Copying: ten letters of
 //! eight, T steps of silence, and a signal on which the letters are wanted back. Whoever remembers nothing guesses them, which
 //! costs 10 ln 8 over the T + 20 steps. Solved is a row whose loss on held-out sequences falls under a tenth of that.
+//!
+//! `--plot DIR` shows why: the gradient of one answer of the last step by the state after every step, on its way back, before and
+//! after training. A line that falls to nothing is a network that cannot learn from what was said there (Bengio et al. 1994).
 
 mod common;
+#[path = "common/plot.rs"]
+mod plot;
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use gatefold::nn::{GruConfig, LastStep, LinearConfig, LstmConfig, Module, RnnConfig, Sequential};
+use gatefold::nn::{
+    Cell, Direction, GruConfig, LastStep, LinearConfig, LstmConfig, Module, RecurrentConfig, RnnConfig, Sequential,
+};
 use gatefold::{Batch, CrossEntropy, Device, Ids, Loss, MeanSquaredError, Rng, Tensor, Trainer, optim::AdamW};
+use plot::{BLUE_LINE, Chart, ORANGE_LINE};
+use plotters::style::RGBColor;
 
 const HIDDEN: usize = 64;
 const BATCH: usize = 32;
@@ -64,6 +74,10 @@ struct Args {
     /// Such as `cpu` or `vulkan:llvmpipe`; by default the best GPU, else the CPU
     #[arg(long)]
     device: Option<String>,
+    /// Write how gradients flow back, before and after training, as SVG files here; where rows with and without clipping run, of
+    /// those with it
+    #[arg(long, value_name = "DIR")]
+    plot: Option<PathBuf>,
     /// Fail unless every row that ran was solved
     #[arg(long)]
     require: bool,
@@ -106,6 +120,15 @@ struct Outcome {
     seconds: f32,
     skipped: u32,
     clipped: f32,
+    /// Before and after training.
+    flows: Option<[Flow; 2]>,
+}
+
+/// How a network's gradients flow back.
+struct Flow {
+    /// The norms for each state by its name, over the steps.
+    lines: Vec<(&'static str, Vec<f32>)>,
+    summary: String,
 }
 
 impl Task {
@@ -161,6 +184,19 @@ impl Task {
     }
 }
 
+impl Net {
+    /// Of its line in a plot; c of the LSTM has its own.
+    fn color(self, state: &str) -> RGBColor {
+        match (self, state) {
+            (Net::Rnn, _) => RGBColor(140, 140, 140),
+            (Net::Orthogonal, _) => RGBColor(44, 130, 60),
+            (Net::Gru, _) => BLUE_LINE,
+            (Net::Lstm, "c") => RGBColor(150, 50, 130),
+            (Net::Lstm, _) => ORANGE_LINE,
+        }
+    }
+}
+
 /// The network of a row: the recurrent layer is layer 0.
 fn build(row: Row, device: &Device, rng: &mut Rng) -> Result<Sequential> {
     let [input, output] = row.task.sizes();
@@ -198,6 +234,71 @@ fn orthogonal(size: usize, rng: &mut Rng) -> Vec<f32> {
     rows.concat()
 }
 
+/// How gradients of the last step flow back through the network of a row.
+fn flow(row: Row, model: &Sequential, x: &Tensor) -> Result<Flow> {
+    let [input, _] = row.task.sizes();
+    match row.net {
+        Net::Rnn | Net::Orthogonal => flow_through(RnnConfig::new(input, HIDDEN), model, x),
+        Net::Gru => flow_through(GruConfig::new(input, HIDDEN), model, x),
+        Net::Lstm => flow_through(LstmConfig::new(input, HIDDEN), model, x),
+    }
+}
+
+/// The same, with a copy of the model's recurrent layer: behind [`Sequential`] its type is lost.
+fn flow_through<C: Cell>(config: RecurrentConfig<C>, model: &Sequential, x: &Tensor) -> Result<Flow> {
+    let layer = config.init(x.device(), &mut Rng::seed(0))?;
+    let trained = model.params();
+    for (name, param) in layer.params() {
+        let (_, from) = trained.iter().find(|(other, _)| *other == format!("0.{name}")).context("a parameter is missing")?;
+        param.set(&from.value().to_vec()?)?;
+    }
+    let (y, _, tape) = layer.forward_train(x, None)?;
+    let saturation = layer.inspect(&tape, 0, Direction::Forward)?.saturation()?;
+    // The loss: of each sequence one number of the last answer, in turn. Its gradient is a row of the last layer's weights.
+    let readout = trained.iter().rfind(|(name, _)| name.ends_with(".weight")).context("no output layer")?.1.value().to_vec()?;
+    let rows = y.shape()[1];
+    let mut dy = vec![0.0; y.len() - rows * HIDDEN];
+    dy.extend(readout.chunks_exact(HIDDEN).cycle().take(rows).flatten());
+    let (_, _, flow) = layer.backward_with_flow(tape, &Tensor::from_slice(x.device(), &dy, y.shape())?, None)?;
+
+    let decays = flow.states().iter().map(|state| {
+        let decay = state.decay().map_or("-".into(), |decay| format!("{decay:.3}"));
+        format!("{} {decay} {}", state.state, format!("{:?}", state.verdict()).to_lowercase())
+    });
+    let radii = layer.spectral_radii()?.into_iter().flat_map(|radii| radii.gates);
+    let shares = saturation.iter().filter_map(|(gate, share)| share.map(|share| format!("{gate} {:.0}%", 100.0 * share)));
+    let [decays, radii, shares] =
+        [decays.collect::<Vec<_>>(), radii.map(|(gate, radius)| format!("{gate} {radius:.2}")).collect(), shares.collect()]
+            .map(|list| list.join(", "));
+    let lines = flow.states().iter().map(|state| (state.state, state.norms.iter().map(|norm| *norm as f32).collect()));
+    Ok(Flow { lines: lines.collect(), summary: format!("decay {decays}; spectral radius {radii}; saturated {shares}") })
+}
+
+/// Draws the flows of one task and T: `flow-adding-t200-before.svg` and `-after.svg`.
+fn plot_flows(directory: &Path, task: Task, t: usize, flows: &[(Net, [Flow; 2])]) -> Result<()> {
+    std::fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
+    for (moment, when) in ["before", "after"].into_iter().enumerate() {
+        let mut lines = Vec::new();
+        for (net, flows) in flows {
+            for (state, norms) in &flows[moment].lines {
+                lines.push((format!("{net:?}, {state}"), net.color(state), norms.clone()));
+            }
+        }
+        let steps = lines.first().map_or(0, |(.., norms)| norms.len());
+        Chart {
+            file: &directory.join(format!("flow-{}-t{t}-{when}.svg", format!("{task:?}").to_lowercase())),
+            title: format!("{task:?}, T = {t}: the gradient of the last answer, {when} training"),
+            x_title: "step t",
+            y_title: "norm of dL/dh(t), dL/dc(t)",
+            log: true,
+            ticks: (0..steps).step_by(steps.div_ceil(10).next_multiple_of(5)).map(|step| (step, step.to_string())).collect(),
+            lines: lines.iter().map(|(name, color, norms)| (name.as_str(), *color, norms.clone())).collect(),
+        }
+        .draw()?;
+    }
+    Ok(())
+}
+
 fn learning_rate(row: Row) -> f64 {
     match row.net {
         // Gates keep gradients tame, a bare recurrence does not.
@@ -207,10 +308,13 @@ fn learning_rate(row: Row) -> f64 {
 }
 
 /// Trains the network of a row until the task is solved or a budget is spent.
-fn train<L: Loss>(row: Row, loss: L, args: &Args, device: &Device) -> Result<Outcome> {
+fn train<L: Loss>(row: Row, loss: L, args: &Args, device: &Device, with_flow: bool) -> Result<Outcome> {
     let mut rng = Rng::seed(args.seed);
     let held_out = row.task.batch(device, row.t, HELD_OUT, &mut rng)?;
     let model = build(row, device, &mut rng)?;
+    // Sequences of their own, so that the table stays what it is without a plot.
+    let x = row.task.batch(device, row.t, BATCH, &mut Rng::seed(args.seed ^ 1))?.input.numbers("flow")?.clone();
+    let before = with_flow.then(|| flow(row, &model, &x)).transpose()?;
     let mut trainer = Trainer::new(model, loss, AdamW::new(learning_rate(row)).weight_decay(0.0))?;
     if row.clip {
         trainer = trainer.clip_grad_norm(CLIP);
@@ -233,6 +337,7 @@ fn train<L: Loss>(row: Row, loss: L, args: &Args, device: &Device) -> Result<Out
     }
     bar.finish_and_clear();
     let stats = trainer.stats()?;
+    let flows = before.map(|before| Ok::<_, anyhow::Error>([before, flow(row, trainer.model(), &x)?])).transpose()?;
     Ok(Outcome {
         loss,
         solved: loss < solved_under,
@@ -240,6 +345,7 @@ fn train<L: Loss>(row: Row, loss: L, args: &Args, device: &Device) -> Result<Out
         seconds: start.elapsed().as_secs_f32(),
         skipped: stats.skipped,
         clipped: stats.clipped as f32 / trainer.steps() as f32,
+        flows,
     })
 }
 
@@ -263,18 +369,31 @@ fn main() -> Result<()> {
     println!("{HIDDEN} units, batches of {BATCH}, AdamW; loss on {HELD_OUT} held-out sequences, of remembering nothing = 1");
     println!("task     T    network     clip  loss/baseline  solved  steps  seconds  skipped  clipped");
     let mut unsolved = Vec::new();
-    for row @ Row { task, t, net, clip } in rows {
-        let Outcome { loss, solved, steps, seconds, skipped, clipped } = match task {
-            Task::Adding => train(row, MeanSquaredError, &args, &device)?,
-            Task::Copying => train(row, CrossEntropy::new(), &args, &device)?,
-        };
-        let [task_name, net_name] = [format!("{task:?}"), format!("{net:?}")].map(|name| name.to_lowercase());
-        let [clip, answer] = [clip, solved].map(|yes| if yes { "yes" } else { "no" });
-        let (share, clipped) = (loss / task.baseline(t), 100.0 * clipped);
-        let (what, work) = (format!("{task_name:8} {t:<4} {net_name:11} {clip:4}"), format!("{steps:6}  {seconds:7.1}"));
-        println!("{what}  {share:13.4}  {answer:6} {work}  {skipped:7}  {clipped:6.1}%");
-        if !solved {
-            unsolved.push(what.split_whitespace().collect::<Vec<_>>().join(" "));
+    for rows in rows.chunk_by(|a, b| (a.task, a.t) == (b.task, b.t)) {
+        let mut all_flows = Vec::new();
+        for row @ &Row { task, t, net, clip } in rows {
+            let with_flow = args.plot.is_some() && clip == clips[0];
+            let Outcome { loss, solved, steps, seconds, skipped, clipped, flows } = match task {
+                Task::Adding => train(*row, MeanSquaredError, &args, &device, with_flow)?,
+                Task::Copying => train(*row, CrossEntropy::new(), &args, &device, with_flow)?,
+            };
+            let [task_name, net_name] = [format!("{task:?}"), format!("{net:?}")].map(|name| name.to_lowercase());
+            let [clip, answer] = [clip, solved].map(|yes| if yes { "yes" } else { "no" });
+            let (share, clipped) = (loss / task.baseline(t), 100.0 * clipped);
+            let (what, work) = (format!("{task_name:8} {t:<4} {net_name:11} {clip:4}"), format!("{steps:6}  {seconds:7.1}"));
+            println!("{what}  {share:13.4}  {answer:6} {work}  {skipped:7}  {clipped:6.1}%");
+            if let Some([before, after]) = &flows {
+                println!("  before: {}\n  after:  {}", before.summary, after.summary);
+            }
+            all_flows.extend(flows.map(|flows| (net, flows)));
+            if !solved {
+                unsolved.push(what.split_whitespace().collect::<Vec<_>>().join(" "));
+            }
+        }
+        if let [Row { task, t, .. }, ..] = rows
+            && let Some(directory) = &args.plot
+        {
+            plot_flows(directory, *task, *t, &all_flows)?;
         }
     }
     if args.require {

@@ -221,6 +221,7 @@ fn plot_losses(file: &Path, regimes: &[Regime], each: usize) -> Result<()> {
         title: "A pendulum simulated by a Jordan network: what the teacher hides".into(),
         x_title: "steps of training",
         y_title: "mean squared error, held out",
+        log: false,
         ticks: (0..looks).step_by(looks.div_ceil(10)).map(|look| (look, ((look + 1) * each).to_string())).collect(),
         lines,
     }

@@ -193,6 +193,7 @@ fn plot_forecast(file: &Path, dates: &[String], forecast: &[f32], truth: &[f32],
         title: format!("Seattle, 2015: highest temperature, forecast one day ahead (RMSE {error:.2} °C)"),
         x_title: "day of 2015 (ticks: the first of each month)",
         y_title: "highest temperature [°C]",
+        log: false,
         ticks: starts.zip(months).map(|((day, _), month)| (day, format!("1 {month}"))).collect(),
         lines: vec![("measured", BLUE_LINE, truth.to_vec()), ("forecast", ORANGE_LINE, forecast.to_vec())],
     }
@@ -206,6 +207,7 @@ fn plot_loss(file: &Path, curve: &[(f32, f32)]) -> Result<()> {
         title: "Training: error of the forecast, epoch by epoch".into(),
         x_title: "epoch",
         y_title: "RMSE [°C]",
+        log: false,
         ticks: (0..curve.len()).step_by(curve.len().div_ceil(20)).map(|epoch| (epoch, (epoch + 1).to_string())).collect(),
         lines: vec![
             ("train (2012 to June 2014)", BLUE_LINE, train),
