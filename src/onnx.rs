@@ -284,7 +284,10 @@ fn activation<'a>(
         "softsign" => Activation::Softsign,
         "softplus" => Activation::Softplus,
         "hardsigmoid" => Activation::HardSigmoid { alpha: alpha(0.2), beta: betas.next().copied().unwrap_or(0.5) },
-        "leakyrelu" => Activation::LeakyRelu { alpha: alpha(0.01) },
+        "leakyrelu" => match alpha(0.01) {
+            0.0 => Activation::Relu,
+            alpha => Activation::LeakyRelu { alpha },
+        },
         "elu" => Activation::Elu { alpha: alpha(1.0) },
         "thresholdedrelu" => Activation::ThresholdedRelu { alpha: alpha(1.0) },
         "scaledtanh" => Activation::ScaledTanh {

@@ -12,8 +12,8 @@ use gatefold::ErrorKind::{Argument, DeviceLost, DeviceMismatch, Format, Io, Limi
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::nn::{
     CellState, Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, Input, LastState,
-    LastStep, Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Module, Output, Param, Reset, Residual,
-    RnnConfig, Sequential, Skip, State, Stream, Tape, Value,
+    LastStep, Layer, LinearConfig, LstmConfig, LstmState, MaxOverTime, MeanOverTime, Merge, MinGruConfig, Module, Output, Param,
+    Reset, Residual, RnnConfig, SLstmConfig, Sequential, Skip, State, Stream, Tape, Value,
 };
 use gatefold::onnx::{Inputs, Kind, Operator};
 use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
@@ -181,7 +181,7 @@ fn onnx_operators() -> Result<()> {
         row(Kind::Gru, 3, &many, text);
         let mut steep = fresh(Kind::Rnn, 1);
         (steep.activations, steep.activation_alpha) = (names(&["LeakyRelu"]), vec![-1.0]);
-        t.row(|| steep.init(device), Argument, "rnn.init: activation is LeakyRelu { alpha: -1.0 }, expected alpha of at least 0");
+        t.row(|| steep.init(device), Argument, "rnn.init: activation is LeakyRelu { alpha: -1.0 }, expected alpha above 0");
         t.row(|| Operator::new(Kind::Rnn, 2, 0).init(device), Argument, "rnn.init: hidden is 0, expected at least 1");
 
         const FORWARD: &str = "onnx.Layer.forward:";
@@ -287,7 +287,46 @@ fn configurations() -> Result<()> {
             let text = format!("lstm.init: recurrent_dropout is {given}, expected in [0, 1)");
             lstm(t, LstmConfig::new(4, 4).recurrent_dropout(p), &text);
         }
+        lstm(t, LstmConfig::new(4, 4).projection(0), "lstm.init: projection is 0, expected at least 1");
+        lstm(t, LstmConfig::new(4, 4).zoneout(0.0, 1.5), "lstm.init: zoneout is 1.5, expected in [0, 1)");
+        lstm(t, LstmConfig::new(4, 4).weight_dropout(-1.0), "lstm.init: weight_dropout is -1, expected in [0, 1)");
+        let text = "lstm.init: gradient_clip is NaN, expected a finite number of at least 0 (0: none)";
+        lstm(t, LstmConfig::new(4, 4).gradient_clip(f32::NAN), text);
+        let text = "lstm.init: cell_clip is -1, expected a finite number of at least 0 (0: none)";
+        lstm(t, LstmConfig::new(4, 4).cell_clip(-1.0), text);
+        let text = "lstm.init: merge is Sum with Direction::Forward, expected Direction::Both, whose two outputs it makes one";
+        lstm(t, LstmConfig::new(4, 4).merge(Merge::Sum), text);
+        let text = "lstm.init: residual is an input of 3, expected an input as wide as the output, 4, or more layers";
+        lstm(t, LstmConfig::new(3, 4).residual(true), text);
+        let rng = &mut Rng::seed(0);
+        let text = "lstm.init: forget_bias with coupled(true), where f = 1 - i has no bias of its own";
+        t.row(|| LstmConfig::new(4, 4).coupled(true).forget_bias(1.0).init(device, rng), Unsupported, text);
+        let text = "gru.init: zoneout of other states than h: this cell has none";
+        t.row(|| GruConfig::new(4, 4).zoneout(0.1, 0.1).init(device, rng), Unsupported, text);
+        let text = "slstm.init: zoneout of c, n and m, which share one scale: hold h alone";
+        t.row(|| SLstmConfig::new(4, 4).zoneout(0.1, 0.1).init(device, rng), Unsupported, text);
+        let text = "min_gru.init: weight_dropout acts on the recurrent product, and this cell has none";
+        t.row(|| MinGruConfig::new(4, 4).weight_dropout(0.5).init(device, rng), Unsupported, text);
+        let (x, targets) = (Tensor::zeros(device, [4, 4, 2])?, Tensor::zeros(device, [4, 4, 2])?);
+        let taught = || Input::new().teacher(&targets, 1.0);
+        let jordan = || RnnConfig::new(2, 8).jordan(2);
+        let around = jordan().residual(true).init(device, rng)?;
+        let text = "rnn.forward: a teacher with residual(true), where the output is not what recurs";
+        t.row(|| around.forward(&x, taught()), Unsupported, text);
+        let first = jordan().batch_first(true).init(device, rng)?;
+        let text = "rnn.forward: a teacher with batch_first(true): its targets are time-major";
+        t.row(|| first.forward(&x, taught()), Unsupported, text);
+        let text = "rnn.bptt_memory: bytes is 1000, expected at least..";
+        let deep = RnnConfig::new(2, 8).init(device, rng)?;
+        t.row(|| deep.bptt_memory(1000).plan(4000, 4), Argument, text);
+        let both = RnnConfig::new(2, 8).direction(Direction::Both).init(device, rng)?;
+        let text =
+            "rnn.bptt_memory: segments need Direction::Forward: a reverse pass starts at the end, which needs the whole sequence";
+        t.row(|| both.bptt_memory(1 << 30).plan(4000, 4), Unsupported, text);
         // Refused before a number is drawn.
+        let mut lstm = |t: &mut Table, config: LstmConfig, text: &str| {
+            t.row(|| config.init(device, rng), Argument, text);
+        };
         for (input, hidden) in [(usize::MAX, 4), (4, usize::MAX), (1 << 40, 1 << 40)] {
             let shape = [hidden.saturating_mul(4), input];
             let text = format!("Tensor.zeros: shape is {shape:?}, expected at most 4278190335 elements");

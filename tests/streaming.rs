@@ -351,3 +351,27 @@ fn a_character_model_streams() -> Result<()> {
     }
     Ok(())
 }
+
+/// A refused push changes nothing: a stream in the row of another that left starts from its own start.
+#[test]
+fn a_refused_push_leaves_no_other_streams_state() -> Result<()> {
+    for device in devices()? {
+        let rng = &mut Rng::seed(5);
+        let model = std::sync::Arc::new(
+            Sequential::new()
+                .push(EmbeddingConfig::new(7, 4).init(&device, rng)?)
+                .push(LstmConfig::new(4, 6).init(&device, rng)?),
+        );
+        let mut fresh = Stream::of_ids(model.clone(), 1)?;
+        let alone = fresh.join()?;
+        let expected = fresh.push_ids(&[(alone, &[1, 2])])?;
+        let mut stream = Stream::of_ids(model, 1)?;
+        let first = stream.join()?;
+        stream.push_ids(&[(first, &[3, 4, 5])])?;
+        stream.leave(first)?;
+        let second = stream.join()?;
+        ensure!(stream.push_ids(&[(second, &[9999])]).is_err(), "an id outside of the vocabulary");
+        ensure!(bits(&stream.push_ids(&[(second, &[1, 2])])?[0]) == bits(&expected[0]), "{}", device.info());
+    }
+    Ok(())
+}

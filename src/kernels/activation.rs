@@ -23,7 +23,7 @@ pub enum Activation {
     },
     /// `x / (1 + |x|)`
     Softsign,
-    /// `x`, for `x < 0`: `alpha x`; alpha at least 0
+    /// `x`, for `x < 0`: `alpha x`; alpha above 0 (with 0 it is [`Activation::Relu`])
     LeakyRelu {
         /// The slope on the left.
         alpha: f32,
@@ -82,8 +82,8 @@ impl Activation {
         let [_, alpha, beta] = self.constants();
         match self {
             _ if !alpha.is_finite() || !beta.is_finite() => Err("finite alpha and beta"),
-            Activation::LeakyRelu { .. } | Activation::ThresholdedRelu { .. } if alpha < 0.0 => Err("alpha of at least 0"),
-            Activation::Elu { .. } if alpha <= 0.0 => Err("alpha above 0"),
+            Activation::ThresholdedRelu { .. } if alpha < 0.0 => Err("alpha of at least 0"),
+            Activation::LeakyRelu { .. } | Activation::Elu { .. } if alpha <= 0.0 => Err("alpha above 0"),
             Activation::ScaledTanh { .. } if alpha == 0.0 => Err("alpha other than 0"),
             _ => Ok(()),
         }

@@ -103,7 +103,7 @@ const UNITS: usize = 1 << 18;
 
 /// Which sweep runs: the scan's kernels, or `None` for the step sweep. The only place that decides: a scan needs a GPU, a cell that
 /// has one, long sequences and few units of all rows. Zoneout and the clip of the gradient act between steps, and an output
-/// product after each: they take the step sweep. So do a stream, whose steps are few, the windows of a bounded
+/// product after each: they take the step sweep. So do single steps, the windows of a bounded
 /// back-propagation, and who asks for the gradients of all states. A device that is batch invariant has one order for any T and B.
 pub(crate) fn choose<C: CellKernel>(device: &Device, plan: &Plan<'_>) -> Option<&'static ScanKernels> {
     let linear = plan.zoneout == [0.0; 2] && plan.clip == 0.0 && plan.output && !plan.flow;

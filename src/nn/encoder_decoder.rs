@@ -60,11 +60,13 @@ impl<C: Cell> EncoderDecoderConfig<C> {
         }
         let width = rnn.input;
         let direction = if reverse_source { Direction::Reverse } else { Direction::Forward };
-        let mut half = |vocabulary: usize, direction: Direction| -> Result<Half<C>> {
-            let rnn = rnn.clone().direction(direction).init(device, rng)?;
+        let mut half = |vocabulary: usize, direction: Direction, encodes: bool| -> Result<Half<C>> {
+            // A decoder is always given its state.
+            let learns = rnn.learn_initial_state && encodes;
+            let rnn = rnn.clone().direction(direction).learn_initial_state(learns).init(device, rng)?;
             Ok(Half { embedding: EmbeddingConfig::new(vocabulary, width).init(device, rng)?, rnn })
         };
-        let (encoder, decoder) = (half(source, direction)?, half(target, Direction::Forward)?);
+        let (encoder, decoder) = (half(source, direction, true)?, half(target, Direction::Forward, false)?);
         let linear = LinearConfig::new(decoder.rnn.output(), target).init(device, rng)?;
         Ok(EncoderDecoder { encoder, decoder, linear })
     }

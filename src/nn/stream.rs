@@ -278,6 +278,8 @@ impl Stream {
             }
         }
         let x = P::value(&self.device, &x, [steps, capacity], self.width)?;
+        // New rows get their start first: what a refused push falls back to must not be another stream's state.
+        self.settle()?;
         let before = self.state.clone();
         let pushed = self.push_batch(x, &Lengths::from_slice(&self.device, &lengths)?).and_then(|y| y.to_vec());
         let y = pushed.inspect_err(|_| self.state = before)?;

@@ -42,7 +42,8 @@ pub struct BoundedBptt<'a, C: Cell> {
 impl<C: Cell> Recurrent<C> {
     /// Back-propagation through time in at most `bytes` of memory. The forward pass keeps the states between segments alone; the
     /// backward pass goes from the last segment to the first and computes each again. Gradients have the same bits as
-    /// [`Recurrent::forward_train`] and [`Recurrent::backward`] over the whole sequence; the price is a second forward pass.
+    /// [`Recurrent::forward_train`] and [`Recurrent::backward`] over the whole sequence (of minGRU and minLSTM on a GPU, where the
+    /// whole may take a scan, the same within rounding); the price is a second forward pass.
     ///
     /// ```
     /// # fn main() -> gatefold::Result<()> {
@@ -125,15 +126,26 @@ impl<C: Cell> BoundedBptt<'_, C> {
         };
         let douts = if config.output.is_some() { lines * width } else { 0 };
         let dnorms = norm * (lines + lines.min(time_block(rows) * rows)) * gates + state_norm * lines * hidden;
-        let carried = (C::State::LEN * rows + rows.div_ceil(4) * (config.cell.extras() + 1)) * hidden;
+        let plan = layer.plan([segment, rows], Window { start: 0, total: steps }, 0, None, None);
+        let carried = plan.dstates_len(&config.cell);
+        let sums = config.layers * plan.sums_len(&config.cell);
         // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
         let product = if layer.is_split(true) { rows * gates } else { 0 };
         let masked = if config.recurrent_dropout > 0.0 { time_block(rows).min(segment) * rows * width } else { 0 };
+        let spread = if config.recurrent_dropout > 0.0 { rows * C::Pre::LEN * width } else { 0 };
         let head = lines * layer.output();
         let backward = dx + douts + dnorms + carried + masked + copies * lines * layer.output();
         let whole = if self.needs_dx { steps * rows * config.input } else { 0 };
-        let words =
-            weights + dropped + (segments + 3) * state + tape + lines * layer.output() + head.max(backward) + whole + product;
+        let words = weights
+            + dropped
+            + (segments + 3) * state
+            + tape
+            + lines * layer.output()
+            + head.max(backward)
+            + whole
+            + product
+            + sums
+            + spread;
         4 * words as u64
     }
 

@@ -4,6 +4,7 @@ use super::{Cell, Recurrent};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::activation::Activation;
+use crate::kernels::cell_contract::Block;
 use crate::kernels::cell_gru::GruCell;
 use crate::kernels::cell_indrnn::IndRnnCell;
 use crate::kernels::cell_lstm::LstmCell;
@@ -82,7 +83,7 @@ pub struct RecurrentConfig<C> {
     pub(super) layer_norm: bool,
     pub(super) merge: Merge,
     pub(super) residual: bool,
-    pub(super) learn_initial_state: bool,
+    pub(in crate::nn) learn_initial_state: bool,
 }
 
 /// Sizes and options of an [`super::Lstm`].
@@ -303,6 +304,15 @@ impl<C: Cell> RecurrentConfig<C> {
                 "an output product with Reset::BeforeProduct, whose gate would have to be as wide",
             ));
         }
+        if self.forget_bias.is_some() && !self.cell.has_forget_gate() {
+            return Err(Error::unsupported(&op, "forget_bias with coupled(true), where f = 1 - i has no bias of its own"));
+        }
+        if self.zoneout[1] > 0.0 && C::State::LEN == 1 {
+            return Err(Error::unsupported(&op, "zoneout of other states than h: this cell has none"));
+        }
+        if self.zoneout[1] > 0.0 && C::State::LEN > 2 {
+            return Err(Error::unsupported(&op, "zoneout of c, n and m, which share one scale: hold h alone"));
+        }
         if self.output.is_some() && self.zoneout != [0.0; 2] {
             return Err(Error::unsupported(
                 &op,
@@ -360,7 +370,7 @@ impl LstmConfig {
     }
 
     /// Coupled gates (Greff et al. 2015; ONNX's input_forget): f = 1 - i. The rows of f stay in the weights, so that shapes and
-    /// files do not change, and have no effect and no gradient.
+    /// files do not change, and have no effect and no gradient; with layer normalisation they count in the mean and variance of all gates.
     pub fn coupled(self, coupled: bool) -> Self {
         Self { cell: LstmCell { coupled, ..self.cell }, ..self }
     }

@@ -60,6 +60,10 @@ pub trait Cell: CellKernel + Default + std::fmt::Debug {
     fn normalized_output(&self) -> Option<(Self, Activation)> {
         None
     }
+    /// Whether a forget bias has an effect.
+    fn has_forget_gate(&self) -> bool {
+        true
+    }
     /// Whether its options are in their ranges.
     ///
     /// # Errors
@@ -78,6 +82,10 @@ impl Cell for LstmCell {
     fn normalized_output(&self) -> Option<(Self, Activation)> {
         let one = Activation::Affine { alpha: 0.0, beta: 1.0 };
         Some((Self { output: one, ..*self }, self.output))
+    }
+
+    fn has_forget_gate(&self) -> bool {
+        !self.coupled
     }
 
     fn check(&self, op: &str) -> Result<()> {
@@ -468,8 +476,8 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// How often [`RecurrentConfig::gradient_clip`] acted on an element of a gradient, in all backward passes so far. Waits for the
-    /// device.
+    /// How often [`RecurrentConfig::gradient_clip`] acted on an element of a gradient, in all backward passes so far; exact up to
+    /// 2^24 times a unit. Waits for the device.
     ///
     /// # Errors
     /// What the device reports.
@@ -566,7 +574,8 @@ impl<C: Cell> Recurrent<C> {
     /// Whether targets can stand in for all that recurs.
     fn is_teachable(&self) -> bool {
         let RecurrentConfig { layers, direction, .. } = self.config;
-        self.config.output.is_some() && C::State::LEN == 1 && layers == 1 && direction == Direction::Forward
+        let recurs = self.config.output.is_some() && !self.config.adds_input(self.config.input);
+        recurs && C::State::LEN == 1 && layers == 1 && direction == Direction::Forward
     }
 
     /// The teacher of a run, after checks; one that always teaches makes all steps independent.
@@ -578,6 +587,12 @@ impl<C: Cell> Recurrent<C> {
         shape: [usize; 2],
     ) -> Result<Option<Teacher>> {
         let Some((targets, probability)) = teacher else { return Ok(None) };
+        if self.config.output.is_some() && self.config.adds_input(self.config.input) {
+            return Err(Error::unsupported(op, "a teacher with residual(true), where the output is not what recurs"));
+        }
+        if self.config.batch_first {
+            return Err(Error::unsupported(op, "a teacher with batch_first(true): its targets are time-major"));
+        }
         if !self.is_teachable() {
             let what = "a teacher needs recurrence through the output only, one layer, and time read forward (RnnConfig::jordan)";
             return Err(Error::unsupported(op, what));
@@ -1469,6 +1484,7 @@ impl<C: Cell> Layer for Recurrent<C> {
 
     fn step(&self, x: &Value, context: &Context<'_>) -> Result<Output> {
         let op = self.op("step");
+        self.expect_time_major(&op)?;
         let state = self.given_state(&op, "state", context.state)?;
         let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
         let (y, state) = Recurrent::step(self, x.numbers(&op)?, input)?;
@@ -1487,6 +1503,14 @@ impl<C: Cell> Recurrent<C> {
         state.map(Some).ok_or_else(|| Error::argument(op, argument, format!("{} tensors", tensors.len()), expected()))
     }
 
+    fn expect_time_major(&self, op: &str) -> Result<()> {
+        if self.config.batch_first {
+            let what = "batch_first(true) has no place among other layers, which are time-major; give the model [seq, batch, ..]";
+            return Err(Error::unsupported(op, what));
+        }
+        Ok(())
+    }
+
     fn run_layer(
         &self,
         method: &str,
@@ -1495,10 +1519,7 @@ impl<C: Cell> Recurrent<C> {
         train: bool,
     ) -> Result<(Tensor, C::Value, Option<RecurrentTape>)> {
         let op = self.op(method);
-        if self.config.batch_first {
-            let what = "batch_first(true) has no place among other layers, which are time-major; give the model [seq, batch, ..]";
-            return Err(Error::unsupported(&op, what));
-        }
+        self.expect_time_major(&op)?;
         let state = self.given_state(&op, "state", context.state)?;
         let input = Input { lengths: context.lengths, state: state.as_ref(), key: context.key, teacher: context.teacher };
         self.run(method, x.numbers(&op)?, input, train, None)

@@ -74,7 +74,7 @@ impl Weights {
             None => None,
         };
         let bias_hr = match config.output {
-            Some((width, true)) => Some(param("bias_hr", all, &[width])?),
+            Some((width, true)) if config.bias => Some(param("bias_hr", all, &[width])?),
             _ => None,
         };
         let extra = match config.cell.extras() {

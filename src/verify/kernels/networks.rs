@@ -81,7 +81,7 @@ fn every_option<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentCon
     let merged = |option: &str, merge: Merge, merge64: oracle::Merge| {
         network(option, deep().merge(merge), oracle::Recurrent { merge: merge64, ..deep64 })
     };
-    let held = [0.3, if C::State::LEN > 1 { 0.2 } else { 0.0 }];
+    let held = [0.3, if C::State::LEN == 2 { 0.2 } else { 0.0 }];
     let mut table = vec![
         network("one_layer", config(), one),
         network("deep", deep(), deep64),
