@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use gatefold::verify::shaders::{self, Access, Kernel, Layout};
+use gatefold::verify::shaders::{self, Access, Feature, Kernel, Layout};
 use naga::back::{glsl, hlsl, msl, spv};
-use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::valid::{Capabilities, ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
 use naga::{AddressSpace, Handle, Module, ShaderStage, StorageAccess, StructMember, Type, TypeInner};
 
 /// What WebGPU grants without asking: storage buffers a stage, and bytes of workgroup memory.
@@ -46,12 +46,30 @@ fn title(kernel: &Kernel) -> Result<String> {
     Ok(format!("{} ({})", kernel.name, names.join(" + ")))
 }
 
+fn capabilities(feature: Feature) -> Capabilities {
+    match feature {
+        Feature::Subgroups => Capabilities::SUBGROUP,
+        Feature::ShaderF16 => Capabilities::SHADER_FLOAT16,
+    }
+}
+
+/// Whether the language has words for all that the kernel asks for.
+fn can_say(kernel: &Kernel, subgroups: bool, f16: bool) -> bool {
+    kernel.features.iter().all(|feature| match feature {
+        Feature::Subgroups => subgroups,
+        Feature::ShaderF16 => f16,
+    })
+}
+
 fn parse(kernel: &Kernel) -> Result<Shader> {
     let whole = naga::front::wgsl::parse_str(kernel.source)
         .map_err(|error| anyhow!("does not parse:\n{}", error.emit_to_string(kernel.source)))?;
-    // No capability beyond those that every adapter has.
+    // No capability beyond those that every adapter has, and those that the kernel asks for.
+    let capabilities: Capabilities = kernel.features.iter().map(|feature| capabilities(*feature)).collect();
     let validate = |module: &Module| {
-        let validated = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(module);
+        let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+        validator.subgroup_stages(ShaderStages::COMPUTE).subgroup_operations(SubgroupOperationSet::all());
+        let validated = validator.validate(module);
         validated.map_err(|error| anyhow!("is not valid:\n{}", error.emit_to_string(kernel.source)))
     };
     let info = validate(&whole)?;
@@ -113,7 +131,9 @@ fn translate_to_msl() -> Result<()> {
 #[test]
 fn translate_to_hlsl() -> Result<()> {
     for_each(|kernel, Shader { module, info }| {
-        for shader_model in [hlsl::ShaderModel::V5_1, hlsl::ShaderModel::V6_0] {
+        use hlsl::ShaderModel::{V5_1, V6_0, V6_2};
+        let can_say = |model: &hlsl::ShaderModel| can_say(kernel, *model >= V6_0, *model >= V6_2);
+        for shader_model in [V5_1, V6_0, V6_2].into_iter().filter(can_say) {
             let options = hlsl::Options { shader_model, ..Default::default() };
             let pipeline = hlsl::PipelineOptions { entry_point: Some((ShaderStage::Compute, kernel.entry.to_owned())) };
             let mut text = String::new();
@@ -128,7 +148,8 @@ fn translate_to_hlsl() -> Result<()> {
 #[test]
 fn translate_to_glsl() -> Result<()> {
     for_each(|kernel, Shader { module, info }| {
-        for version in [glsl::Version::Embedded { version: 310, is_webgl: false }, glsl::Version::Desktop(450)] {
+        let versions = [(glsl::Version::Embedded { version: 310, is_webgl: false }, false), (glsl::Version::Desktop(450), true)];
+        for (version, _) in versions.into_iter().filter(|(_, subgroups)| can_say(kernel, *subgroups, false)) {
             let options = glsl::Options { version, ..Default::default() };
             let pipeline =
                 glsl::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: kernel.entry.into(), multiview: None };

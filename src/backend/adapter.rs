@@ -1,5 +1,6 @@
 //! Finding, ranking and opening wgpu adapters.
 
+use super::Feature;
 use crate::error::{Error, ErrorKind, Result};
 
 /// An adapter and what it says of itself.
@@ -20,6 +21,17 @@ const NEEDED: [Need; 6] = [
     ("max_storage_buffer_binding_size", |l| l.max_storage_buffer_binding_size, 128 << 20),
     ("max_uniform_buffer_binding_size", |l| l.max_uniform_buffer_binding_size, 256),
 ];
+
+/// Taken where the adapter offers it: what kernels may ask for, and the clock of their bench.
+const WANTED: wgpu::Features = wgpu::Features::SUBGROUP.union(wgpu::Features::SHADER_F16).union(wgpu::Features::TIMESTAMP_QUERY);
+
+/// wgpu's name for what a kernel asks for.
+pub(crate) fn feature(feature: Feature) -> wgpu::Features {
+    match feature {
+        Feature::Subgroups => wgpu::Features::SUBGROUP,
+        Feature::ShaderF16 => wgpu::Features::SHADER_F16,
+    }
+}
 
 fn instance() -> wgpu::Instance {
     // Indirect-call validation caps buffers at 4 GiB, and nothing here dispatches indirectly.
@@ -83,7 +95,7 @@ pub(crate) fn matches(wanted: &str, info: &wgpu::AdapterInfo) -> bool {
     }
 }
 
-/// Opens the adapter with the limits that the kernels need and the largest buffers that it offers.
+/// Opens the adapter with the limits that the kernels need, the largest buffers, and what else of use it offers.
 pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
     let offered = adapter.adapter.limits();
     check_limits(&adapter.info.name, &offered)?;
@@ -93,7 +105,9 @@ pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
         max_buffer_size: offered.max_buffer_size,
         ..wgpu::Limits::downlevel_defaults().using_resolution(offered.clone())
     };
-    let descriptor = wgpu::DeviceDescriptor { label: Some("gatefold"), required_limits, ..Default::default() };
+    let required_features = WANTED & adapter.adapter.features();
+    let label = Some("gatefold");
+    let descriptor = wgpu::DeviceDescriptor { label, required_limits, required_features, ..Default::default() };
     pollster::block_on(adapter.adapter.request_device(&descriptor)).map_err(|error| {
         refuse(&adapter.info.name, ErrorKind::NoDevice, format!("cannot be opened ({error})")).with_source(error)
     })

@@ -110,6 +110,7 @@ type PipelineKey = (&'static str, Vec<u64>);
 pub(crate) struct Gpu {
     pub info: wgpu::AdapterInfo,
     limits: wgpu::Limits,
+    features: wgpu::Features,
     device: wgpu::Device,
     queue: wgpu::Queue,
     pool: Arc<Pool>,
@@ -144,6 +145,7 @@ impl Gpu {
             State { recording: Recording::default(), uniforms: None, staging: None, in_flight: VecDeque::new(), submissions: 0 };
         Self {
             limits: device.limits(),
+            features: device.features(),
             info,
             device,
             queue,
@@ -230,6 +232,7 @@ impl Gpu {
     ) -> Result<()> {
         self.check()?;
         debug_assert_eq!(size_of::<P>(), kernel.params.size, "{}: params", kernel.name);
+        debug_assert!(self.offers(kernel), "{}: features", kernel.name);
         debug_assert_eq!(bindings.len(), kernel.bindings.len(), "{}: bindings", kernel.name);
         let pipeline = self.pipeline(kernel, constants)?;
         let mut state = self.state.lock();
@@ -390,6 +393,11 @@ impl Gpu {
         }));
         let layout = &launches.pipeline.bind_group;
         self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
+    }
+
+    /// Whether the device has all that `kernel` asks for.
+    pub fn offers(&self, kernel: &Kernel) -> bool {
+        kernel.features.iter().all(|feature| self.features.contains(adapter::feature(*feature)))
     }
 
     /// Builds the pipeline of `kernel` with these constants once.

@@ -39,6 +39,17 @@ pub struct Kernel {
     pub bindings: &'static [(u32, Access)],
     /// Invocations of a workgroup, as the shader declares them.
     pub workgroup: u32,
+    /// What the adapter must offer beyond the least: the host launches it nowhere else.
+    pub features: &'static [Feature],
+}
+
+/// What some adapters offer beyond what every kernel may take for granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// `enable subgroups;`
+    Subgroups,
+    /// `enable f16;`
+    ShaderF16,
 }
 
 /// Declares a kernel's uniform struct (32-bit scalars only) together with the layout that a test checks.

@@ -19,6 +19,7 @@ pub(crate) static COLUMN_SUM: Kernel = Kernel {
     params: ColumnSum::LAYOUT,
     bindings: &[(1, READ), (2, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// `sums[first ..] +=` the sum of each column of `x [rows, columns]`, whose columns are contiguous.

@@ -18,6 +18,7 @@ pub(crate) static COPY_COLUMNS: Kernel = Kernel {
     params: Columns::LAYOUT,
     bindings: &[(1, READ), (2, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// `y = x`, both of one size, each with contiguous columns.

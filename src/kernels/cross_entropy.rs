@@ -18,6 +18,7 @@ pub(crate) static CROSS_ENTROPY: Kernel = Kernel {
     params: CrossEntropy::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE), (5, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// What counts in a loss over `[T, B, ..]`, and its weight.

@@ -19,6 +19,7 @@ pub(crate) static DROPOUT: Kernel = Kernel {
     params: Dropout::LAYOUT,
     bindings: &[(1, READ), (2, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// `y [T, batch, width]` from `x`: zero with probability `p`, else `x / (1 - p)`. The same call maps `dy` to `dx`. `start`: steps of

@@ -18,6 +18,7 @@ pub(crate) static ADD: Kernel = Kernel {
     params: Elementwise::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 pub(crate) static MULTIPLY: Kernel = Kernel { name: "multiply", entry: "multiply", ..ADD };

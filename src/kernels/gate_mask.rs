@@ -20,7 +20,15 @@ params! {
 
 const fn kernel(name: &'static str, entry: &'static str) -> Kernel {
     let source = concat!(include_str!("../../shaders/gate_mask.wgsl"), include_str!("../../shaders/rng.wgsl"));
-    Kernel { name, source, entry, params: GateMask::LAYOUT, bindings: &[(1, READ), (2, READ_WRITE)], workgroup: 64 }
+    Kernel {
+        name,
+        source,
+        entry,
+        params: GateMask::LAYOUT,
+        bindings: &[(1, READ), (2, READ_WRITE)],
+        workgroup: 64,
+        features: &[],
+    }
 }
 
 pub(crate) static SPREAD: Kernel = kernel("gate_mask_spread", "spread");

@@ -18,6 +18,7 @@ pub(crate) static GATHER: Kernel = Kernel {
     params: Gather::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 pub(crate) static SCATTER: Kernel = Kernel {

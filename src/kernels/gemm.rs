@@ -26,6 +26,7 @@ pub(crate) static GEMM: Kernel = Kernel {
     params: Gemm::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// Lanes of a workgroup, and rows and columns of a lane, as in the shader.

@@ -20,7 +20,7 @@ const fn kernel(name: &'static str, entry: &'static str, bindings: &'static [(u3
         include_str!("../../shaders/activation.wgsl"),
         include_str!("../../shaders/math.wgsl"),
     );
-    Kernel { name, source, entry, params: GruReset::LAYOUT, bindings, workgroup: 64 }
+    Kernel { name, source, entry, params: GruReset::LAYOUT, bindings, workgroup: 64, features: &[] }
 }
 
 pub(crate) static RESET: Kernel = kernel("gru_reset", "reset", &[(1, READ_WRITE), (2, READ), (3, READ), (4, READ)]);

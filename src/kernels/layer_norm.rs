@@ -26,6 +26,7 @@ pub(crate) static FORWARD: Kernel = Kernel {
     params: LayerNorm::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE), (5, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 pub(crate) static BACKWARD: Kernel = Kernel {

@@ -18,6 +18,7 @@ pub(crate) static PROBE: Kernel = Kernel {
     params: Probe::LAYOUT,
     bindings: &[(1, READ), (2, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// An elementary function, its CPU twin, and its value in f64.

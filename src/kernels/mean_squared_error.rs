@@ -19,6 +19,7 @@ pub(crate) static MEAN_SQUARED_ERROR: Kernel = Kernel {
     params: MeanSquaredError::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE), (5, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// Of `y` and `wanted`, both `[T * B, width]`: the loss terms, not yet scaled, and the gradient, scaled.

@@ -32,6 +32,8 @@ pub(crate) mod pooling;
 mod product;
 pub(crate) mod reduce;
 pub(crate) mod sample;
+pub(crate) mod sweep;
+mod sweep_native;
 pub(crate) mod sweep_scan;
 pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;

@@ -5,7 +5,7 @@ use super::cell_contract::activation_constants;
 use super::gemm::Matrix;
 use super::layer_norm::Norm;
 use super::math::Lanes;
-use super::sweep_step::{Buffers, Plan, Step};
+use super::sweep::{Buffers, Plan, Step};
 use super::{READ, READ_WRITE, grid};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
@@ -31,6 +31,7 @@ pub(crate) static FORWARD: Kernel = Kernel {
     params: NormOutput::LAYOUT,
     bindings: &[(1, READ_WRITE), (2, READ), (3, READ_WRITE), (4, READ)],
     workgroup: 64,
+    features: &[],
 };
 
 pub(crate) static BACKWARD: Kernel = Kernel {

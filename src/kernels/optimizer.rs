@@ -63,6 +63,7 @@ pub(crate) static PREPARE: Kernel = Kernel {
     params: Optimizer::LAYOUT,
     bindings: &[(1, READ_WRITE), (2, READ)],
     workgroup: 1,
+    features: &[],
 };
 
 pub(crate) static SGD: Kernel = Kernel {
@@ -70,6 +71,7 @@ pub(crate) static SGD: Kernel = Kernel {
     entry: "sgd",
     bindings: &[(1, READ_WRITE), (3, READ_WRITE), (4, READ_WRITE), (5, READ_WRITE)],
     workgroup: 64,
+    features: &[],
     ..PREPARE
 };
 

@@ -1,6 +1,6 @@
 //! What surrounds the output product of a step (projections, Jordan networks), and teacher forcing.
 
-use super::sweep_step::{Plan, Step};
+use super::sweep::{Plan, Step};
 use super::{READ, READ_WRITE, grid};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
@@ -19,7 +19,7 @@ params! {
 
 const fn kernel(name: &'static str, entry: &'static str, bindings: &'static [(u32, crate::backend::Access)]) -> Kernel {
     let source = concat!(include_str!("../../shaders/output_step.wgsl"), include_str!("../../shaders/rng.wgsl"));
-    Kernel { name, source, entry, params: OutputStep::LAYOUT, bindings, workgroup: 64 }
+    Kernel { name, source, entry, params: OutputStep::LAYOUT, bindings, workgroup: 64, features: &[] }
 }
 
 pub(crate) static TEACH: Kernel = kernel("teach", "teach", &[(1, READ_WRITE), (3, READ), (4, READ)]);

@@ -18,6 +18,7 @@ pub(crate) static MEAN: Kernel = Kernel {
     params: Pooling::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 pub(crate) static MEAN_BACKWARD: Kernel = Kernel {

@@ -18,6 +18,7 @@ pub(crate) static SUM: Kernel = Kernel {
     params: Reduce::LAYOUT,
     bindings: &[(1, READ), (2, READ_WRITE)],
     workgroup: 256,
+    features: &[],
 };
 
 pub(crate) static SUM_OF_SQUARES: Kernel = Kernel { name: "sum_of_squares", entry: "sum_of_squares", ..SUM };

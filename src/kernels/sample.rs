@@ -29,6 +29,7 @@ pub(crate) static SAMPLE: Kernel = Kernel {
     params: Sample::LAYOUT,
     bindings: &[(1, READ), (2, READ_WRITE), (3, READ_WRITE), (4, READ_WRITE), (5, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// How a token is chosen from its row's logits.

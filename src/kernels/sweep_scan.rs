@@ -4,7 +4,8 @@
 
 use super::MAX_GROUPS;
 use super::cell_contract::CellKernel;
-use super::sweep_step::{self, Buffers, Plan};
+use super::sweep::{Buffers, Plan};
+use super::sweep_step;
 use crate::backend::{Kernel, params};
 use crate::device::{Backend, Device};
 use crate::error::Result;
@@ -60,6 +61,7 @@ macro_rules! scan_kernels {
             params: crate::kernels::sweep_scan::Scan::LAYOUT,
             bindings: &[(1, READ_WRITE), (3, READ), (6, READ_WRITE)],
             workgroup: 64,
+            features: &[],
         };
         crate::kernels::sweep_scan::ScanKernels {
             fold: FOLD,

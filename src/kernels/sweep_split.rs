@@ -7,7 +7,8 @@ use super::gemm::{Matrix, gemm};
 use super::layer_norm::GateNorm;
 use super::norm_output::StateNorm;
 use super::output_step::{self, Teacher};
-use super::sweep_step::{self, Buffers, Plan, Step};
+use super::sweep::{Buffers, Plan, Step};
+use super::sweep_step;
 use crate::error::Result;
 use crate::tensor::Tensor;
 

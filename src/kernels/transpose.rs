@@ -18,6 +18,7 @@ pub(crate) static TRANSPOSE: Kernel = Kernel {
     params: Transpose::LAYOUT,
     bindings: &[(1, READ), (2, READ_WRITE)],
     workgroup: 64,
+    features: &[],
 };
 
 /// `y [cols, rows]` = the transpose of `x [rows, cols]`.

@@ -3,7 +3,8 @@
 use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, Window, pad, ragged, to_bits, wide, within};
 use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
-use crate::kernels::sweep_step::{self, Buffers, Plan};
+use crate::kernels::sweep::{Buffers, Plan};
+use crate::kernels::sweep_step;
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{POISON, Tensor};
 use crate::verify::autodiff::sigmoid;

@@ -1,0 +1,140 @@
+//! What all sweeps over time share: the plan of one direction of one layer, and its buffers.
+
+use super::cell_contract::{Block, CellKernel};
+use crate::backend::gpu::Range;
+use crate::backend::native::threads;
+use crate::rng::MaskKey;
+use crate::tensor::{Lengths, Tensor};
+
+/// Rows of a tile, which has sums of its own.
+pub(super) const ROWS: usize = 4;
+
+/// One direction of one layer over all of its steps.
+#[derive(Clone, Copy)]
+pub(crate) struct Plan<'a> {
+    /// T.
+    pub steps: usize,
+    /// B.
+    pub rows: usize,
+    /// H.
+    pub hidden: usize,
+    /// From the last step to the first.
+    pub reverse: bool,
+    /// Valid steps of each row.
+    pub lengths: Option<&'a Lengths>,
+    /// Whether y is the state 0, and not made of it elsewhere.
+    pub output: bool,
+    /// Numbers of a row of y, all directions together.
+    pub y_stride: usize,
+    /// Where this direction's units start in it.
+    pub y_offset: usize,
+    /// Keys for random masks.
+    pub key: MaskKey,
+    /// Steps of the sequence before step 0, for the masks.
+    pub start: usize,
+    /// Steps of the sequence that this is a window of: what is worth threads for the whole is for each window, so that the
+    /// bits are the same.
+    pub total: usize,
+    /// Whether zoneout draws, as in training, or takes its mean.
+    pub random: bool,
+    /// What part of h, and of the other states, is held back; 0: none.
+    pub zoneout: [f32; 2],
+    /// In backward, a bound for each element of the gradient of the state that later steps give; 0: none.
+    pub clip: f32,
+    /// In backward, whether to keep the whole gradient of the states after every step.
+    pub flow: bool,
+}
+
+/// The buffers of a sweep.
+#[derive(Clone, Copy)]
+pub(crate) struct Buffers<'a> {
+    /// `[T, B, SLOTS, H]`. Forward: the input part of each gate comes in, what backward needs goes out. Backward: the
+    /// gradients go out.
+    pub slots: &'a Tensor,
+    /// `[STATES, depth, B, H]`, with the initial state in slot 0 (reverse: the last slot). Depth T + 1 keeps every
+    /// state, as backward needs; depth 2 keeps the newest two.
+    pub states: &'a Tensor,
+    /// Forward: W_hh transposed `[H, GATES * H]`, so that neighbouring units lie side by side. Backward: W_hh.
+    pub weights: &'a Tensor,
+    /// `[unit parameters, H]`.
+    pub unit: &'a Tensor,
+    /// `[T, B, y_stride]`. Forward: y goes out, zeros past a row's end. Backward: dy comes in. Without [`Plan::output`] any
+    /// tensor that is none of the others.
+    pub y: &'a Tensor,
+}
+
+/// A step of a sweep: t, the slot of the state before it and the slot after it.
+pub(crate) type Step = (usize, usize, usize);
+
+impl<'a> Plan<'a> {
+    /// Steps in the order of computation.
+    pub fn order(&self, depth: usize) -> impl DoubleEndedIterator<Item = Step> + use<> {
+        let (steps, reverse) = (self.steps, self.reverse);
+        (0..steps).map(move |n| {
+            let t = if reverse { steps - 1 - n } else { n };
+            let (from, to) = if reverse { (t + 1, t) } else { (t, t + 1) };
+            (t, from % depth, to % depth)
+        })
+    }
+
+    /// The slot of the initial state, and that of the final one.
+    pub fn ends(&self, depth: usize) -> (usize, usize) {
+        if self.reverse { (self.steps % depth, 0) } else { (0, self.steps % depth) }
+    }
+
+    /// Words of `dstates`: the state's gradient, and room for sums and for the flow where they are wanted.
+    pub fn dstates_len<C: CellKernel>(&self, cell: &C) -> usize {
+        let flow = if self.flow { self.steps * C::State::LEN * self.rows * self.hidden } else { 0 };
+        self.after_sums(cell) + flow
+    }
+
+    /// Where the flow lies in `dstates`: the first word of `[T, STATES, B, H]`, zeros past a row's end.
+    pub fn flow_at<C: CellKernel>(&self, cell: &C) -> Option<usize> {
+        self.flow.then(|| self.after_sums(cell))
+    }
+
+    pub(super) fn after_sums<C: CellKernel>(&self, cell: &C) -> usize {
+        C::State::LEN * self.rows * self.hidden + self.sums_len(cell)
+    }
+
+    /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of
+    /// the clip's counts.
+    pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
+        if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
+    }
+
+    pub(super) fn sums<C: CellKernel>(&self, cell: &C) -> bool {
+        cell.extras() > 0 || self.clip > 0.0
+    }
+
+    /// Tiles on a GPU, parts of the batch on the CPU.
+    fn tiles(&self) -> usize {
+        self.rows.div_ceil(ROWS).max(threads())
+    }
+
+    /// The cell's constants, and those of a sweep's shader.
+    pub(super) fn constants<C: CellKernel>(&self, cell: &C, backward: bool) -> Vec<(&'static str, f64)> {
+        let mut constants = cell.constants();
+        constants.push(("zoneout", f64::from(u8::from(self.zoneout != [0.0; 2]))));
+        constants.push(("sums", f64::from(u8::from(backward && self.sums(cell)))));
+        constants.push(("flow", f64::from(u8::from(backward && self.flow))));
+        constants
+    }
+
+    pub fn is_valid(&self, t: usize, row: usize) -> bool {
+        self.lengths.is_none_or(|lengths| t < lengths.host()[row] as usize)
+    }
+
+    pub fn depth<C: CellKernel>(&self, states: &Tensor) -> usize {
+        states.len() / (C::State::LEN * self.rows * self.hidden)
+    }
+}
+
+impl Buffers<'_> {
+    /// What the shaders of sweeps bind, from the slots to y.
+    pub(super) fn bindings(&self, plan: &Plan<'_>) -> [Range; 6] {
+        // Without lengths something must still be bound in their place.
+        let lengths = plan.lengths.map_or(self.unit, |lengths| lengths.tensor());
+        [self.slots, self.states, self.weights, self.unit, lengths, self.y].map(Tensor::range)
+    }
+}
