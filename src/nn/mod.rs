@@ -32,7 +32,7 @@ pub use recurrent::{
     NonFinite, Quantity, Recurrent, RecurrentConfig, RecurrentTape, Reset, Rnn, RnnConfig, SLstm, SLstmConfig, SLstmState,
     SpectralRadii, StateFlow, Verdict,
 };
-pub use residual::{Residual, Skip};
+pub use residual::{Around, Beside, Join, Residual, Skip, Sum};
 pub use sequential::{Sequential, SequentialTape, State};
 pub use stream::{Stream, StreamId};
 
