@@ -1,37 +1,125 @@
 //! Memory and threads of the native CPU device.
 
-use parking_lot::{MappedRwLockReadGuard, MappedRwLockWriteGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{MappedRwLockReadGuard, MappedRwLockWriteGuard, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, ErrorKind, Result};
 
+/// Sixteen words on a boundary of the caches' lines and of the widest vectors.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+/// Blocks that tensors gave back, oldest first. Fresh memory costs a page fault for every 4 KiB, which a pass over a long sequence
+/// would pay for each of its buffers.
+#[derive(Default)]
+struct Pool {
+    blocks: VecDeque<Vec<Line>>,
+    lines: usize,
+}
+
+static POOL: Mutex<Pool> = Mutex::new(Pool { blocks: VecDeque::new(), lines: 0 });
+
+impl Pool {
+    /// Smaller blocks are left to the allocator, which keeps them itself.
+    const LEAST: usize = (64 << 10) / size_of::<Line>();
+    /// Kept at most; beyond it the oldest blocks go back to the system.
+    const MOST: usize = (256 << 20) / size_of::<Line>();
+
+    /// The smallest block of at least `lines` lines, and of no more than a quarter beyond.
+    fn take(&mut self, lines: usize) -> Option<Vec<Line>> {
+        let sizes = self.blocks.iter().map(Vec::len).enumerate();
+        let (at, _) = sizes.filter(|(_, size)| (lines..=lines + lines / 4).contains(size)).min_by_key(|(_, size)| *size)?;
+        let block = self.blocks.remove(at)?;
+        self.lines -= block.len();
+        Some(block)
+    }
+
+    fn give(&mut self, block: Vec<Line>) {
+        self.lines += block.len();
+        self.blocks.push_back(block);
+        while self.lines > Self::MOST
+            && let Some(oldest) = self.blocks.pop_front()
+        {
+            self.lines -= oldest.len();
+        }
+    }
+}
+
+/// Room for `len` words, of unspecified content; where there is none, the lines that it would have taken.
+fn lines(len: usize) -> std::result::Result<Vec<Line>, usize> {
+    let count = len.div_ceil(size_of::<Line>() / 4);
+    let pooled = if count >= Pool::LEAST { POOL.lock().take(count) } else { None };
+    pooled.map_or_else(|| bytemuck::allocation::try_zeroed_vec(count), Ok).map_err(|()| count)
+}
+
+fn give_back(lines: Vec<Line>) {
+    if lines.len() >= Pool::LEAST {
+        POOL.lock().give(lines);
+    }
+}
+
 /// A block of 32-bit words that kernels lock while they run.
 pub(crate) struct NativeBuffer {
-    words: RwLock<Vec<u32>>,
+    lines: RwLock<Vec<Line>>,
 }
 
 impl NativeBuffer {
-    /// `len` words, all 0: the system clears memory when it is first touched, not here.
+    /// At least `len` words, of unspecified content.
     pub fn new(len: usize) -> Result<Self> {
-        let words = bytemuck::allocation::try_zeroed_vec(len).map_err(|()| {
+        let lines = lines(len).map_err(|_| {
             let bytes = len.saturating_mul(4);
             Error::new(ErrorKind::OutOfMemory, format!("tensor: the CPU has no memory for {bytes} bytes"))
         })?;
-        Ok(Self { words: RwLock::new(words) })
+        Ok(Self { lines: RwLock::new(lines) })
     }
 
     /// A view for reading. Two views of one buffer may be read at once, also by one thread.
     pub fn read<T: bytemuck::Pod>(&self, range: Range<usize>) -> MappedRwLockReadGuard<'_, [T]> {
-        RwLockReadGuard::map(self.words.read_recursive(), |words| bytemuck::cast_slice(&words[range]))
+        RwLockReadGuard::map(self.lines.read_recursive(), |lines| {
+            bytemuck::cast_slice(&bytemuck::cast_slice::<_, u32>(lines)[range])
+        })
     }
 
     /// A view for writing. No other view of this buffer may be held by the same thread: a kernel's outputs are no inputs.
     pub fn write<T: bytemuck::Pod>(&self, range: Range<usize>) -> MappedRwLockWriteGuard<'_, [T]> {
-        RwLockWriteGuard::map(self.words.write(), |words| bytemuck::cast_slice_mut(&mut words[range]))
+        RwLockWriteGuard::map(self.lines.write(), |lines| {
+            bytemuck::cast_slice_mut(&mut bytemuck::cast_slice_mut::<_, u32>(lines)[range])
+        })
+    }
+}
+
+impl Drop for NativeBuffer {
+    fn drop(&mut self) {
+        give_back(std::mem::take(self.lines.get_mut()));
+    }
+}
+
+/// Room for numbers that a kernel needs while it runs, of unspecified content; on the boundary of a vector.
+pub(crate) struct Scratch {
+    lines: Vec<Line>,
+}
+
+impl Scratch {
+    pub fn new(len: usize) -> Self {
+        Self { lines: lines(len).unwrap_or_else(|count| vec![bytemuck::Zeroable::zeroed(); count]) }
+    }
+
+    /// At least as many numbers as were asked for.
+    pub fn numbers(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        give_back(std::mem::take(&mut self.lines));
     }
 }
 
@@ -74,10 +162,91 @@ pub(crate) fn for_parts(rows: usize, parts: usize, work: impl Fn(usize, usize) +
     }
 }
 
+/// One of the threads that [`team`] runs side by side.
+#[derive(Clone, Copy)]
+pub(crate) struct Member<'a> {
+    pub index: usize,
+    /// How many there are.
+    pub count: usize,
+    barrier: Option<&'a Barrier>,
+}
+
+impl Member<'_> {
+    /// A team of one.
+    pub const ALONE: Member<'static> = Member { index: 0, count: 1, barrier: None };
+
+    /// Returns once all members have called it: what they wrote before is seen after it.
+    pub fn wait(&self) {
+        if let Some(barrier) = self.barrier {
+            barrier.wait(self.count);
+        }
+    }
+
+    /// This member's share of `0..items`.
+    pub fn share(&self, items: usize) -> Range<usize> {
+        self.index * items / self.count..(self.index + 1) * items / self.count
+    }
+}
+
+/// Where a team meets, as often as once in a few microseconds: its members spin, and let others run when it takes longer.
+#[derive(Default)]
+struct Barrier {
+    arrived: AtomicUsize,
+    round: AtomicUsize,
+    /// A member panicked: nobody may wait for it.
+    broken: AtomicBool,
+}
+
+impl Barrier {
+    /// Turns of the loop before the thread offers its core to others: longer than a step of a balanced team takes to end.
+    const SPINS: usize = 2000;
+
+    fn wait(&self, members: usize) {
+        let round = self.round.load(Ordering::Relaxed);
+        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == members {
+            self.arrived.store(0, Ordering::Relaxed);
+            self.round.store(round.wrapping_add(1), Ordering::Release);
+            return;
+        }
+        let mut spins = 0;
+        while self.round.load(Ordering::Acquire) == round {
+            assert!(!self.broken.load(Ordering::Relaxed), "another thread of a sweep panicked");
+            spins += 1;
+            if spins < Self::SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+        }
+    }
+}
+
+/// Breaks the barrier if its member panics.
+struct Breaker<'a>(&'a Barrier);
+
+impl Drop for Breaker<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.broken.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Calls `work` for every member of a team of at most `members` threads that may wait for each other; for one member alone where
+/// another team is at work, because the threads of two could wait for each other without end.
+pub(crate) fn team(members: usize, work: impl Fn(Member<'_>) + Sync) {
+    static BUSY: Mutex<()> = Mutex::new(());
+    let count = members.min(threads());
+    let (true, Some(_), Some(_guard)) = (count > 1, pool(), BUSY.try_lock()) else {
+        return work(Member::ALONE);
+    };
+    let barrier = Barrier::default();
+    for_parts(count, count, |index, _| {
+        let _breaker = Breaker(&barrier);
+        work(Member { index, count, barrier: Some(&barrier) });
+    });
+}
+
 /// Memory that several threads write at places that differ from thread to thread.
 pub(crate) struct Shared<'a>(*mut f32, usize, PhantomData<&'a mut [f32]>);
 
-// SAFETY: threads reach the memory through `slice` and `pointer` alone, whose callers promise to stay apart.
+// SAFETY: threads reach the memory through `slice` and `read` alone, whose callers promise to stay apart.
 unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {
@@ -97,9 +266,14 @@ impl<'a> Shared<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 
-    /// Where number `start` lies, which must exist.
-    pub fn pointer(&self, start: usize) -> *mut f32 {
-        assert!(start < self.1);
-        self.0.wrapping_add(start)
+    /// The same, for reading.
+    ///
+    /// # Safety
+    /// No thread may write them meanwhile, nor may this one hold them for writing.
+    #[inline(always)]
+    pub unsafe fn read(&self, start: usize, len: usize) -> &[f32] {
+        assert!(start <= self.1 && len <= self.1 - start);
+        // SAFETY: inside the allocation, by the assertion; unchanged, by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.0.add(start), len) }
     }
 }

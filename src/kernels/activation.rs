@@ -96,6 +96,15 @@ impl Activation {
             Activation::Sigmoid => x.sigmoid(),
             Activation::Tanh => x.tanh(),
             Activation::Relu => x.map(|x| if x < 0.0 { 0.0 } else { x }),
+            _ => self.apply_rare(x),
+        }
+    }
+
+    /// The others. A call: inlined, all of them would stand in each gate of each cell, for every instruction set.
+    #[inline(never)]
+    fn apply_rare(self, x: Lanes) -> Lanes {
+        match self {
+            Activation::Sigmoid | Activation::Tanh | Activation::Relu => unreachable!("inlined by apply"),
             Activation::HardSigmoid { alpha, beta } => x.map(|x| {
                 let y = alpha * x + beta;
                 let y = if y > 1.0 { 1.0 } else { y };
@@ -118,6 +127,14 @@ impl Activation {
             Activation::Sigmoid => y.map(|y| y * (1.0 - y)),
             Activation::Tanh => y.map(|y| 1.0 - y * y),
             Activation::Relu => y.map(|y| if y > 0.0 { 1.0 } else { 0.0 }),
+            _ => self.slope_rare(y),
+        }
+    }
+
+    #[inline(never)]
+    fn slope_rare(self, y: Lanes) -> Lanes {
+        match self {
+            Activation::Sigmoid | Activation::Tanh | Activation::Relu => unreachable!("inlined by slope"),
             Activation::HardSigmoid { alpha, .. } => y.map(|y| if y > 0.0 && y < 1.0 { alpha } else { 0.0 }),
             Activation::Softsign => y.map(|y| (1.0 - y.abs()) * (1.0 - y.abs())),
             Activation::LeakyRelu { alpha } => y.map(|y| if y < 0.0 { alpha } else { 1.0 }),
@@ -132,14 +149,15 @@ impl Activation {
     /// The slope of the activation behind [`clip_to`]: none where the value is that of a bound.
     #[inline(always)]
     pub(crate) fn clipped_slope(self, limit: f32, y: Lanes) -> Lanes {
-        let plain = self.slope(y);
-        if limit == 0.0 {
-            return plain;
-        }
+        if limit == 0.0 { self.slope(y) } else { self.slope_behind(limit, y) }
+    }
+
+    #[inline(never)]
+    fn slope_behind(self, limit: f32, y: Lanes) -> Lanes {
         let (high, low) = (self.apply(Lanes::splat(limit)), self.apply(Lanes::splat(-limit)));
         let free = y.zip(high, |y, bound| if y == bound { 0.0 } else { 1.0 })
             * y.zip(low, |y, bound| if y == bound { 0.0 } else { 1.0 });
-        plain * free
+        self.slope(y) * free
     }
 }
 

@@ -35,6 +35,13 @@ impl Default for LstmCell {
 }
 
 impl LstmCell {
+    /// Whether i, f and g are those of the default. Spelt out: a derived comparison is a call, around which all vectors are saved.
+    #[inline(always)]
+    fn is_plain(&self) -> bool {
+        let plain = matches!((self.gate, self.candidate), (Activation::Sigmoid, Activation::Tanh));
+        plain && !self.peepholes && !self.coupled && self.clip == 0.0
+    }
+
     /// 0 without peepholes: 0 c would be NaN for a c that is infinite.
     #[inline(always)]
     fn peephole(&self, p: Lanes, c: Lanes) -> Lanes {
@@ -77,7 +84,7 @@ impl CellKernel for LstmCell {
     fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
         let c_before = previous[1];
         let gate = |at: usize| x[at] + (r[at] + p[at]);
-        let (i, f, g) = if *self == Self::default() {
+        let (i, f, g) = if self.is_plain() {
             (gate(0).sigmoid(), gate(1).sigmoid(), gate(2).tanh())
         } else {
             let i = self.gate.apply(clip_to(self.clip, gate(0) + self.peephole(p[4], c_before)));

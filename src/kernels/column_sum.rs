@@ -2,6 +2,7 @@
 
 use super::gemm::Matrix;
 use super::{READ, READ_WRITE, grid};
+use crate::backend::native::{Shared, for_parts, threads};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
 use crate::error::Result;
@@ -22,17 +23,26 @@ pub(crate) static COLUMN_SUM: Kernel = Kernel {
     features: &[],
 };
 
+/// On the CPU, fewer numbers than this are summed by one thread.
+const PARALLEL: usize = 1 << 19;
+
 /// `sums[first ..] +=` the sum of each column of `x [rows, columns]`, whose columns are contiguous.
 pub(crate) fn column_sum(x: Matrix<'_>, first: usize, sums: &Tensor) -> Result<()> {
     debug_assert!(x.col == 1 && first + x.cols <= sums.len());
     match sums.device().backend() {
         Backend::Native => {
             let (values, mut sums) = (x.tensor.native::<f32>(), sums.native_mut::<f32>());
-            let mut totals = vec![0.0f32; x.cols];
-            for row in values[x.offset..].chunks(x.row).take(x.rows) {
-                totals.iter_mut().zip(row).for_each(|(total, value)| *total += value);
-            }
-            sums[first..].iter_mut().zip(&totals).for_each(|(sum, total)| *sum += total);
+            let (values, sums) = (&values[x.offset..], &Shared::new(&mut sums[first..]));
+            let parts = if x.rows * x.cols < PARALLEL { 1 } else { threads() };
+            for_parts(x.cols, parts, |from, count| {
+                let mut totals = vec![0.0f32; count];
+                for row in values.chunks(x.row).take(x.rows) {
+                    totals.iter_mut().zip(&row[from..]).for_each(|(total, value)| *total += value);
+                }
+                // SAFETY: columns of this part alone.
+                let sums = unsafe { sums.slice(from, count) };
+                sums.iter_mut().zip(&totals).for_each(|(sum, total)| *sum += total);
+            });
             Ok(())
         }
         Backend::Gpu(gpu) => {

@@ -1,9 +1,9 @@
 //! Matrix product: `C = A . B (+ bias) (+ C)` on strided windows, every transposition by strides.
 
-use super::product::Product;
+use super::product::multiply;
 use super::{MAX_GROUPS, READ, READ_WRITE};
 use crate::backend::{Kernel, native, params};
-use crate::device::{Backend, Device};
+use crate::device::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -110,22 +110,14 @@ pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
 fn multiply_native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) {
     let (lhs, rhs) = (a.tensor.native::<f32>(), b.tensor.native::<f32>());
     let mut out = c.tensor.native_mut::<f32>();
-    if let Some(bias) = bias {
-        // The product is then added to the bias, row by row.
-        let bias = bias.native::<f32>();
-        for row in out[c.offset..].chunks_mut(c.row).take(c.rows) {
-            for (value, bias) in row[..c.cols].iter_mut().zip(bias.iter()) {
-                *value = if accumulate { *value + bias } else { *bias };
-            }
-        }
-    }
+    let bias = bias.map(Tensor::native::<f32>);
     multiply(
-        c.tensor.device(),
         [a.rows, b.cols, a.cols],
         (&lhs[a.offset..], a.row, a.col),
         (&rhs[b.offset..], b.row, b.col),
+        bias.as_deref(),
         (&mut out[c.offset..], c.row),
-        accumulate || bias.is_some(),
+        accumulate,
         native::threads(),
     );
 }
@@ -142,57 +134,4 @@ pub(crate) fn multiply_f64([m, n, k]: [usize; 3], a: &[f64], b: &[f64]) -> Vec<f
         gemm::gemm(m, n, k, c, 1, row_c, false, a, 1, row_a, b, 1, row_b, 0.0, 1.0, false, false, false, one);
     }
     c
-}
-
-/// `C = A . B (+ C)` for sizes `[m, n, k]`; A and B are slices with their row and column strides, C with its row stride.
-/// On at most `threads` threads, which share the rows or the columns of C. The device says whether it is batch invariant.
-pub(crate) fn multiply(
-    device: &Device,
-    [m, n, k]: [usize; 3],
-    (a, a_row, a_col): (&[f32], usize, usize),
-    (b, b_row, b_col): (&[f32], usize, usize),
-    (c, c_row): (&mut [f32], usize),
-    accumulate: bool,
-    threads: usize,
-) {
-    let last = |rows: usize, cols: usize, row: usize, col: usize| (rows - 1) * row + (cols - 1) * col;
-    assert!(last(m, k, a_row, a_col) < a.len() && last(k, n, b_row, b_col) < b.len() && last(m, n, c_row, 1) < c.len());
-    if device.is_batch_invariant() && !accumulate {
-        c.chunks_mut(c_row).take(m).for_each(|row| row[..n].fill(0.0));
-    }
-    let c = native::Shared::new(c);
-    // Below this, waking a thread costs more than it saves.
-    let threads = if m * n * k < 1 << 22 { 1 } else { threads };
-    native::for_parts(m.max(n), threads, |first, count| {
-        let (row, col, m, n) = if m >= n { (first, 0, count, n) } else { (0, first, m, count) };
-        if device.is_batch_invariant() {
-            let (a, b) = ((&a[row * a_row..], a_row, a_col), (&b[col * b_col..], b_row, b_col));
-            return pulp::Arch::new().dispatch(Product { sizes: [m, n, k], a, b, c: (&c, row * c_row + col, c_row) });
-        }
-        // SAFETY: the assertion keeps every element inside its slice; `c` is borrowed apart from `a` and `b`, and each part
-        // writes rows or columns of its own.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                c.pointer(row * c_row + col),
-                1,
-                c_row as isize,
-                accumulate,
-                a[row * a_row..].as_ptr(),
-                a_col as isize,
-                a_row as isize,
-                b[col * b_col..].as_ptr(),
-                b_col as isize,
-                b_row as isize,
-                1.0,
-                1.0,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
-    });
 }

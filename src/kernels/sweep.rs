@@ -54,7 +54,8 @@ pub(crate) struct Buffers<'a> {
     /// `[STATES, depth, B, H]`, with the initial state in slot 0 (reverse: the last slot). Depth T + 1 keeps every
     /// state, as backward needs; depth 2 keeps the newest two.
     pub states: &'a Tensor,
-    /// Forward: W_hh transposed `[H, GATES * H]`, so that neighbouring units lie side by side. Backward: W_hh.
+    /// Forward: W_hh as [`super::sweep_step::forward_weights`] gives it, and for the products of [`super::sweep_split`] transposed
+    /// `[H, GATES * H]`, so that neighbouring units lie side by side. Backward: W_hh.
     pub weights: &'a Tensor,
     /// `[unit parameters, H]`.
     pub unit: &'a Tensor,

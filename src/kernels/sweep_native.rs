@@ -1,26 +1,59 @@
 //! The sweep over time on the CPU, for any cell: the twin of `shaders/sweep_step.wgsl`.
+//!
+//! ```text
+//!   forward: 16 units with all their gates are a panel of W_hh     backward: up to 64 columns of W_hh are a panel
+//!
+//!   step t     panel 0   panel 1 | panel 2   panel 3     A panel times h of all rows: sums in the first cache, on which
+//!   -----------thread 0----------|------thread 1------   the cell goes to work at once.
+//!   step t+1   panel 1   panel 0 | panel 3   panel 2     There and back: what was read last is read first.
+//! ```
+//!
+//! W_hh is copied into panels once for all steps. Where it is larger than a core's cache, or rows are few, threads share the units
+//! and meet after every step ([`Member::wait`]): each then reads its part of W_hh alone, which may stay in its cache. Else they
+//! share the rows, which never meet. Neither shows in the bits: every product is one chain of multiply-adds ([`super::product`]).
+
+use std::ops::Range;
 
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
-use super::gemm;
 use super::math::Lanes;
+use super::product::{BAND, PANEL, PanelProduct, ROWS, Sums, cut, pack_panel};
 use super::sweep::{Buffers, Plan, Step};
-use crate::backend::native::{Shared, for_parts, threads};
+use crate::backend::native::{Member, Scratch, Shared, for_parts, team, threads};
+use crate::error::Result;
 use crate::rng::{philox, unit as unit_f32};
 use crate::tensor::Tensor;
 
-/// A sweep of fewer multiply-adds than this runs on one thread.
-const PARALLEL: usize = 1 << 23;
+/// A sweep of less work than this, in multiply-adds, runs on one thread.
+const PARALLEL: usize = 1 << 22;
+/// What a gate's functions cost, in multiply-adds.
+const GATE: usize = 32;
+/// Numbers of W_hh that stay in a core's cache beside the rest: half a megabyte of them.
+const RESIDENT: usize = 1 << 17;
 /// Units that [`Lanes`] hold.
 const LANES: usize = Lanes::COUNT;
 /// Tells zoneout's draws from others under one key, as in the shader.
 const HOLD: u32 = 0x686f_6c64;
 
 impl Plan<'_> {
-    /// Parts of the batch that are worth a thread each, for a sweep of `steps` steps.
-    fn parts<C: CellKernel>(&self, steps: usize) -> usize {
-        let width = if C::PRODUCT { self.hidden } else { 1 };
-        if steps * self.rows * self.hidden * width * C::Pre::LEN < PARALLEL { 1 } else { threads() }
+    /// Calls `work(rows, member)`, rows as (first, count), on the threads that `steps` steps are worth. `width`: of the products,
+    /// 0 without; `panels`: parts of the units. With `whole` every call has all rows.
+    fn spread<C: CellKernel>(
+        &self,
+        steps: usize,
+        width: usize,
+        panels: usize,
+        whole: bool,
+        work: impl Fn((usize, usize), Member<'_>) + Sync,
+    ) {
+        let gates = C::Pre::LEN * self.hidden;
+        if steps * self.rows * gates * (width + GATE) < PARALLEL {
+            work((0, self.rows), Member::ALONE);
+        } else if !whole && gates * width <= RESIDENT && self.rows >= ROWS * threads() {
+            for_parts(self.rows, threads(), |first, count| work((first, count), Member::ALONE));
+        } else {
+            team(threads().min(panels), |member| work((0, self.rows), member));
+        }
     }
 
     #[inline(always)]
@@ -43,57 +76,131 @@ impl Plan<'_> {
     }
 }
 
-/// One step of some rows. A struct and no closure, because [`pulp`] inlines it whole into code for the widest vectors.
-struct ForwardStep<'a, C> {
+/// Units of a panel of forward sweeps.
+const fn panel_units<C: CellKernel>() -> usize {
+    let blocks = PANEL / LANES / C::Pre::LEN;
+    if blocks == 0 { LANES } else { blocks * LANES }
+}
+
+/// The panels of a member, those of odd steps from last to first.
+fn in_turn(own: Range<usize>, n: usize) -> impl Iterator<Item = usize> {
+    (0..own.len()).map(move |i| if n % 2 == 0 { own.start + i } else { own.end - 1 - i })
+}
+
+/// Numbers of what [`pack`] makes.
+pub(super) fn packed_len<C: CellKernel>(hidden: usize) -> usize {
+    hidden.next_multiple_of(panel_units::<C>()) * C::Pre::LEN * hidden
+}
+
+/// W_hh `[GATES * H, H]` as forward sweeps read it: for every panel `[H, units / 16, GATES, 16]`, with zeros for units that
+/// do not exist.
+pub(super) fn pack<C: CellKernel>(weights: &Tensor, hidden: usize) -> Result<Tensor> {
+    const { assert!(C::Pre::LEN * LANES <= PANEL, "the gates of a block of units fill no more than a panel") };
+    let (gates, units) = (C::Pre::LEN, panel_units::<C>());
+    let (panels, width) = (hidden.div_ceil(units), gates * units);
+    let packed = Tensor::uninitialized(weights.device(), [panels, hidden, width])?;
+    let (weights, mut numbers) = (weights.native::<f32>(), packed.native_mut::<f32>());
+    let (weights, target) = (&*weights, &Shared::new(&mut numbers));
+    let parts = if gates * hidden * hidden < RESIDENT { 1 } else { threads() };
+    for_parts(panels, parts, |first, count| {
+        for panel in first..first + count {
+            // SAFETY: a panel of this part alone.
+            let target = unsafe { target.slice(panel * hidden * width, hidden * width) };
+            // Sixteen k at a time: what is written stays in the first cache until its lines are full.
+            for from in (0..hidden).step_by(LANES) {
+                let depth = LANES.min(hidden - from);
+                for column in 0..width {
+                    let (block, gate, lane) = (column / LANES / gates, column / LANES % gates, column % LANES);
+                    let unit = panel * units + block * LANES + lane;
+                    let line = |k: usize| (from + k) * width + column;
+                    match unit < hidden {
+                        true => {
+                            let row = &weights[(gate * hidden + unit) * hidden + from..][..depth];
+                            row.iter().enumerate().for_each(|(k, weight)| target[line(k)] = *weight);
+                        }
+                        false => (0..depth).for_each(|k| target[line(k)] = 0.0),
+                    }
+                }
+            }
+        }
+    });
+    drop(numbers);
+    Ok(packed)
+}
+
+/// Where a forward sweep has the recurrent part of the gates from.
+#[derive(Clone, Copy)]
+enum Recurrent<'a> {
+    /// The cell has none.
+    Nothing,
+    /// The product of h with W_hh, from [`pack`].
+    Weights(&'a [f32]),
+    /// `[B, GATES, H]`, of the one step that the sweep is.
+    Product(&'a [f32]),
+}
+
+/// Steps of some rows and units. A struct and no closure, because [`pulp`] inlines it whole into code for the widest vectors.
+struct ForwardSweep<'a, C> {
     cell: C,
     plan: &'a Plan<'a>,
     depth: usize,
-    step: Step,
+    steps: &'a [Step],
     /// (first, count)
     rows: (usize, usize),
-    /// [count, GATES * H]
-    product: &'a [f32],
+    member: Member<'a>,
+    recurrent: Recurrent<'a>,
     unit: &'a [f32],
     slots: &'a Shared<'a>,
     states: &'a Shared<'a>,
     y: &'a Shared<'a>,
 }
 
-impl<C: CellKernel> pulp::WithSimd for ForwardStep<'_, C> {
+impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) {
-        let Self { plan, depth, step: (t, before, after), rows: (first, count), product, .. } = self;
+    fn with_simd<S: pulp::Simd>(self, simd: S) {
+        let Self { plan, steps, rows: (first, count), member, recurrent, states, .. } = self;
         let (rows, hidden) = (plan.rows, plan.hidden);
-        let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-        for row in first..first + count {
-            let state_at = |s: usize, slot: usize| ((s * depth + slot) * rows + row) * hidden;
-            // SAFETY: here and below: parts of one row of each buffer, which this thread owns, and no two overlap.
-            let slots = unsafe { self.slots.slice((t * rows + row) * kept, kept) };
-            let y: &mut [f32] = match plan.output {
-                // SAFETY: as above.
-                true => unsafe { self.y.slice((t * rows + row) * plan.y_stride + plan.y_offset, hidden) },
-                false => &mut [],
-            };
-            if !plan.is_valid(t, row) {
-                y.fill(0.0);
-                for s in 0..C::State::LEN {
-                    // SAFETY: as above; the slots before and after differ.
-                    let old = unsafe { self.states.slice(state_at(s, before), hidden) };
-                    // SAFETY: as above.
-                    unsafe { self.states.slice(state_at(s, after), hidden) }.copy_from_slice(old);
+        let (gates, units) = (C::Pre::LEN, panel_units::<C>());
+        let width = gates * units;
+        let mut sums = Sums::ZERO;
+        for (n, step @ (_, before, _)) in steps.iter().enumerate() {
+            for panel in in_turn(member.share(hidden.div_ceil(units)), n) {
+                for (from, count) in cut(count, BAND) {
+                    let first = first + from;
+                    if let Recurrent::Weights(weights) = recurrent {
+                        // SAFETY: nobody writes the states before this step.
+                        let h = unsafe { states.read((before * rows + first) * hidden, count * hidden) };
+                        let weights = &weights[panel * hidden * width..][..hidden * width];
+                        sums.0[..count * width].fill(0.0);
+                        let (sizes, sums) = ([count, width, hidden], &mut sums.0);
+                        simd.vectorize(PanelProduct { sizes, a: (h, hidden), panel: (weights, width), sums });
+                    }
+                    for row in 0..count {
+                        for block in 0..units / LANES {
+                            let at = panel * units + block * LANES;
+                            let r = match recurrent {
+                                Recurrent::Nothing => (&[][..], 0),
+                                Recurrent::Weights(_) => (&sums.0[row * width + block * gates * LANES..], LANES),
+                                Recurrent::Product(product) if at < hidden => {
+                                    (&product[(first + row) * gates * hidden + at..], hidden)
+                                }
+                                Recurrent::Product(_) => break,
+                            };
+                            // The width of full blocks is a constant in the inlined call: their loads and stores are single
+                            // instructions.
+                            match hidden.saturating_sub(at) {
+                                0 => break,
+                                LANES.. => self.units(*step, (first + row, at, LANES), r),
+                                width => self.units(*step, (first + row, at, width), r),
+                            }
+                        }
+                    }
                 }
-                continue;
             }
-            let r = if C::PRODUCT { &product[(row - first) * gates..][..gates] } else { &[] };
-            // The width of the full blocks is a constant in the inlined call: their loads and stores are single instructions.
-            let full = hidden / LANES * LANES;
-            for at in (0..full).step_by(LANES) {
-                self.units((row, at, LANES), r, slots, y);
-            }
-            if full < hidden {
-                self.units((row, full, hidden - full), r, slots, y);
+            if C::PRODUCT {
+                member.wait();
             }
         }
     }
@@ -106,21 +213,35 @@ fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): 
     C::Unit::from_fn(|i| if i < count { Lanes::load(&unit[i * hidden + at..][..width]) } else { Lanes::splat(0.0) })
 }
 
-impl<C: CellKernel> ForwardStep<'_, C> {
-    /// `width` units of a row from unit `at` on; `r`, `slots` and `y` are that row's.
+impl<C: CellKernel> ForwardSweep<'_, C> {
+    /// `width` units of a row from unit `at` on; `r`: their recurrent parts, gate by gate, with what lies between two gates.
     #[inline(always)]
-    fn units(&self, (row, at, width): (usize, usize, usize), r: &[f32], slots: &mut [f32], y: &mut [f32]) {
-        let Self { cell, plan, depth, step: (t, before, after), unit, states, .. } = *self;
-        let hidden = plan.hidden;
-        let state_at = |s: usize, slot: usize| ((s * depth + slot) * plan.rows + row) * hidden + at;
-        let x = C::Pre::from_fn(|g| Lanes::load(&slots[g * hidden + at..][..width]));
+    fn units(&self, (t, before, after): Step, (row, at, width): (usize, usize, usize), (r, stride): (&[f32], usize)) {
+        let Self { cell, plan, depth, unit, states, slots, y, .. } = self;
+        let (rows, hidden) = (plan.rows, plan.hidden);
+        let state_at = |s: usize, slot: usize| ((s * depth + slot) * rows + row) * hidden + at;
+        // SAFETY: here and below: units of a row that this thread owns, and no two slices overlap; the states before are read only.
+        let previous = C::State::from_fn(|s| Lanes::load(unsafe { states.read(state_at(s, before), width) }));
+        let line = t * rows + row;
+        if !plan.is_valid(t, row) {
+            if plan.output {
+                // SAFETY: as above.
+                unsafe { y.slice(line * plan.y_stride + plan.y_offset + at, width) }.fill(0.0);
+            }
+            for (s, value) in previous.lanes().iter().enumerate() {
+                // SAFETY: as above.
+                value.store(unsafe { states.slice(state_at(s, after), width) });
+            }
+            return;
+        }
+        // SAFETY: as above.
+        let slot = |s: usize| unsafe { slots.slice((line * C::Slots::LEN + s) * hidden + at, width) };
+        let x = C::Pre::from_fn(|g| Lanes::load(slot(g)));
         let r = C::Pre::from_fn(|g| match C::PRODUCT {
-            true => Lanes::load(&r[g * hidden + at..][..width]),
+            true => Lanes::load(&r[g * stride..][..width]),
             false => Lanes::splat(0.0),
         });
-        let p = load_unit(&cell, unit, hidden, (at, width));
-        // SAFETY: here and below: parts of a row that this thread owns, and no two overlap.
-        let previous = C::State::from_fn(|s| Lanes::load(unsafe { states.slice(state_at(s, before), width) }));
+        let p = load_unit(cell, unit, hidden, (at, width));
         let site = plan.site(t, row, at);
         let (mut state, saved) = cell.forward(site, x, r, previous, p);
         if plan.zoneout != [0.0; 2] {
@@ -134,123 +255,181 @@ impl<C: CellKernel> ForwardStep<'_, C> {
             value.store(unsafe { states.slice(state_at(s, after), width) });
         }
         for (s, value) in saved.lanes().iter().enumerate() {
-            value.store(&mut slots[s * hidden + at..][..width]);
+            value.store(slot(s));
         }
         if plan.output {
-            state.lanes()[0].store(&mut y[at..][..width]);
+            // SAFETY: as above.
+            state.lanes()[0].store(unsafe { y.slice(line * plan.y_stride + plan.y_offset + at, width) });
         }
     }
 }
 
-/// See [`super::sweep_step::forward`].
-pub(super) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, depth: usize) {
-    let (rows, hidden) = (plan.rows, plan.hidden);
-    let gates = if C::PRODUCT { C::Pre::LEN * hidden } else { 0 };
-    let device = buffers.slots.device();
-    let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
-    let mut states = buffers.states.native_mut::<f32>();
-    let (mut slots, mut y) = (buffers.slots.native_mut::<f32>(), buffers.y.native_mut::<f32>());
-    let (slots, states, y) = (&Shared::new(&mut slots), &Shared::new(&mut states), &Shared::new(&mut y));
-    let (unit, arch) = (&*unit, pulp::Arch::new());
-    // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, plan.parts::<C>(plan.total), |first, count| {
-        let mut product = vec![0.0f32; count * gates];
-        for step @ (_, before, _) in plan.order(depth) {
-            if C::PRODUCT {
-                // SAFETY: rows of this part alone, and nothing else of the states is borrowed.
-                let h = unsafe { states.slice((before * rows + first) * hidden, count * hidden) };
-                let sizes = [count, gates, hidden];
-                gemm::multiply(device, sizes, (h, hidden, 1), (&weights, gates, 1), (&mut product, gates), false, 1);
-            }
-            let product = &*product;
-            arch.dispatch(ForwardStep { cell: *cell, plan, depth, step, rows: (first, count), product, unit, slots, states, y });
-        }
-    });
-}
-
-/// See [`super::sweep_step::forward_split`].
-pub(super) fn forward_split<C: CellKernel>(
+/// See [`super::sweep_step::forward`] and [`super::sweep_step::forward_split`], which gives one step and the product of its h.
+pub(super) fn forward<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,
     buffers: &Buffers<'_>,
-    product: &Tensor,
     depth: usize,
-    step: Step,
+    steps: &[Step],
+    product: Option<&Tensor>,
 ) {
-    let gates = C::Pre::LEN * plan.hidden;
-    let (product, unit) = (product.native::<f32>(), buffers.unit.native::<f32>());
+    let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
+    let product = product.map(Tensor::native::<f32>);
+    let recurrent = match &product {
+        Some(product) => Recurrent::Product(product),
+        None if C::PRODUCT => Recurrent::Weights(&weights),
+        None => Recurrent::Nothing,
+    };
     let mut states = buffers.states.native_mut::<f32>();
     let (mut slots, mut y) = (buffers.slots.native_mut::<f32>(), buffers.y.native_mut::<f32>());
     let (slots, states, y) = (&Shared::new(&mut slots), &Shared::new(&mut states), &Shared::new(&mut y));
-    let (unit, arch) = (&*unit, pulp::Arch::new());
-    for_parts(plan.rows, plan.parts::<C>(1), |first, count| {
-        let product = &product[first * gates..];
-        arch.dispatch(ForwardStep { cell: *cell, plan, depth, step, rows: (first, count), product, unit, slots, states, y });
+    let (cell, unit, arch) = (*cell, &*unit, pulp::Arch::new());
+    let width = if matches!(recurrent, Recurrent::Weights(_)) { plan.hidden } else { 0 };
+    plan.spread::<C>(steps.len(), width, plan.hidden.div_ceil(panel_units::<C>()), false, |rows, member| {
+        arch.dispatch(ForwardSweep { cell, plan, depth, steps, rows, member, recurrent, unit, slots, states, y });
     });
 }
 
-/// One step of some rows, backward.
-struct BackwardStep<'a, C> {
+/// W_hh for a backward sweep: panels `[GATES * H, columns]`.
+struct Panels<'a> {
+    weights: &'a [f32],
+    /// Of each panel: a multiple of 16.
+    columns: usize,
+    /// As [`recurrent_runs`] gives them.
+    runs: &'a [(usize, usize, usize)],
+}
+
+/// Columns of a panel of backward sweeps: as many as there can be, unless threads then had shares too unlike.
+fn panel_columns(hidden: usize, members: usize) -> usize {
+    let longest = |columns: usize| hidden.div_ceil(columns).div_ceil(members) * columns;
+    (1..=PANEL / LANES).rev().map(|blocks| blocks * LANES).min_by_key(|columns| longest(*columns)).unwrap_or(PANEL)
+}
+
+/// Steps of some rows and units, backward.
+struct BackwardSweep<'a, C> {
     cell: C,
     plan: &'a Plan<'a>,
-    step: Step,
+    steps: &'a [Step],
     /// (first, count)
     rows: (usize, usize),
+    member: Member<'a>,
+    /// Whether this forms the products; else they are in `dstates`.
+    products: bool,
+    panels: Panels<'a>,
     unit: &'a [f32],
     states: &'a [f32],
     dy: &'a [f32],
     slots: &'a Shared<'a>,
     dstates: &'a Shared<'a>,
-    /// [T, STATES, B, H], or nothing.
+    /// `[T, STATES, B, H]`, or nothing.
     flow: &'a Shared<'a>,
-    /// [extras + 1, H] of this part, or nothing.
-    sums: &'a mut [f32],
+    /// `[extras + 1, H]`, or nothing.
+    sums: &'a Shared<'a>,
 }
 
-impl<C: CellKernel> pulp::WithSimd for BackwardStep<'_, C> {
+impl<C: CellKernel> pulp::WithSimd for BackwardSweep<'_, C> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: pulp::Simd>(mut self, _: S) {
-        let Self { plan, step: (t, ..), rows: (first, count), dy, slots, .. } = self;
-        let (rows, hidden) = (plan.rows, plan.hidden);
-        let kept = C::Slots::LEN * hidden;
-        for row in first..first + count {
-            // SAFETY: parts of one row of each buffer, which this thread owns, and no two overlap.
-            let slots = unsafe { slots.slice((t * rows + row) * kept, kept) };
-            if !plan.is_valid(t, row) {
-                slots.fill(0.0);
-                for s in 0..if plan.flow { C::State::LEN } else { 0 } {
-                    // SAFETY: as above.
-                    unsafe { self.flow.slice(((t * C::State::LEN + s) * rows + row) * hidden, hidden) }.fill(0.0);
+    fn with_simd<S: pulp::Simd>(self, simd: S) {
+        let Self { plan, steps, rows: (first, count), member, panels: Panels { columns, .. }, .. } = self;
+        let hidden = plan.hidden;
+        let mut products = Sums::ZERO;
+        // Once more than there are steps: the product of the last one handled, for the gradient of the initial state.
+        for n in 0..steps.len() + usize::from(self.products) {
+            let later = if n > 0 && self.products { Some(steps[n - 1].0) } else { None };
+            for panel in in_turn(member.share(hidden.div_ceil(columns)), n) {
+                let width = columns.min((hidden - panel * columns).next_multiple_of(LANES));
+                for (from, count) in cut(count, BAND) {
+                    let first = first + from;
+                    if let Some(t) = later {
+                        self.multiply(simd, t, (first, count), (panel, width), &mut products.0);
+                    }
+                    for row in 0..count {
+                        for block in (0..width).step_by(LANES) {
+                            let (row, at) = (first + row, panel * columns + block);
+                            let product = &products.0[(row - first) * width + block..];
+                            // Past a row's end there are no gradients to come back.
+                            let product = later.filter(|t| plan.is_valid(*t, row)).map(|_| Lanes::load(product));
+                            match (steps.get(n), LANES.min(hidden - at)) {
+                                (Some(step), LANES) => self.units(*step, (row, at, LANES), product),
+                                (Some(step), width) => self.units(*step, (row, at, width), product),
+                                (None, width) => self.arrive((row, at, width), product),
+                            }
+                        }
+                    }
                 }
-                continue;
             }
-            let dy = if plan.output { &dy[(t * rows + row) * plan.y_stride + plan.y_offset..][..hidden] } else { &[] };
-            let full = hidden / LANES * LANES;
-            for at in (0..full).step_by(LANES) {
-                self.units((row, at, LANES), dy, slots);
-            }
-            if full < hidden {
-                self.units((row, full, hidden - full), dy, slots);
-            }
+            member.wait();
         }
     }
 }
 
-impl<C: CellKernel> BackwardStep<'_, C> {
-    /// `width` units of a row from unit `at` on; `dy` and `slots` are that row's.
+impl<C: CellKernel> BackwardSweep<'_, C> {
+    /// `[count, width]`: what goes back from step `t` through W_hh to the units of a panel.
     #[inline(always)]
-    fn units(&mut self, (row, at, width): (usize, usize, usize), dy: &[f32], slots: &mut [f32]) {
-        let Self { cell, plan, step: (t, before, _), unit, states, dstates, flow, .. } = *self;
+    fn multiply<S: pulp::Simd>(
+        &self,
+        simd: S,
+        t: usize,
+        (first, count): (usize, usize),
+        (panel, width): (usize, usize),
+        products: &mut [f32],
+    ) {
+        let Panels { weights, columns, runs } = self.panels;
+        let (rows, hidden) = (self.plan.rows, self.plan.hidden);
+        let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+        products[..count * width].fill(0.0);
+        for (gate, slot, run) in runs {
+            let at = (t * rows + first) * kept + slot * hidden;
+            // SAFETY: the gradients of that step are complete, and nobody writes them again.
+            let dr = unsafe { self.slots.read(at, (count - 1) * kept + run * hidden) };
+            let weights = &weights[(panel * gates + gate * hidden) * columns..][..run * hidden * columns];
+            let (sizes, sums) = ([count, width, run * hidden], &mut *products);
+            simd.vectorize(PanelProduct { sizes, a: (dr, kept), panel: (weights, columns), sums });
+        }
+    }
+
+    /// Adds what came through the product to the gradient of h.
+    #[inline(always)]
+    fn arrive(&self, (row, at, width): (usize, usize, usize), product: Option<Lanes>) {
+        if let Some(product) = product {
+            // SAFETY: units of a row that this thread owns.
+            let dh = unsafe { self.dstates.slice(row * self.plan.hidden + at, width) };
+            (Lanes::load(dh) + product).store(dh);
+        }
+    }
+
+    /// `width` units of a row from unit `at` on; `product`: what comes back through W_hh.
+    #[inline(always)]
+    fn units(&self, (t, before, _): Step, (row, at, width): (usize, usize, usize), product: Option<Lanes>) {
+        let Self { cell, plan, unit, states, dy, slots, dstates, flow, sums, .. } = self;
         let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.steps + 1);
-        let saved = C::Slots::from_fn(|s| Lanes::load(&slots[s * hidden + at..][..width]));
-        let p = load_unit(&cell, unit, hidden, (at, width));
+        let line = t * rows + row;
+        // SAFETY: here and below: units of a row that this thread owns, and no two slices overlap.
+        let slot = |s: usize| unsafe { slots.slice((line * C::Slots::LEN + s) * hidden + at, width) };
+        // SAFETY: as above.
+        let flow = |s: usize| unsafe { flow.slice(((t * C::State::LEN + s) * rows + row) * hidden + at, width) };
+        // SAFETY: as above.
+        let dstate = |s: usize| unsafe { dstates.slice((s * rows + row) * hidden + at, width) };
+        if !plan.is_valid(t, row) {
+            self.arrive((row, at, width), product);
+            (0..C::Slots::LEN).for_each(|s| slot(s).fill(0.0));
+            if plan.flow {
+                (0..C::State::LEN).for_each(|s| flow(s).fill(0.0));
+            }
+            return;
+        }
+        let saved = C::Slots::from_fn(|s| Lanes::load(slot(s)));
+        let p = load_unit(cell, unit, hidden, (at, width));
         let previous = C::State::from_fn(|s| Lanes::load(&states[((s * depth + before) * rows + row) * hidden + at..][..width]));
         let mut clipped = Lanes::splat(0.0);
         let d = C::State::from_fn(|s| {
-            // SAFETY: here and below: parts of a row that this thread owns, and no two overlap.
-            let d = Lanes::load(unsafe { dstates.slice((s * rows + row) * hidden + at, width) });
+            let d = Lanes::load(dstate(s));
+            let d = match product {
+                Some(product) if s == 0 => d + product,
+                _ => d,
+            };
             let d = match plan.clip > 0.0 {
                 true => {
                     clipped += d.map(|d| f32::from(d.abs() > plan.clip));
@@ -258,7 +437,7 @@ impl<C: CellKernel> BackwardStep<'_, C> {
                 }
                 false => d,
             };
-            if s == 0 && plan.output { d + Lanes::load(&dy[at..][..width]) } else { d }
+            if s == 0 && plan.output { d + Lanes::load(&dy[line * plan.y_stride + plan.y_offset + at..][..width]) } else { d }
         });
         let site = plan.site(t, row, at);
         let holds = plan.zoneout != [0.0; 2];
@@ -268,30 +447,29 @@ impl<C: CellKernel> BackwardStep<'_, C> {
             // What was held back goes into nothing else of its step.
             let totals = if holds { d } else { cell.totals(saved, previous, p, d) };
             for (s, value) in totals.lanes().iter().enumerate() {
-                // SAFETY: as above.
-                value.store(unsafe { flow.slice(((t * C::State::LEN + s) * rows + row) * hidden + at, width) });
+                value.store(flow(s));
             }
         }
         let d = C::State::from_fn(|s| d.lanes()[s] - held.lanes()[s]);
         let Backward { slots: gradients, previous: direct, unit: dunit } = cell.backward(site, saved, previous, p, d);
         for (s, value) in gradients.lanes().iter().enumerate() {
-            value.store(&mut slots[s * hidden + at..][..width]);
+            value.store(slot(s));
         }
         for (s, value) in direct.lanes().iter().enumerate() {
             let value = if holds { *value + held.lanes()[s] } else { *value };
-            // SAFETY: as above.
-            value.store(unsafe { dstates.slice((s * rows + row) * hidden + at, width) });
+            value.store(dstate(s));
         }
-        if !self.sums.is_empty() {
+        if plan.sums(cell) {
             for (line, value) in dunit.lanes()[C::BIASES..].iter().take(cell.extras()).chain([&clipped]).enumerate() {
-                let sum = &mut self.sums[line * hidden + at..][..width];
+                // SAFETY: as above: with sums, threads share units and not rows.
+                let sum = unsafe { sums.slice(line * hidden + at, width) };
                 (Lanes::load(sum) + *value).store(sum);
             }
         }
     }
 }
 
-/// Steps in the order of computation. `products`: whether this forms the recurrent products too, with threads for all of the plan.
+/// Steps in the order of computation. `products`: whether this forms the recurrent products too.
 pub(super) fn backward<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,
@@ -300,8 +478,8 @@ pub(super) fn backward<C: CellKernel>(
     steps: &[Step],
     products: bool,
 ) {
-    let (rows, hidden, device) = (plan.rows, plan.hidden, buffers.slots.device());
-    let kept = C::Slots::LEN * hidden;
+    let (rows, hidden, gates) = (plan.rows, plan.hidden, C::Pre::LEN * plan.hidden);
+    let products = products && C::PRODUCT;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
     let (states, dy) = (buffers.states.native::<f32>(), buffers.y.native::<f32>());
     let (mut slots, mut dstates) = (buffers.slots.native_mut::<f32>(), dstates.native_mut::<f32>());
@@ -309,32 +487,41 @@ pub(super) fn backward<C: CellKernel>(
     let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
     let (slots, dstates) = (&Shared::new(&mut slots), &Shared::new(dstates));
     let (sums, flow) = (&Shared::new(sums), &Shared::new(flow));
-    let (unit, states, dy, arch) = (&*unit, &*states, &*dy, pulp::Arch::new());
-    let runs = recurrent_runs(cell, false);
-    let parts = plan.parts::<C>(if products { plan.total } else { 1 });
-    let lines = if plan.sums(cell) { (cell.extras() + 1) * hidden } else { 0 };
-    // Rows never meet: a part runs through all of its steps without waiting for another.
-    for_parts(rows, parts, |first, count| {
-        let part = first / rows.div_ceil(parts);
-        for step @ (t, ..) in steps {
-            // SAFETY: the lines of this part alone.
-            let sums = unsafe { sums.slice(part * lines, lines) };
-            let (cell, step, part) = (*cell, *step, (first, count));
-            arch.dispatch(BackwardStep { cell, plan, step, rows: part, unit, states, dy, slots, dstates, flow, sums });
-            if !products {
-                continue;
+    let (cell, unit, states, dy, arch) = (*cell, &*unit, &*states, &*dy, pulp::Arch::new());
+
+    let columns = panel_columns(hidden, threads());
+    let panels = hidden.div_ceil(columns);
+    let mut packed = Scratch::new(if products { panels * gates * columns } else { 0 });
+    if products {
+        let (weights, packed) = (&*weights, &Shared::new(packed.numbers()));
+        for_parts(panels, if gates * hidden < RESIDENT { 1 } else { threads() }, |first, count| {
+            for panel in first..first + count {
+                // SAFETY: a panel of this part alone.
+                let target = unsafe { packed.slice(panel * gates * columns, gates * columns) };
+                let at = panel * columns;
+                pack_panel(&weights[at..], [gates, columns.min(hidden - at)], (hidden, 1), (target, columns));
             }
-            // The gradient that goes back through W_hh to the step before.
-            // SAFETY: rows of this part alone, and nothing else of the two buffers is borrowed.
-            let dr = unsafe { slots.slice((t * rows + first) * kept, count * kept) };
-            // SAFETY: as above.
-            let dh = unsafe { dstates.slice(first * hidden, count * hidden) };
-            for (gate, slot, run) in &runs {
-                let w = &weights[gate * hidden * hidden..];
-                let sizes = [count, hidden, run * hidden];
-                let dr = &dr[slot * hidden..];
-                gemm::multiply(device, sizes, (dr, kept, 1), (w, hidden, 1), (dh, hidden), true, 1);
-            }
-        }
+        });
+    }
+    let (weights, runs) = (&*packed.numbers(), &*recurrent_runs(&cell, false));
+    let width = if products { hidden } else { 0 };
+    plan.spread::<C>(steps.len(), width, panels, plan.sums(&cell), |rows, member| {
+        let panels = Panels { weights, columns, runs };
+        arch.dispatch(BackwardSweep {
+            cell,
+            plan,
+            steps,
+            rows,
+            member,
+            products,
+            panels,
+            unit,
+            states,
+            dy,
+            slots,
+            dstates,
+            flow,
+            sums,
+        });
     });
 }

@@ -1,9 +1,10 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
 
 use super::MAX_GROUPS;
-use super::cell_contract::CellKernel;
+use super::cell_contract::{Block, CellKernel};
 use super::sweep::{Buffers, Plan, ROWS, Step};
 use super::sweep_native;
+use super::transpose;
 use crate::backend::params;
 use crate::device::Backend;
 use crate::error::Result;
@@ -107,12 +108,25 @@ impl Plan<'_> {
     }
 }
 
+/// W_hh `[GATES * H, H]` as [`forward`] reads it on its device.
+pub(crate) fn forward_weights<C: CellKernel>(weights: &Tensor, hidden: usize) -> Result<Tensor> {
+    match weights.device().backend() {
+        Backend::Native => sweep_native::pack::<C>(weights, hidden),
+        Backend::Gpu(_) => transpose::matrix(weights, C::Pre::LEN * hidden, hidden),
+    }
+}
+
+/// Numbers of what [`forward_weights`] makes, at most.
+pub(crate) fn forward_weights_len<C: CellKernel>(hidden: usize) -> usize {
+    if C::PRODUCT { sweep_native::packed_len::<C>(hidden) } else { 0 }
+}
+
 /// Runs the cell over all steps: fills y, the states, and what backward needs.
 pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<()> {
     let depth = plan.depth::<C>(buffers.states);
     match buffers.slots.device().backend() {
         Backend::Native => {
-            sweep_native::forward(cell, plan, buffers, depth);
+            sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None);
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -133,7 +147,7 @@ pub(crate) fn forward_split<C: CellKernel>(
     let depth = plan.depth::<C>(buffers.states);
     match buffers.slots.device().backend() {
         Backend::Native => {
-            sweep_native::forward_split(cell, plan, buffers, product, depth, step);
+            sweep_native::forward(cell, plan, buffers, depth, &[step], Some(product));
             Ok(())
         }
         Backend::Gpu(gpu) => {

@@ -22,8 +22,26 @@ pub struct Param {
     value: Tensor,
     grad: Tensor,
     version: Version,
-    /// A transposed copy of the value, and the version that it was made of.
-    transposed: Mutex<Option<(u64, Tensor)>>,
+    transposed: CachedCopy,
+    packed: CachedCopy,
+}
+
+/// A copy of a parameter's value in another order, and the version that it was made of.
+#[derive(Debug, Default)]
+struct CachedCopy(Mutex<Option<(u64, Tensor)>>);
+
+impl CachedCopy {
+    fn get(&self, version: u64, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let mut cached = self.0.lock();
+        match &*cached {
+            Some((made_of, copy)) if *made_of == version => Ok(copy.clone()),
+            _ => {
+                let copy = make()?;
+                *cached = Some((version, copy.clone()));
+                Ok(copy)
+            }
+        }
+    }
 }
 
 /// Counts the changes of a parameter's value; shared with the optimizer that makes them.
@@ -53,7 +71,7 @@ impl Param {
     pub fn new(name: impl Into<String>, device: &Device, value: &[f32], shape: impl Into<Shape>) -> Result<Self> {
         let value = Tensor::from_slice(device, value, shape)?;
         let grad = Tensor::zeros(device, value.shape())?;
-        Ok(Self { name: name.into(), value, grad, version: Version::default(), transposed: Mutex::default() })
+        Ok(Self::with(name.into(), value, grad))
     }
 
     /// A parameter whose element number `at` starts as `draw(at)`. Memory is asked for first: a size that nothing can hold is
@@ -62,7 +80,12 @@ impl Param {
         let value = Tensor::zeros(device, shape)?;
         let grad = Tensor::zeros(device, value.shape())?;
         value.write(&(0..value.len()).map(draw).collect::<Vec<f32>>())?;
-        Ok(Self { name: name.to_owned(), value, grad, version: Version::default(), transposed: Mutex::default() })
+        Ok(Self::with(name.to_owned(), value, grad))
+    }
+
+    fn with(name: String, value: Tensor, grad: Tensor) -> Self {
+        let (transposed, packed) = (CachedCopy::default(), CachedCopy::default());
+        Self { name, value, grad, version: Version::default(), transposed, packed }
     }
 
     /// Its name inside its layer, as PyTorch has it: `weight_ih_l0`.
@@ -118,16 +141,13 @@ impl Param {
 
     /// A transposed copy of the value `[rows, cols]`, remade when the value changed: products read it row by row.
     pub(crate) fn transposed(&self) -> Result<Tensor> {
-        let version = self.version.get();
-        let mut cached = self.transposed.lock();
-        match &*cached {
-            Some((made_of, copy)) if *made_of == version => Ok(copy.clone()),
-            _ => {
-                let copy = transpose::matrix(&self.value, self.value.shape()[0], self.value.shape()[1])?;
-                *cached = Some((version, copy.clone()));
-                Ok(copy)
-            }
-        }
+        let make = || transpose::matrix(&self.value, self.value.shape()[0], self.value.shape()[1]);
+        self.transposed.get(self.version.get(), make)
+    }
+
+    /// A copy in the order in which a kernel reads it, as `pack` makes it, always the same; remade when the value changed.
+    pub(crate) fn packed(&self, pack: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        self.packed.get(self.version.get(), || pack(&self.value))
     }
 
     /// Moves value and gradient into slices of the arena.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::{Cell, Direction, Recurrent, Window, time_block};
 use crate::error::{Error, Result};
 use crate::kernels::cell_contract::Block;
+use crate::kernels::sweep_step;
 use crate::nn::Input;
 use crate::tensor::{Lengths, Tensor};
 
@@ -106,9 +107,11 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let (hidden, width) = (config.hidden, config.width());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let lines = segment * rows;
+        let split = layer.is_split(true);
         // Copies of the weights for the forward products, made once; DropConnect has another of W_hh.
-        let weights: usize = layer.weights.iter().flat_map(|weights| weights.transposable()).sum();
-        let dropped = if config.weight_dropout > 0.0 { 3 * gates * width * config.layers } else { 0 };
+        let weights: usize = layer.weights.iter().map(|weights| weights.copies::<C>(hidden, split)).sum();
+        let packed = if split { gates * width } else { sweep_step::forward_weights_len::<C>(hidden) };
+        let dropped = if config.weight_dropout > 0.0 { (2 * gates * width + packed) * config.layers } else { 0 };
         let state: usize = (0..C::State::LEN).map(|s| config.layers * rows * layer.width_of(s)).sum();
         // The tape: gates, states, with an output product o, of each layer; the inputs of the upper layers.
         let outputs = if config.output.is_some() { (segment + 1) * rows * width } else { 0 };
@@ -130,7 +133,7 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let carried = plan.dstates_len(&config.cell);
         let sums = config.layers * plan.sums_len(&config.cell);
         // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
-        let product = if layer.is_split(true) { rows * gates } else { 0 };
+        let product = if split { rows * gates } else { 0 };
         let masked = if config.recurrent_dropout > 0.0 { time_block(rows).min(segment) * rows * width } else { 0 };
         let spread = if config.recurrent_dropout > 0.0 { rows * C::Pre::LEN * width } else { 0 };
         let head = lines * layer.output();

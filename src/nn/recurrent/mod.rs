@@ -917,13 +917,17 @@ impl<C: Cell> Recurrent<C> {
     fn sweep_forward(&self, pass: &Pass<'_>, weights: &Weights, tape: &PassTape, y: &Tensor) -> Result<()> {
         let (cell, plan) = (&self.swept_cell(), &pass.plan);
         let unit = weights.unit(cell, plan.hidden)?;
+        let split = self.is_split(pass.key.is_some());
+        let packed = |weight: &Tensor| sweep_step::forward_weights::<C>(weight, plan.hidden);
         let recurrent = match (&tape.weights, &weights.weight_hh) {
-            (Some(dropped), _) => transpose::matrix(dropped, dropped.shape()[0], dropped.shape()[1])?,
-            (None, Some(weight)) => weight.transposed()?,
+            (Some(dropped), _) if split => transpose::matrix(dropped, dropped.shape()[0], dropped.shape()[1])?,
+            (Some(dropped), _) => packed(dropped)?,
+            (None, Some(weight)) if split => weight.transposed()?,
+            (None, Some(weight)) => weight.packed(packed)?,
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
-        if !self.is_split(pass.key.is_some()) {
+        if !split {
             if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
                 return sweep_scan::forward(kernels, cell, plan, &buffers);
             }

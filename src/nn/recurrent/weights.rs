@@ -6,6 +6,7 @@ use super::{Cell, CellState, RecurrentConfig};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
+use crate::kernels::sweep_step;
 use crate::nn::Param;
 use crate::rng::Rng;
 use crate::tensor::Tensor;
@@ -128,10 +129,16 @@ impl Weights {
         std::iter::once(weight_ih).chain(optional.into_iter().flatten()).chain(initial)
     }
 
-    /// Numbers of each matrix that has a transposed copy.
-    pub fn transposable(&self) -> impl Iterator<Item = usize> {
-        let matrices = [Some(&self.weight_ih), self.weight_hh.as_ref(), self.weight_hr.as_ref()];
-        matrices.into_iter().flatten().map(|param| param.value().len())
+    /// Numbers that the copies of its matrices hold, in the order in which products read them. `split`: whether sweeps are those
+    /// of `sweep_split`.
+    pub fn copies<C: Cell>(&self, hidden: usize, split: bool) -> usize {
+        let len = |param: &Option<Param>| param.as_ref().map_or(0, |param| param.value().len());
+        let weight_hh = match len(&self.weight_hh) {
+            0 => 0,
+            len if split => len,
+            _ => sweep_step::forward_weights_len::<C>(hidden),
+        };
+        self.weight_ih.value().len() + weight_hh + len(&self.weight_hr)
     }
 
     /// I of this layer.

@@ -67,6 +67,10 @@ pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
         [64, 4, 65],
         [3, 2, 1000],
         [130, 70, 31],
+        // On the CPU a tile has 6 rows, a band of tiles 64, a panel 64 columns; k is cut after 512; threads share what is longer.
+        [65, 65, 513],
+        [100, 190, 120],
+        [190, 100, 120],
     ]; // [m, n, k]
     for (i, size) in sizes.into_iter().enumerate() {
         for (j, [a, b]) in [[false, false], [false, true], [true, false], [true, true]].into_iter().enumerate() {

@@ -142,9 +142,7 @@ impl Sweep {
         }
         let unit = run.input("unit", &self.bias, [4, hidden])?;
         let weights = run.input("weights", &self.weights, [4 * hidden, hidden])?;
-        let turned: Vec<f32> =
-            (0..4 * hidden * hidden).map(|at| self.weights[at % (4 * hidden) * hidden + at / (4 * hidden)]).collect();
-        let forward_weights = run.input("weights", &turned, [hidden, 4 * hidden])?;
+        let forward_weights = sweep_step::forward_weights::<LstmCell>(&weights, hidden)?;
         let y = run.window_of_y(self, None)?;
         let buffers = Buffers { slots: &slots, states: &states, weights: &forward_weights, unit: &unit, y: &y.tensor };
         sweep_step::forward(&LstmCell::default(), &plan, &buffers)?;
@@ -204,7 +202,16 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
         [2, 3, 256],
         [2, 5, 257],
         [20, 3, 9],
-    ]; // [T, B, H]; a tile has 4 rows and 64 units, in backward 256
+        // On the CPU a tile has 6 rows, a band of tiles 64, a panel 16 units, in backward 64; a product is cut after 512 units.
+        [2, 6, 15],
+        [2, 7, 16],
+        [2, 13, 48],
+        [2, 65, 9],
+        [2, 2, 513],
+        // There, enough work for threads: which share the rows, and the units.
+        [4, 13, 130],
+        [4, 5, 272],
+    ]; // [T, B, H]; on a GPU a tile has 4 rows and 64 units, in backward 256
     for (i, [steps, rows, hidden]) in sizes.into_iter().enumerate() {
         for (reverse, is_ragged) in [(false, false), (true, false), (false, true), (true, true)] {
             let size = [1.0, 0.1, 30.0][i % 3];
