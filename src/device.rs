@@ -4,6 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+#[cfg(feature = "verify")]
+use parking_lot::Mutex;
+
 use crate::backend::adapter::{self, Adapter};
 use crate::backend::gpu::Gpu;
 use crate::error::{Error, ErrorKind, Result};
@@ -28,6 +31,18 @@ struct Inner {
     batch_invariant: AtomicBool,
     #[cfg(feature = "verify")]
     poison: AtomicBool,
+    #[cfg(feature = "verify")]
+    sweep: Mutex<Option<ForcedSweep>>,
+}
+
+/// A sweep that tests and benches ask for; where it cannot run, there is a launch a step.
+#[cfg(feature = "verify")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForcedSweep {
+    /// A launch a step.
+    Step,
+    /// The loop over time inside the kernel.
+    Resident,
 }
 
 /// The two kinds of device; kernels match on it.
@@ -201,6 +216,8 @@ impl Device {
                 batch_invariant: AtomicBool::new(false),
                 #[cfg(feature = "verify")]
                 poison: AtomicBool::new(false),
+                #[cfg(feature = "verify")]
+                sweep: Mutex::new(None),
             }),
         }
     }
@@ -274,7 +291,8 @@ impl Device {
     /// batch, its padding and the row's place in it. Every product then sums in one order. Without it the same agrees within
     /// rounding. This holds for outputs and states; gradients agree within rounding in either mode.
     ///
-    /// On a GPU, whose products sum in one order always, it costs the scans over time of cells that have one. On the CPU the products are then this crate's own: an LSTM
+    /// On a GPU, whose products sum in one order always, it costs the scans over time of cells that have one, and the loop over time
+    /// inside a kernel. On the CPU the products are then this crate's own: an LSTM
     /// with 256 units and 32 rows took 1.4 times as long, forward and in training, one with 512 units and 64 rows 1.5 and 1.8
     /// times, and one with a single row about half as long (medians of 31 runs on two busy cores).
     pub fn set_batch_invariant(&self, on: bool) {
@@ -313,6 +331,18 @@ impl Device {
     #[cfg(feature = "verify")]
     pub(crate) fn is_poisoned(&self) -> bool {
         self.inner.poison.load(Ordering::Relaxed)
+    }
+
+    /// From now on, on this device and all clones of it, recurrent layers run this sweep over time where it can do what they ask for,
+    /// and otherwise a launch a step; with `None` as they choose. To test and to measure sweeps.
+    #[cfg(feature = "verify")]
+    pub fn force_sweep(&self, sweep: Option<ForcedSweep>) {
+        *self.inner.sweep.lock() = sweep;
+    }
+
+    #[cfg(feature = "verify")]
+    pub(crate) fn forced_sweep(&self) -> Option<ForcedSweep> {
+        *self.inner.sweep.lock()
     }
 
     /// Destroys the device under its owner, as a driver reset would: to test what follows.

@@ -400,6 +400,17 @@ impl Gpu {
         kernel.features.iter().all(|feature| self.features.contains(adapter::feature(*feature)))
     }
 
+    /// Whether the adapter is a program on the CPU.
+    pub fn is_software(&self) -> bool {
+        self.info.device_type == wgpu::DeviceType::Cpu
+    }
+
+    /// Lanes of every subgroup, where they are of one size and kernels may use them.
+    pub fn subgroup_size(&self) -> Option<u32> {
+        let (least, most) = (self.info.subgroup_min_size, self.info.subgroup_max_size);
+        (self.features.contains(wgpu::Features::SUBGROUP) && least == most).then_some(least)
+    }
+
     /// Builds the pipeline of `kernel` with these constants once.
     fn pipeline(&self, kernel: &'static Kernel, constants: &[(&'static str, f64)]) -> Result<Arc<Pipeline>> {
         let key = (kernel.name, constants.iter().map(|(_, value)| value.to_bits()).collect());

@@ -3,6 +3,7 @@
 //! The native half of a cell computes sixteen units at once, in [`Lanes`]. A cell is a value: its options are its fields.
 
 use super::math::Lanes;
+use super::sweep_resident::ResidentKernels;
 use super::sweep_scan::ScanKernels;
 use crate::backend::Kernel;
 use crate::error::Result;
@@ -84,6 +85,8 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     const PRODUCT: bool;
     /// The cell on the GPU.
     const KERNELS: &'static StepKernels;
+    /// The same with the loop over time inside the kernel.
+    const RESIDENT: &'static ResidentKernels;
     /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
     const SCAN: Option<&'static ScanKernels> = None;
 

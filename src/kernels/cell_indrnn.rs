@@ -3,9 +3,11 @@
 use super::activation::Activation;
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
 use super::math::Lanes;
+use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
 
 pub(crate) static KERNELS: StepKernels = step_kernels!("indrnn", "cell_indrnn.wgsl");
+pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("indrnn", "cell_indrnn.wgsl");
 
 /// The cell of Li et al. (2018): `h = act(x + u h')`, a weight u for each unit.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +31,7 @@ impl CellKernel for IndRnnCell {
     const BIASES: usize = 0;
     const PRODUCT: bool = false;
     const KERNELS: &'static StepKernels = &KERNELS;
+    const RESIDENT: &'static ResidentKernels = &RESIDENT;
 
     fn unit_params(&self) -> usize {
         1

@@ -2,10 +2,12 @@
 
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
 use super::math::{Lanes, sigmoid};
+use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_scan::{ScanKernels, scan_kernels};
 use super::sweep_step::step_kernels;
 
 pub(crate) static KERNELS: StepKernels = step_kernels!("min_gru", "cell_min_gru.wgsl", "positive.wgsl");
+pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("min_gru", "cell_min_gru.wgsl", "positive.wgsl");
 pub(crate) static SCAN: ScanKernels = scan_kernels!("min_gru", "cell_min_gru.wgsl", "positive.wgsl");
 
 /// The cell of Feng et al. (2024), gates z, n: `z = sigmoid(x_z)`, `h = (1 - z) h' + z g(x_n)`.
@@ -33,6 +35,7 @@ impl CellKernel for MinGruCell {
     const BIASES: usize = 0;
     const PRODUCT: bool = false;
     const KERNELS: &'static StepKernels = &KERNELS;
+    const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const SCAN: Option<&'static ScanKernels> = Some(&SCAN);
 
     #[inline(always)]

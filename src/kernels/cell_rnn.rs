@@ -3,9 +3,11 @@
 use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
 use super::math::Lanes;
+use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
 
 pub(crate) static KERNELS: StepKernels = step_kernels!("rnn", "cell_rnn.wgsl");
+pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("rnn", "cell_rnn.wgsl");
 
 /// The cell of Elman (1990): `h = act(x + r + b)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,6 +33,7 @@ impl CellKernel for RnnCell {
     const BIASES: usize = 1;
     const PRODUCT: bool = true;
     const KERNELS: &'static StepKernels = &KERNELS;
+    const RESIDENT: &'static ResidentKernels = &RESIDENT;
 
     fn constants(&self) -> Vec<(&'static str, f64)> {
         let mut constants = vec![("clip", f64::from(self.clip))];

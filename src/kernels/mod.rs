@@ -34,6 +34,7 @@ pub(crate) mod reduce;
 pub(crate) mod sample;
 pub(crate) mod sweep;
 mod sweep_native;
+pub(crate) mod sweep_resident;
 pub(crate) mod sweep_scan;
 pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;
@@ -108,6 +109,16 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &gate_mask::COLLECT,
     ];
     kernels.extend(cells.iter().flat_map(|cell| [&cell.forward, &cell.forward_split, &cell.backward]));
+    let resident = [
+        &cell_lstm::RESIDENT,
+        &cell_gru::RESIDENT,
+        &cell_rnn::RESIDENT,
+        &cell_indrnn::RESIDENT,
+        &cell_slstm::RESIDENT,
+        &cell_min_gru::RESIDENT,
+        &cell_min_lstm::RESIDENT,
+    ];
+    kernels.extend(resident.into_iter().flat_map(sweep_resident::ResidentKernels::all));
     kernels.extend([&cell_min_gru::SCAN, &cell_min_lstm::SCAN].into_iter().flat_map(sweep_scan::ScanKernels::all));
     kernels
 }

@@ -1,13 +1,15 @@
 //! What all sweeps over time share: the plan of one direction of one layer, and its buffers.
 
 use super::cell_contract::{Block, CellKernel};
+use super::sweep_resident;
+use super::sweep_scan::{self, ScanKernels};
 use crate::backend::gpu::Range;
 use crate::backend::native::threads;
+#[cfg(feature = "verify")]
+use crate::device::ForcedSweep;
+use crate::device::{Backend, Device};
 use crate::rng::MaskKey;
 use crate::tensor::{Lengths, Tensor};
-
-/// Rows of a tile, which has sums of its own.
-pub(super) const ROWS: usize = 4;
 
 /// One direction of one layer over all of its steps.
 #[derive(Clone, Copy)]
@@ -64,6 +66,45 @@ pub(crate) struct Buffers<'a> {
     pub y: &'a Tensor,
 }
 
+/// The sweeps, from one launch to many.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Sweep {
+    /// All steps at once.
+    Scan(&'static ScanKernels),
+    /// The loop over time inside the kernel.
+    Resident,
+    /// A launch a step.
+    Step,
+    /// A row of launches a step.
+    Split,
+}
+
+/// Which sweep runs: the only place that decides. `split`: something comes between the product and the cell, or after the cell.
+///
+/// Choices hang on the length of the whole sequence and not of a window of it, so that windows give the bits of the whole. A device that is
+/// batch invariant has one order for any T and B.
+pub(crate) fn choose<C: CellKernel>(device: &Device, plan: &Plan<'_>, split: bool) -> Sweep {
+    let Backend::Gpu(gpu) = device.backend() else { return if split { Sweep::Split } else { Sweep::Step } };
+    if split {
+        return Sweep::Split;
+    }
+    let resident = sweep_resident::fits::<C>(plan);
+    #[cfg(feature = "verify")]
+    match device.forced_sweep() {
+        Some(ForcedSweep::Resident) if resident => return Sweep::Resident,
+        Some(_) => return Sweep::Step,
+        None => {}
+    }
+    if device.is_batch_invariant() {
+        return Sweep::Step;
+    }
+    match C::SCAN.filter(|_| sweep_scan::pays(plan)) {
+        Some(kernels) => Sweep::Scan(kernels),
+        None if resident && sweep_resident::pays::<C>(gpu, plan) => Sweep::Resident,
+        None => Sweep::Step,
+    }
+}
+
 /// A step of a sweep: t, the slot of the state before it and the slot after it.
 pub(crate) type Step = (usize, usize, usize);
 
@@ -99,7 +140,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of
-    /// the clip's counts.
+    /// the clip's counts. A sweep whose tiles have more than a row leaves the last ones as they are.
     pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
         if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
     }
@@ -108,9 +149,9 @@ impl<'a> Plan<'a> {
         cell.extras() > 0 || self.clip > 0.0
     }
 
-    /// Tiles on a GPU, parts of the batch on the CPU.
+    /// Tiles of rows on a GPU, parts of the batch on the CPU: as many as any sweep has.
     fn tiles(&self) -> usize {
-        self.rows.div_ceil(ROWS).max(threads())
+        self.rows.max(threads())
     }
 
     /// The cell's constants, and those of a sweep's shader.

@@ -84,7 +84,7 @@ const fn panel_units<C: CellKernel>() -> usize {
 
 /// The panels of a member, those of odd steps from last to first.
 fn in_turn(own: Range<usize>, n: usize) -> impl Iterator<Item = usize> {
-    (0..own.len()).map(move |i| if n % 2 == 0 { own.start + i } else { own.end - 1 - i })
+    (0..own.len()).map(move |i| if n.is_multiple_of(2) { own.start + i } else { own.end - 1 - i })
 }
 
 /// Numbers of what [`pack`] makes.

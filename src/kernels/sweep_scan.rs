@@ -103,15 +103,13 @@ const STEPS: usize = 2 * BLOCK;
 /// GPU of 1 TB/s about as long as a launch, and a scan moves up to one and a half times as much.
 const UNITS: usize = 1 << 18;
 
-/// Which sweep runs: the scan's kernels, or `None` for the step sweep. The only place that decides: a scan needs a GPU, a cell that
-/// has one, long sequences and few units of all rows. Zoneout and the clip of the gradient act between steps, and an output
-/// product after each: they take the step sweep. So do single steps, the windows of a bounded
-/// back-propagation, and who asks for the gradients of all states. A device that is batch invariant has one order for any T and B.
-pub(crate) fn choose<C: CellKernel>(device: &Device, plan: &Plan<'_>) -> Option<&'static ScanKernels> {
+/// Whether a cell that has a scan takes it: long sequences and few units of all rows. Zoneout and the clip of the gradient act
+/// between steps, and an output product after each: they take steps. So do single steps, the windows of a bounded back-propagation,
+/// and who asks for the gradients of all states.
+pub(crate) fn pays(plan: &Plan<'_>) -> bool {
     let linear = plan.zoneout == [0.0; 2] && plan.clip == 0.0 && plan.output && !plan.flow;
     let whole = plan.start == 0 && plan.steps == plan.total;
-    let pays = !device.is_cpu() && whole && plan.steps >= STEPS && plan.rows * plan.hidden <= UNITS;
-    C::SCAN.filter(|_| linear && pays && !device.is_batch_invariant())
+    linear && whole && plan.steps >= STEPS && plan.rows * plan.hidden <= UNITS
 }
 
 /// As [`sweep_step::forward`], which it is on the CPU.

@@ -2,7 +2,7 @@
 
 use super::MAX_GROUPS;
 use super::cell_contract::{Block, CellKernel};
-use super::sweep::{Buffers, Plan, ROWS, Step};
+use super::sweep::{Buffers, Plan, Step};
 use super::sweep_native;
 use super::transpose;
 use crate::backend::params;
@@ -14,7 +14,7 @@ params! {
     /// The shader's uniform struct.
     Sweep {
         rows: u32, hidden: u32, depth: u32,
-        t: u32, before: u32, after: u32, later: u32, recurrent: u32, finish: u32,
+        t: u32, steps: u32, reverse: u32, later: u32, recurrent: u32, finish: u32,
         ragged: u32, keep: u32,
         output: u32, y_stride: u32, y_offset: u32,
         key0: u32, key1: u32, start: u32,
@@ -24,24 +24,33 @@ params! {
     }
 }
 
-/// A cell composed with this file's shader: the contract, the cell and more files of its own, holding back, the functions that
-/// they use.
+/// The text of a cell and of a sweep over steps: the sweep's own files; the contract, the cell and more files of its own, holding
+/// back, the functions that they use.
+macro_rules! composed {
+    ([$($sweep:literal),+], $cell:literal $(, $more:literal)*) => {
+        concat!(
+            $(include_str!(concat!("../../shaders/", $sweep)),)+
+            include_str!("../../shaders/sweep_unit.wgsl"),
+            include_str!("../../shaders/cell_contract.wgsl"),
+            include_str!(concat!("../../shaders/", $cell)),
+            $(include_str!(concat!("../../shaders/", $more)),)*
+            include_str!("../../shaders/hold.wgsl"),
+            include_str!("../../shaders/activation.wgsl"),
+            include_str!("../../shaders/math.wgsl"),
+            include_str!("../../shaders/rng.wgsl"),
+        )
+    };
+}
+pub(crate) use composed;
+
+/// A cell composed with this file's shader.
 macro_rules! step_kernels {
-    ($name:literal, $cell:literal $(, $more:literal)*) => {{
+    ($name:literal, $($cell:literal),+) => {{
         use crate::backend::Kernel;
         use crate::kernels::{READ, READ_WRITE};
         const FORWARD: Kernel = Kernel {
             name: concat!($name, "_step_forward"),
-            source: concat!(
-                include_str!("../../shaders/sweep_step.wgsl"),
-                include_str!("../../shaders/cell_contract.wgsl"),
-                include_str!(concat!("../../shaders/", $cell)),
-                $(include_str!(concat!("../../shaders/", $more)),)*
-                include_str!("../../shaders/hold.wgsl"),
-                include_str!("../../shaders/activation.wgsl"),
-                include_str!("../../shaders/math.wgsl"),
-                include_str!("../../shaders/rng.wgsl"),
-            ),
+            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl"], $($cell),+),
             entry: "forward",
             params: crate::kernels::sweep_step::Sweep::LAYOUT,
             bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE)],
@@ -67,20 +76,22 @@ macro_rules! step_kernels {
 }
 pub(crate) use step_kernels;
 
-/// Lanes of a workgroup; units of a lane in backward, as in the shader.
+/// Lanes of a workgroup; rows of a lane, which have sums of their own; units of a lane in backward, as in the shader.
 const WORKGROUP: usize = 64;
+const ROWS: usize = 4;
 const UNITS: usize = 4;
 
 impl Plan<'_> {
-    fn params(&self, depth: usize, (t, before, after): Step) -> Sweep {
+    /// A launch of one step.
+    pub(super) fn params(&self, depth: usize, t: usize) -> Sweep {
         let [key0, key1] = self.key.words();
         Sweep {
             rows: self.rows as u32,
             hidden: self.hidden as u32,
             depth: depth as u32,
             t: t as u32,
-            before: before as u32,
-            after: after as u32,
+            steps: 1,
+            reverse: self.reverse.into(),
             later: 0,
             recurrent: 0,
             finish: 0,
@@ -130,7 +141,7 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let steps = plan.order(depth).map(|step| (plan.params(depth, step), plan.groups(ROWS, 1)));
+            let steps = plan.order(depth).map(|(t, ..)| (plan.params(depth, t), plan.groups(ROWS, 1)));
             gpu.launch_each(&C::KERNELS.forward, &plan.constants(cell, false), &buffers.bindings(plan), steps)
         }
     }
@@ -153,7 +164,7 @@ pub(crate) fn forward_split<C: CellKernel>(
         Backend::Gpu(gpu) => {
             let [slots, states, _, unit, lengths, y] = buffers.bindings(plan);
             let bindings = [slots, states, unit, lengths, y, product.range()];
-            let step = (plan.params(depth, step), plan.groups(1, 1));
+            let step = (plan.params(depth, step.0), plan.groups(1, 1));
             gpu.launch_each(&C::KERNELS.forward_split, &plan.constants(cell, false), &bindings, std::iter::once(step))
         }
     }
@@ -171,17 +182,17 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
         }
         Backend::Gpu(gpu) => {
             let mut later = None;
-            let mut params = |step: Step, finish: bool| {
+            let mut params = |t: usize, finish: bool| {
                 let recurrent = u32::from(later.is_some());
                 let finish = u32::from(finish);
                 let (later_step, flow_at) = (later.unwrap_or(0), plan.flow_at(cell).unwrap_or(0) as u32);
-                let params = Sweep { later: later_step, recurrent, finish, flow_at, ..plan.params(depth, step) };
-                later = Some(step.0 as u32);
+                let params = Sweep { later: later_step, recurrent, finish, flow_at, ..plan.params(depth, t) };
+                later = Some(t as u32);
                 (params, plan.groups(ROWS, UNITS))
             };
-            let mut steps: Vec<_> = plan.order(depth).rev().map(|step| params(step, false)).collect();
+            let mut steps: Vec<_> = plan.order(depth).rev().map(|(t, ..)| params(t, false)).collect();
             // The product of the first step, whose gradient is the initial state's.
-            if let (true, Some(first)) = (C::PRODUCT, plan.order(depth).next()) {
+            if let (true, Some((first, ..))) = (C::PRODUCT, plan.order(depth).next()) {
                 steps.push(params(first, true));
             }
             let steps = steps.into_iter();
@@ -207,7 +218,7 @@ pub(crate) fn backward_split<C: CellKernel>(
         Backend::Gpu(gpu) => {
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
             let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
-            let step = (Sweep { flow_at, ..plan.params(plan.steps + 1, step) }, plan.groups(ROWS, UNITS));
+            let step = (Sweep { flow_at, ..plan.params(plan.steps + 1, step.0) }, plan.groups(ROWS, UNITS));
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, std::iter::once(step))
         }
     }

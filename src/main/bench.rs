@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use gatefold::nn::{Lstm, LstmConfig, LstmState, Module};
-use gatefold::verify::Comparison;
+use gatefold::verify::{Comparison, ForcedSweep};
 use gatefold::{Device, Rng, Tensor};
 use serde::Serialize;
 use serde_json::json;
@@ -44,6 +44,9 @@ pub struct Args {
     /// Only one of the two [default: both]
     #[arg(long)]
     mode: Option<Mode>,
+    /// The sweep over time of all shapes that it can do [default: as layers choose]
+    #[arg(long)]
+    sweep: Option<Sweep>,
     /// One JSON object a line
     #[arg(long)]
     json: bool,
@@ -55,6 +58,23 @@ enum Mode {
     Infer,
     /// Forward with a tape, and backward to all weights and to x; gradients accumulate, no optimizer
     Train,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Sweep {
+    /// One launch a step
+    Step,
+    /// The loop over time inside the kernel
+    Resident,
+}
+
+impl From<Sweep> for ForcedSweep {
+    fn from(sweep: Sweep) -> Self {
+        match sweep {
+            Sweep::Step => Self::Step,
+            Sweep::Resident => Self::Resident,
+        }
+    }
 }
 
 impl Mode {
@@ -81,6 +101,7 @@ fn shape(text: &str) -> Result<[usize; 4], String> {
 pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
     let policy = Policy::from_env()?;
     let device = crate::device(args.device.as_deref())?;
+    device.force_sweep(args.sweep.map(Into::into));
     let modes = match args.mode {
         Some(mode) => vec![mode],
         None => modes_from_env(),

@@ -11,4 +11,5 @@ pub mod onnx_file;
 pub mod oracle;
 pub mod shaders;
 
+pub use crate::device::ForcedSweep;
 pub use compare::{Comparison, Report};

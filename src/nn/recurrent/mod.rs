@@ -36,7 +36,8 @@ use crate::kernels::gemm::{Matrix, gemm};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep::{Buffers, Plan};
+use crate::kernels::sweep::{self, Buffers, Plan, Sweep};
+use crate::kernels::sweep_resident;
 use crate::kernels::sweep_scan;
 use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
 use crate::kernels::sweep_step;
@@ -927,11 +928,11 @@ impl<C: Cell> Recurrent<C> {
             (None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
-        if !split {
-            if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
-                return sweep_scan::forward(kernels, cell, plan, &buffers);
-            }
-            return sweep_step::forward(cell, plan, &buffers);
+        match sweep::choose::<C>(&self.device, plan, split) {
+            Sweep::Scan(kernels) => return sweep_scan::forward(kernels, cell, plan, &buffers),
+            Sweep::Resident => return sweep_resident::forward(cell, plan, &buffers),
+            Sweep::Step => return sweep_step::forward(cell, plan, &buffers),
+            Sweep::Split => {}
         }
         let norms = tape.norms.as_ref();
         let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
@@ -1196,11 +1197,11 @@ impl<C: Cell> Recurrent<C> {
         let unit = weights.unit(cell, plan.hidden)?;
         let recurrent = tape.recurrent(weights).unwrap_or(&unit);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
-        if !self.is_split(pass.key.is_some()) {
-            if let Some(kernels) = sweep_scan::choose::<C>(&self.device, plan) {
-                return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates);
-            }
-            return sweep_step::backward(cell, plan, &buffers, &gradients.dstates);
+        match sweep::choose::<C>(&self.device, plan, self.is_split(pass.key.is_some())) {
+            Sweep::Scan(kernels) => return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates),
+            Sweep::Resident => return sweep_resident::backward(cell, plan, &buffers, &gradients.dstates),
+            Sweep::Step => return sweep_step::backward(cell, plan, &buffers, &gradients.dstates),
+            Sweep::Split => {}
         }
         let norms = tape.norms.as_ref();
         let dproducts = gradients.products.as_ref();

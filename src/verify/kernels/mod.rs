@@ -75,6 +75,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("gate_mask", gates::gate_mask),
         ("gru_reset", gates::gru_reset),
         ("lstm_sweep", sweeps::lstm_sweep),
+        ("lstm_resident", sweeps::lstm_resident),
         ("lstm_layers", layers::lstm_layers),
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),

@@ -4,9 +4,10 @@ use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, Window, pad, ragged, to_
 use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::sweep::{Buffers, Plan};
-use crate::kernels::sweep_step;
+use crate::kernels::{sweep_resident, sweep_step};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{POISON, Tensor};
+use crate::verify::ForcedSweep;
 use crate::verify::autodiff::sigmoid;
 use crate::verify::oracle::{self, Cell, Recurrent, RecurrentInput};
 
@@ -17,6 +18,8 @@ struct Sweep {
     rows: usize,
     hidden: usize,
     reverse: bool,
+    /// Which of the sweeps.
+    kind: ForcedSweep,
     lengths: Option<Vec<u32>>,
     /// Input parts `[T, B, 4, H]`, W_hh `[4H, H]`, b_hh `[4H]`, initial state `[2, B, H]`.
     x: Vec<f32>,
@@ -49,7 +52,7 @@ impl Sweep {
         let weights = scaled(4 * hidden * hidden, size.min(1.0) / (hidden as f32).sqrt());
         let (bias, initial) = (scaled(4 * hidden, 0.5), scaled(2 * rows * hidden, 1.0));
         let dlast = scaled(2 * rows * hidden, 1.0);
-        Self { steps, rows, hidden, reverse, lengths, x, weights, bias, initial, dy, dlast }
+        Self { steps, rows, hidden, reverse, kind: ForcedSweep::Step, lengths, x, weights, bias, initial, dy, dlast }
     }
 
     fn name(&self) -> String {
@@ -145,7 +148,10 @@ impl Sweep {
         let forward_weights = sweep_step::forward_weights::<LstmCell>(&weights, hidden)?;
         let y = run.window_of_y(self, None)?;
         let buffers = Buffers { slots: &slots, states: &states, weights: &forward_weights, unit: &unit, y: &y.tensor };
-        sweep_step::forward(&LstmCell::default(), &plan, &buffers)?;
+        match self.kind {
+            ForcedSweep::Step => sweep_step::forward(&LstmCell::default(), &plan, &buffers)?,
+            ForcedSweep::Resident => sweep_resident::forward(&LstmCell::default(), &plan, &buffers)?,
+        }
         check(run, &Launched { plan, slots: &slots, states: &states, y: &y, weights: &weights, unit: &unit })
     }
 }
@@ -168,7 +174,10 @@ impl Launched<'_> {
         run.input_words("states", self.states, &self.states.read_back::<u32>()?);
         let dstates = Tensor::from_slice(run.device, &sweep.dlast, [2, sweep.rows, sweep.hidden])?;
         let buffers = Buffers { slots: self.slots, states: self.states, weights: self.weights, unit: self.unit, y: &dy.tensor };
-        sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?;
+        match sweep.kind {
+            ForcedSweep::Step => sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
+            ForcedSweep::Resident => sweep_resident::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
+        }
         Ok(dstates)
     }
 }
@@ -212,21 +221,34 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
         [4, 13, 130],
         [4, 5, 272],
     ]; // [T, B, H]; on a GPU a tile has 4 rows and 64 units, in backward 256
-    for (i, [steps, rows, hidden]) in sizes.into_iter().enumerate() {
+    lstm_sweeps(cases, ForcedSweep::Step, &mut rng, &sizes, 65_535 * 4 + 5)
+}
+
+pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
+    // A tile has 1 to 4 rows and 32, 64 or 128 units, those of 128 in two parts; a launch has 2048 steps.
+    let widths = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128];
+    let rows = [1, 2, 3, 5, 9];
+    let mut sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[7, 1, 2][i % 3], rows[i % 5], hidden]).collect();
+    sizes.extend([[3, 1, 128], [3, 9, 64], [3, 7, 32], [4, 8, 31], [2049, 1, 5]]);
+    lstm_sweeps(cases, ForcedSweep::Resident, &mut Rng::seed(13), &sizes, 65_535 * 4 + 5)
+}
+
+fn lstm_sweeps(cases: &mut Cases<'_>, kind: ForcedSweep, rng: &mut Rng, sizes: &[[usize; 3]], many: usize) -> Result<()> {
+    for (i, &[steps, rows, hidden]) in sizes.iter().enumerate() {
         for (reverse, is_ragged) in [(false, false), (true, false), (false, true), (true, true)] {
             let size = [1.0, 0.1, 30.0][i % 3];
-            let sweep = Sweep::new(&mut rng, steps, rows, hidden, reverse, is_ragged, size);
+            let sweep = Sweep { kind, ..Sweep::new(rng, steps, rows, hidden, reverse, is_ragged, size) };
             check_sweep(cases, &sweep)?;
         }
     }
     // More tiles of rows than one dimension of workgroups has.
-    let sweep = Sweep::new(&mut rng, 1, 65_535 * 4 + 5, 1, false, false, 1.0);
+    let sweep = Sweep { kind, ..Sweep::new(rng, 1, many, 1, false, false, 1.0) };
     check_sweep(cases, &sweep)?;
 
     let (steps, rows, hidden) = (4, 5, 6);
     let (t, row, unit) = (1, 2, 4);
     for gate in 0..4 {
-        let mut sweep = Sweep::new(&mut rng, steps, rows, hidden, false, false, 1.0);
+        let mut sweep = Sweep { kind, ..Sweep::new(rng, steps, rows, hidden, false, false, 1.0) };
         sweep.x[((t * rows + row) * 4 + gate) * hidden + unit] = NAN;
         cases.run(format!("NaN in gate {gate}"), |run| {
             sweep.launch(run, steps + 1, |run, launched| {
@@ -237,7 +259,7 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
             })
         })?;
     }
-    let mut sweep = Sweep::new(&mut rng, steps, rows, hidden, false, false, 1.0);
+    let mut sweep = Sweep { kind, ..Sweep::new(rng, steps, rows, hidden, false, false, 1.0) };
     sweep.dy[(t * rows + row) * hidden + unit] = NAN;
     cases.run("NaN in dy", |run| {
         sweep.launch(run, steps + 1, |run, launched| {

@@ -1,0 +1,183 @@
+// What every sweep over steps does around the cell, for one step, row and unit: it loads and stores, holds back, skips what is past
+// a row's end, clips. Composed with a sweep, cell_contract.wgsl, one cell file and hold.wgsl; the sweep makes the product.
+
+struct Sweep {
+    rows: u32,   // B
+    hidden: u32, // H
+    depth: u32,  // slots that `states` has for each state: T + 1, or 2 when nothing is kept for backward
+    t: u32,      // the first step of this launch, in the order of its direction
+    steps: u32,  // how many it takes
+    reverse: u32, // 1: the sequence is read from its last step to its first
+    later: u32,  // sweep_step, backward: the step handled before this one
+    recurrent: u32, // sweep_step, backward: 1 where there is such a step
+    finish: u32, // sweep_step, backward: 1: nothing but the product of the first step, for the gradient of the initial state
+    ragged: u32, // 1: steps past lengths[row] hold the state and output zeros
+    keep: u32,   // forward: 1: store what backward needs
+    output: u32, // 1: y is this state 0 (backward: dy is its gradient); 0: y is made of it elsewhere
+    y_stride: u32,
+    y_offset: u32,
+    key0: u32,
+    key1: u32,
+    start: u32,     // steps of the sequence before step 0
+    random: u32,    // 1: zoneout draws; 0: it takes its mean
+    zoneout_h: f32, // probabilities, of state 0 and of the others
+    zoneout_c: f32,
+    clip: f32,      // backward: a bound for each element of the gradient that later steps give; 0: none
+    flow_at: u32,   // backward with `flow`: where the gradients of all steps start in dstates
+}
+
+@group(0) @binding(0) var<uniform> params: Sweep;
+@group(0) @binding(1) var<storage, read_write> slots: array<f32>;   // [T, B, SLOTS, H]: input part in, saved out, gradients out
+@group(0) @binding(2) var<storage, read_write> states: array<f32>;  // [STATES, depth, B, H]
+@group(0) @binding(3) var<storage, read> weights: array<f32>;       // forward: W_hh transposed [H, GATES * H]; backward: W_hh [GATES * H, H]
+@group(0) @binding(4) var<storage, read> unit_values: array<f32>;   // [unit_params, H]
+@group(0) @binding(5) var<storage, read> lengths: array<u32>;       // [B]
+@group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
+// What goes from later steps to earlier ones: the gradient of the state [STATES, B, H]; then, where the cell or the clip needs
+// them, sums for tiles of rows [B or more, SUMS, H]: the gradients of the unit parameters from BIASES on, and how often
+// the clip acted; then, for the flow of the gradient, that of each state after each step [T, STATES, B, H].
+@group(0) @binding(7) var<storage, read_write> dstates: array<f32>;
+
+override sums: bool = false; // whether dstates has room for the sums
+override flow: bool = false; // and for the gradients of all steps
+
+fn slot_at(t: u32, row: u32, slot: u32, unit: u32) -> u32 {
+    return ((t * params.rows + row) * SLOTS + slot) * params.hidden + unit;
+}
+
+// The slots of `states` before and after a step.
+fn slot_before(t: u32) -> u32 { return (t + params.reverse) % params.depth; }
+fn slot_after(t: u32) -> u32 { return (t + 1u - params.reverse) % params.depth; }
+
+fn load_state(slot: u32, row: u32, unit: u32) -> State {
+    var state: State;
+    for (var s = 0u; s < STATES; s++) {
+        state[s] = states[((s * params.depth + slot) * params.rows + row) * params.hidden + unit];
+    }
+    return state;
+}
+
+fn store_state(slot: u32, row: u32, unit: u32, state: State) {
+    for (var s = 0u; s < STATES; s++) {
+        states[((s * params.depth + slot) * params.rows + row) * params.hidden + unit] = state[s];
+    }
+}
+
+// The gradient that later steps give.
+fn load_gradient(row: u32, unit: u32) -> State {
+    var d: State;
+    for (var s = 0u; s < STATES; s++) { d[s] = dstates[(s * params.rows + row) * params.hidden + unit]; }
+    return d;
+}
+
+fn store_gradient(row: u32, unit: u32, d: State) {
+    for (var s = 0u; s < STATES; s++) { dstates[(s * params.rows + row) * params.hidden + unit] = d[s]; }
+}
+
+fn load_unit(unit: u32) -> Unit {
+    var p: Unit;
+    for (var i = 0u; i < PARAMS; i++) {
+        p[i] = 0.0;
+        if i < unit_params { p[i] = unit_values[i * params.hidden + unit]; }
+    }
+    return p;
+}
+
+fn site_of(t: u32, row: u32, unit: u32) -> Site {
+    return Site(params.key0, params.key1, params.start + t, row, unit);
+}
+
+// What part of state s is held back.
+fn held(site: Site, s: u32) -> f32 {
+    return hold_factor(site, s, select(params.zoneout_c, params.zoneout_h, s == 0u), params.random == 1u);
+}
+
+fn is_valid(t: u32, row: u32) -> bool {
+    if params.ragged == 0u { return true; }
+    return t < lengths[row];
+}
+
+fn y_at(t: u32, row: u32, unit: u32) -> u32 {
+    return (t * params.rows + row) * params.y_stride + params.y_offset + unit;
+}
+
+// The state after a step; stores all else that it leaves.
+fn forward_unit(t: u32, row: u32, unit: u32, r: Pre, previous: State, p: Unit) -> State {
+    var x: Pre;
+    for (var g = 0u; g < GATES; g++) { x[g] = slots[slot_at(t, row, g, unit)]; }
+    let valid = is_valid(t, row);
+    let site = site_of(t, row, unit);
+    let out = cell_forward(site, x, r, previous, p);
+    var state = out.state;
+    if zoneout {
+        for (var s = 0u; s < STATES; s++) {
+            let k = held(site, s);
+            state[s] = k * previous[s] + (1.0 - k) * state[s];
+        }
+    }
+    for (var s = 0u; s < STATES; s++) { state[s] = select(previous[s], state[s], valid); }
+    if params.keep == 1u {
+        for (var s = 0u; s < SLOTS; s++) { slots[slot_at(t, row, s, unit)] = out.saved[s]; }
+    }
+    if params.output == 1u { y[y_at(t, row, unit)] = select(0.0, state[0], valid); }
+    return state;
+}
+
+// d: the gradient of the state before the step, the direct path only; clipped: how many of its parts the clip acted on.
+struct UnitBackward { d: State, dslots: Slots, dunit: Unit, clipped: u32 }
+
+// From d, the gradient that later steps give the state after a step; stores the gradients that the step leaves.
+fn backward_unit(t: u32, row: u32, unit: u32, later: State, p: Unit) -> UnitBackward {
+    var result: UnitBackward;
+    var d = later;
+    for (var s = 0u; s < SLOTS; s++) { result.dslots[s] = 0.0; }
+    var totals: State;
+    if is_valid(t, row) {
+        for (var s = 0u; s < STATES; s++) {
+            let kept = clip_to(params.clip, d[s]);
+            result.clipped += select(0u, 1u, kept != d[s] && !is_nan_bits(kept));
+            d[s] = kept;
+        }
+        if params.output == 1u { d[0] += y[y_at(t, row, unit)]; }
+        var saved: Slots;
+        for (var s = 0u; s < SLOTS; s++) { saved[s] = slots[slot_at(t, row, s, unit)]; }
+        let previous = load_state(slot_before(t), row, unit);
+        let site = site_of(t, row, unit);
+        var held_back: State; // its gradient passes the cell by
+        if flow && !zoneout { totals = cell_totals(saved, previous, p, d); }
+        if zoneout {
+            totals = d; // what was held back goes into nothing else of its step
+            for (var s = 0u; s < STATES; s++) {
+                let k = held(site, s);
+                held_back[s] = k * d[s];
+                d[s] -= held_back[s];
+            }
+        }
+        let out = cell_backward(site, saved, previous, p, d);
+        result.dslots = out.dslots;
+        d = out.dprevious;
+        if zoneout { for (var s = 0u; s < STATES; s++) { d[s] += held_back[s]; } }
+        result.dunit = out.dunit;
+    }
+    if flow { store_flow(t, row, unit, totals); }
+    for (var s = 0u; s < SLOTS; s++) { slots[slot_at(t, row, s, unit)] = result.dslots[s]; }
+    result.d = d;
+    return result;
+}
+
+// The whole gradient of each state after a step, behind the sums.
+fn store_flow(t: u32, row: u32, unit: u32, d: State) {
+    for (var s = 0u; s < STATES; s++) {
+        dstates[params.flow_at + ((t * STATES + s) * params.rows + row) * params.hidden + unit] = d[s];
+    }
+}
+
+// Adds to the sums of a tile of rows, which no other lane has.
+fn add_sums(tile: u32, unit: u32, dunit: Unit, clipped: u32) {
+    let counts = unit_params - BIASES; // the line of the counts, after those of the unit parameters
+    let at = STATES * params.rows * params.hidden + tile * (counts + 1u) * params.hidden + unit;
+    for (var k = BIASES; k < PARAMS; k++) {
+        if k < unit_params { dstates[at + (k - BIASES) * params.hidden] += dunit[k]; }
+    }
+    dstates[at + counts * params.hidden] += f32(clipped);
+}

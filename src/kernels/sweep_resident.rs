@@ -1,0 +1,137 @@
+//! The sweep over time with the loop inside the kernel, for any cell: `shaders/sweep_resident.wgsl`. A workgroup carries a tile of
+//! the batch through many steps.
+//!
+//! On the CPU it is the step sweep, whose product is as fast and whose steps cost no launch.
+
+use super::MAX_GROUPS;
+use super::cell_contract::CellKernel;
+use super::sweep::{Buffers, Plan};
+use super::sweep_step::{self, Sweep};
+use crate::backend::Kernel;
+use crate::backend::gpu::{Gpu, Range};
+use crate::device::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// The entry points of a cell composed with `sweep_resident.wgsl`.
+#[derive(Debug)]
+pub struct ResidentKernels {
+    /// For any adapter.
+    pub plain: [Kernel; 2],
+    /// For subgroups of eight lanes.
+    pub eight: [Kernel; 2],
+}
+
+impl ResidentKernels {
+    /// All of them.
+    #[cfg(feature = "verify")]
+    pub(crate) fn all(&'static self) -> impl Iterator<Item = &'static Kernel> {
+        self.plain.iter().chain(&self.eight)
+    }
+}
+
+/// A cell composed with this file's shader: forward and backward, plain and for subgroups of eight lanes.
+macro_rules! resident_kernels {
+    ($name:literal, $($cell:literal),+) => {{
+        use crate::backend::{Feature, Kernel};
+        use crate::kernels::sweep_step::{Sweep, composed};
+        use crate::kernels::{READ, READ_WRITE};
+        const FORWARD: Kernel = Kernel {
+            name: concat!($name, "_resident_forward"),
+            source: composed!(["sweep_resident.wgsl", "eight.wgsl"], $($cell),+),
+            entry: "forward",
+            params: Sweep::LAYOUT,
+            bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE)],
+            workgroup: 256,
+            features: &[],
+        };
+        const BACKWARD: Kernel = Kernel {
+            name: concat!($name, "_resident_backward"),
+            entry: "backward",
+            bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
+            ..FORWARD
+        };
+        const EIGHT: &str = composed!(["sweep_resident.wgsl", "eight_subgroup.wgsl"], $($cell),+);
+        const FEATURES: &[Feature] = &[Feature::Subgroups];
+        crate::kernels::sweep_resident::ResidentKernels {
+            plain: [FORWARD, BACKWARD],
+            eight: [
+                Kernel { name: concat!($name, "_resident_forward_eight"), source: EIGHT, features: FEATURES, ..FORWARD },
+                Kernel { name: concat!($name, "_resident_backward_eight"), source: EIGHT, features: FEATURES, ..BACKWARD },
+            ],
+        }
+    }};
+}
+pub(crate) use resident_kernels;
+
+/// Units of a workgroup at most, k of a lane, rows at most, and the most words of h, as in the shader.
+const WIDTH: usize = 128;
+const DEPTH: usize = 64;
+const ROWS: usize = 4;
+const WORDS: usize = 256;
+/// Steps of a launch: so many take a GPU some 10 ms, and an operating system resets one that answers for seconds to nothing else.
+const RUN: usize = 2048;
+
+/// From so many steps on it is worth to load the weights.
+const STEPS: usize = 4;
+
+/// Whether the sweep can run this at all: all units of a cell with a product fit in a workgroup.
+pub(crate) fn fits<C: CellKernel>(plan: &Plan<'_>) -> bool {
+    !C::PRODUCT || plan.hidden <= WIDTH
+}
+
+/// Whether it is faster than a launch a step. A software adapter pays for every launch and every load of a weight. Of hardware
+/// nothing was measured: only what surely stays in its registers.
+pub(crate) fn pays<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> bool {
+    plan.total >= STEPS && (!C::PRODUCT || plan.hidden <= 32 || gpu.is_software())
+}
+
+/// How a sweep is cut into workgroups: the units of one, the parts of a unit's product, and the rows.
+fn tile<C: CellKernel>(plan: &Plan<'_>) -> [usize; 3] {
+    let width = [32, 64, WIDTH].into_iter().find(|width| plan.hidden <= *width).unwrap_or(WIDTH);
+    if !C::PRODUCT {
+        return [width, 1, 1];
+    }
+    // Two workgroups or more, as long as there are rows for them; few sizes, since each is a pipeline of its own.
+    let rows = plan.rows.div_ceil(2).next_power_of_two();
+    [width, width.div_ceil(DEPTH), rows.min(ROWS).min(WORDS / width)]
+}
+
+/// Launches `kernels` for runs of steps, in the order of the direction or, backward, in the opposite one.
+fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, plan: &Plan<'_>, depth: usize, bindings: &[Range], backward: bool) -> Result<()> {
+    let [width, parts, rows] = tile::<C>(plan);
+    let kernels = if gpu.subgroup_size() == Some(8) { &C::RESIDENT.eight } else { &C::RESIDENT.plain };
+    let kernel = &kernels[usize::from(backward)];
+    let mut constants = plan.constants(cell, backward);
+    constants.extend([("width", width), ("parts", parts), ("tile", rows)].map(|(name, value)| (name, value as f64)));
+    let columns = if C::PRODUCT { 1 } else { plan.hidden.div_ceil(width) };
+    let tiles = plan.rows.div_ceil(rows);
+    let y = tiles.min(MAX_GROUPS);
+    let groups = [columns as u32, y as u32, tiles.div_ceil(y) as u32];
+    let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
+    let runs = (0..plan.steps).step_by(RUN).map(|first| {
+        let steps = RUN.min(plan.steps - first);
+        // Forward in time is upward, unless one of the two is turned round.
+        let t = if plan.reverse != backward { plan.steps - 1 - first } else { first };
+        let reverse = u32::from(plan.reverse);
+        (Sweep { steps: steps as u32, reverse, flow_at, ..plan.params(depth, t) }, groups)
+    });
+    gpu.launch_each(kernel, &constants, bindings, runs)
+}
+
+/// As [`sweep_step::forward`], which it is on the CPU.
+pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<()> {
+    let Backend::Gpu(gpu) = buffers.slots.device().backend() else {
+        return sweep_step::forward(cell, plan, buffers);
+    };
+    launch(gpu, cell, plan, plan.depth::<C>(buffers.states), &buffers.bindings(plan), false)
+}
+
+/// As [`sweep_step::backward`], which it is on the CPU.
+pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
+    let Backend::Gpu(gpu) = buffers.slots.device().backend() else {
+        return sweep_step::backward(cell, plan, buffers, dstates);
+    };
+    let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
+    launch(gpu, cell, plan, plan.steps + 1, &bindings, true)
+}
