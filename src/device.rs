@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 #[cfg(feature = "verify")]
 use parking_lot::Mutex;
@@ -59,6 +60,18 @@ pub struct MemoryUse {
     pub held: u64,
     /// The most since the device was opened or [`Device::reset_peak`] was called.
     pub peak: u64,
+}
+
+/// How long one kernel took in [`Device::profile`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KernelTime {
+    /// Its name: `gemm`, `lstm_step_forward`.
+    pub kernel: &'static str,
+    /// How often it was launched.
+    pub launches: usize,
+    /// All launches together.
+    pub time: Duration,
 }
 
 /// What is known of one adapter (or the native CPU) without opening it.
@@ -255,6 +268,33 @@ impl Device {
             Backend::Native => Ok(()),
             Backend::Gpu(gpu) => gpu.synchronize(),
         }
+    }
+
+    /// Runs `work` and all that it queues up, and says which kernels took how long by the GPU's own clock, in the order of their first
+    /// launch. Launches then run one by one, with nothing between them overlapping, so that the sum may be more than the work takes
+    /// by itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] on the native CPU, and where the adapter has no clock (TIMESTAMP_QUERY); those of `work`; as
+    /// [`Device::synchronize`].
+    pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<KernelTime>> {
+        let Backend::Gpu(gpu) = self.backend() else {
+            return Err(Error::unsupported("device.profile", "the native CPU has no clock of kernels"));
+        };
+        if !gpu.has_clock() {
+            return Err(Error::unsupported("device.profile", "the adapter does not offer TIMESTAMP_QUERY"));
+        }
+        let mut times: Vec<KernelTime> = Vec::new();
+        for (kernel, launches, time) in gpu.profile(work)? {
+            match times.iter_mut().find(|known| known.kernel == kernel) {
+                Some(known) => {
+                    known.launches += launches;
+                    known.time += time;
+                }
+                None => times.push(KernelTime { kernel, launches, time }),
+            }
+        }
+        Ok(times)
     }
 
     /// How many submissions the GPU got from this device so far; 0 on the native CPU.

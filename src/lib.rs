@@ -87,7 +87,7 @@ mod trainer;
 #[cfg(feature = "verify")]
 pub mod verify;
 
-pub use device::{Device, DeviceInfo, MemoryUse};
+pub use device::{Device, DeviceInfo, KernelTime, MemoryUse};
 pub use error::{Error, ErrorKind, Result};
 pub use loss::{CrossEntropy, Loss, MeanSquaredError};
 pub use rng::{MaskKey, Rng};

@@ -8,10 +8,12 @@ use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use super::adapter::{self, Adapter};
+use super::clock::Clock;
 use super::{Access, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -80,6 +82,7 @@ struct Recording {
 }
 
 struct Pipeline {
+    kernel: &'static str,
     pipeline: wgpu::ComputePipeline,
     bind_group: wgpu::BindGroupLayout,
     bindings: &'static [(u32, Access)],
@@ -101,6 +104,8 @@ struct State {
     staging: Option<wgpu::Buffer>,
     in_flight: VecDeque<wgpu::SubmissionIndex>,
     submissions: u64,
+    /// Of each submission, while one is profiled.
+    clocks: Option<Vec<Clock>>,
 }
 
 /// A kernel's name and the bits of its constants.
@@ -141,8 +146,14 @@ impl Gpu {
             let (fault, name) = &failed;
             fault.lock().get_or_insert((kind, message(name, error)));
         }));
-        let state =
-            State { recording: Recording::default(), uniforms: None, staging: None, in_flight: VecDeque::new(), submissions: 0 };
+        let state = State {
+            recording: Recording::default(),
+            uniforms: None,
+            staging: None,
+            in_flight: VecDeque::new(),
+            submissions: 0,
+            clocks: None,
+        };
         Self {
             limits: device.limits(),
             features: device.features(),
@@ -314,12 +325,22 @@ impl Gpu {
         let uniforms = self.written(&mut state.uniforms, uniform, &recording.uniforms)?;
         let copied = wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let staging = self.written(&mut state.staging, copied, &recording.staged)?;
+        let clock = state.clocks.as_ref().map(|_| {
+            let pass = |command: &Command| match command {
+                Command::Launch(launches) => Some((launches.pipeline.kernel, launches.steps.len())),
+                _ => None,
+            };
+            Clock::new(&self.device, recording.commands.iter().filter_map(pass).collect())
+        });
         let index = self.guarded(|| {
             let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("gatefold") });
-            self.encode(&mut encoder, &recording.commands, uniforms.as_ref(), staging.as_ref());
+            self.encode(&mut encoder, &recording.commands, uniforms.as_ref(), staging.as_ref(), clock.as_ref());
             self.queue.submit([encoder.finish()])
         })?;
         state.submissions += 1;
+        if let (Some(clocks), Some(clock)) = (&mut state.clocks, clock) {
+            clocks.push(clock);
+        }
         state.in_flight.push_back(index);
         while state.in_flight.len() > IN_FLIGHT {
             if let Some(oldest) = state.in_flight.pop_front() {
@@ -346,18 +367,22 @@ impl Gpu {
         Ok(Some(buffer))
     }
 
-    /// Runs of launches share one compute pass; copies stand between passes.
+    /// Runs of launches share one compute pass; copies stand between passes. With a clock each launch command has a pass of its own.
     fn encode(
         &self,
         encoder: &mut wgpu::CommandEncoder,
         commands: &[Command],
         uniforms: Option<&wgpu::Buffer>,
         staging: Option<&wgpu::Buffer>,
+        clock: Option<&Clock>,
     ) {
         let mut rest = commands.iter().peekable();
+        let mut passes = 0;
         while let Some(command) = rest.peek() {
             if matches!(command, Command::Launch(_)) {
-                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                let timestamp_writes = clock.map(|clock| clock.writes(passes));
+                passes += 1;
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
                 while let Some(Command::Launch(launches)) = rest.next_if(|command| matches!(command, Command::Launch(_))) {
                     let Some(uniforms) = uniforms else { continue };
                     let group = self.bind(launches, uniforms);
@@ -365,6 +390,9 @@ impl Gpu {
                     for (offset, [x, y, z]) in &launches.steps {
                         pass.set_bind_group(0, &group, &[*offset]);
                         pass.dispatch_workgroups(*x, *y, *z);
+                    }
+                    if clock.is_some() {
+                        break;
                     }
                 }
                 continue;
@@ -381,6 +409,9 @@ impl Gpu {
                 Some(Command::Clear(range)) => encoder.clear_buffer(&range.buffer, range.offset, Some(range.size)),
                 Some(Command::Launch(_)) | None => {}
             }
+        }
+        if let Some(clock) = clock {
+            clock.resolve(encoder);
         }
     }
 
@@ -456,7 +487,7 @@ impl Gpu {
             compilation_options: wgpu::PipelineCompilationOptions { constants, zero_initialize_workgroup_memory: false },
             cache: None,
         });
-        Pipeline { pipeline, bind_group, bindings: kernel.bindings, uniform_size }
+        Pipeline { kernel: kernel.name, pipeline, bind_group, bindings: kernel.bindings, uniform_size }
     }
 
     fn wait(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<()> {
@@ -472,6 +503,26 @@ impl Gpu {
         self.submit_locked(&mut state)?;
         state.in_flight.clear();
         self.wait(None)
+    }
+
+    /// Whether [`Gpu::profile`] works.
+    pub fn has_clock(&self) -> bool {
+        self.features.contains(wgpu::Features::TIMESTAMP_QUERY)
+    }
+
+    /// Runs `work` and what it records, one pass a launch command: the kernel, the launches and the time of each.
+    pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<(&'static str, usize, Duration)>> {
+        self.synchronize()?;
+        self.state.lock().clocks = Some(Vec::new());
+        let done = work().and_then(|()| self.synchronize());
+        let clocks = self.state.lock().clocks.take().unwrap_or_default();
+        done?;
+        let mut times = Vec::new();
+        for clock in clocks {
+            let (buffer, size) = (clock.resolved.clone(), clock.resolved.size());
+            times.extend(clock.times(&self.read(Range { buffer, offset: 0, size })?, self.queue.get_timestamp_period()));
+        }
+        Ok(times)
     }
 
     /// The content of `range`, after all recorded work.

@@ -1,6 +1,7 @@
 //! Where memory lives and work runs: wgpu (the only module that names `wgpu::`) and the native CPU.
 
 pub(crate) mod adapter;
+mod clock;
 pub(crate) mod gpu;
 pub(crate) mod native;
 

@@ -42,6 +42,8 @@ pub(crate) mod transpose;
 
 #[cfg(feature = "verify")]
 pub(crate) mod math_probe;
+#[cfg(feature = "verify")]
+pub(crate) mod peak;
 
 use crate::backend::Access;
 
@@ -94,6 +96,8 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &dropout::DROPOUT,
         &sample::SAMPLE,
         &math_probe::PROBE,
+        &peak::COPY,
+        &peak::MULTIPLY_ADD,
         &output_step::TEACH,
         &output_step::OUTPUT,
         &output_step::OUTPUT_BACKWARD,

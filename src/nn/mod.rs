@@ -26,6 +26,8 @@ pub use linear::{Linear, LinearConfig};
 pub(crate) use param::Version;
 pub use param::{Module, Param};
 pub use pooling::{LastState, LastStep, MaxOverTime, MeanOverTime};
+#[cfg(feature = "verify")]
+pub(crate) use recurrent::SweepAlone;
 pub use recurrent::{
     Backpropagated, BoundedBptt, BpttPlan, Cell, CellState, Direction, GradientFlow, Gru, GruConfig, HiddenState, IndRnn,
     IndRnnConfig, Inspection, Lstm, LstmConfig, LstmState, LstmTape, Merge, MinGru, MinGruConfig, MinLstm, MinLstmConfig,

@@ -10,6 +10,7 @@ pub mod layers;
 pub mod onnx_file;
 pub mod oracle;
 pub mod shaders;
+pub mod workloads;
 
 pub use crate::device::ForcedSweep;
 pub use compare::{Comparison, Report};

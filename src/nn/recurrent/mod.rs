@@ -5,6 +5,8 @@ mod config;
 mod flow;
 mod inspect;
 mod state;
+#[cfg(feature = "verify")]
+mod sweep_alone;
 mod weights;
 
 pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
@@ -15,6 +17,8 @@ pub use config::{
 pub use flow::{GradientFlow, SpectralRadii, StateFlow, Verdict};
 pub use inspect::{Inspection, NonFinite, Quantity};
 pub use state::{CellState, HiddenState, LstmState, SLstmState};
+#[cfg(feature = "verify")]
+pub(crate) use sweep_alone::SweepAlone;
 use weights::Weights;
 
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};

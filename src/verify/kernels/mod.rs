@@ -17,6 +17,7 @@ mod math;
 mod networks;
 mod norms;
 mod optimizers;
+mod peak;
 mod pooling;
 mod products;
 mod sample;
@@ -56,6 +57,7 @@ impl KernelCheck {
 pub fn all() -> Vec<KernelCheck> {
     let families: Vec<(_, Family)> = vec![
         ("math", math::math),
+        ("peak", peak::peak),
         ("gemm", products::gemm),
         ("transpose", products::transpose),
         ("gather", products::gather),

@@ -1,0 +1,71 @@
+//! The sweep of one layer without the products before and after it, for the bench of kernels.
+
+use super::{Cell, Gradients, Pass, PassTape, Recurrent, Window};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// The first layer and direction of a network, after a forward pass in training.
+pub(crate) struct SweepAlone<C: Cell> {
+    layer: Recurrent<C>,
+    shape: [usize; 2],
+    tape: PassTape,
+    gradients: Gradients,
+    /// The slots before and after the forward sweep, which works in place.
+    before: Tensor,
+    after: Tensor,
+    y: Tensor,
+    dy: Tensor,
+}
+
+impl<C: Cell> SweepAlone<C> {
+    /// For x `[T, B, I]` and dy `[T, B, H]`.
+    pub fn new(layer: Recurrent<C>, x: &Tensor, dy: &Tensor) -> Result<Self> {
+        let shape = [x.shape()[0], x.shape()[1]];
+        let y = Tensor::uninitialized(&layer.device, dy.shape())?;
+        let (tape, gradients) = {
+            let pass = pass(&layer, shape);
+            (layer.prepare(&pass, x, shape[0] + 1)?, layer.new_gradients(&pass)?)
+        };
+        tape.states.clear()?;
+        let copy = || -> Result<Tensor> {
+            let copy = Tensor::uninitialized(&layer.device, tape.slots.shape())?;
+            copy.copy_from(&tape.slots)?;
+            Ok(copy)
+        };
+        let before = copy()?;
+        layer.sweep_forward(&pass(&layer, shape), &layer.weights[0], &tape, &y)?;
+        let after = copy()?;
+        Ok(Self { shape, tape, gradients, before, after, y, dy: dy.clone(), layer })
+    }
+
+    /// Puts the input part back into the slots.
+    pub fn prepare_forward(&self) -> Result<()> {
+        self.tape.slots.copy_from(&self.before)
+    }
+
+    /// The forward sweep.
+    pub fn forward(&self) -> Result<()> {
+        self.layer.sweep_forward(&pass(&self.layer, self.shape), &self.layer.weights[0], &self.tape, &self.y)
+    }
+
+    /// Puts what the forward sweep left back into the slots.
+    pub fn prepare_backward(&self) -> Result<()> {
+        self.tape.slots.copy_from(&self.after)?;
+        self.gradients.dstates.clear()
+    }
+
+    /// The backward sweep.
+    pub fn backward(&self) -> Result<()> {
+        self.layer.sweep_backward(&pass(&self.layer, self.shape), &self.tape, &self.dy, &self.gradients)
+    }
+
+    /// Numbers of the slots and of the states, all steps together.
+    pub fn sizes(&self) -> [usize; 2] {
+        [self.tape.slots.len(), self.tape.states.len()]
+    }
+}
+
+fn pass<C: Cell>(layer: &Recurrent<C>, [steps, rows]: [usize; 2]) -> Pass<'_> {
+    let plan = layer.plan([steps, rows], Window { start: 0, total: steps }, 0, None, None);
+    Pass { plan, index: 0, key: None, batch: rows, teacher: None }
+}
