@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::Value;
 
 const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/cases");
 
@@ -108,22 +109,34 @@ fn verify_passes_here_and_names_what_is_wrong_or_missing() {
     assert_eq!(unread.out, "", "nothing should run before the files are read");
 }
 
+/// The JSON lines of a run that succeeds.
+#[track_caller]
+fn lines(args: &[&str], environment: &[(&str, &str)]) -> Vec<Value> {
+    let ran = gatefold(&[args, &["--json"]].concat(), environment);
+    expect(&ran, 0, "");
+    ran.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
 #[test]
 fn bench_prints_lines_of_the_common_schema() {
-    let ran = gatefold(&["bench", "--device", "cpu", "--shape", "3,2,4,5", "--shape", "1,1,1,1", "--json"], &[]);
-    expect(&ran, 0, "");
-    let lines: Vec<serde_json::Value> = ran.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let shapes = ["--shape", "3,2,4,5", "--shape", "1,1,1,1"];
+    let lines =
+        lines(&[&["bench", "--device", "cpu", "--cell", "gru,rnn"], &shapes[..]].concat(), &[("BENCH_MODES", "step,train")]);
     let found: Vec<_> =
-        lines.iter().map(|line| (line["T"].as_u64(), line["H"].as_u64(), line["mode"].as_str().unwrap())).collect();
-    let expected = [(3, 5, "infer"), (3, 5, "train"), (1, 1, "infer"), (1, 1, "train")];
-    assert_eq!(found, expected.map(|(t, h, mode)| (Some(t), Some(h), mode)));
+        lines.iter().map(|line| [&line["cell"], &line["T"], &line["H"], &line["mode"]].map(Value::to_string)).collect();
+    let cells = ["gru", "rnn"].iter().flat_map(|cell| [(cell, 3, 5), (cell, 1, 1)]);
+    let expected = cells.flat_map(|(cell, t, h)| {
+        ["train", "step"].map(|mode| [format!("{cell:?}"), t.to_string(), h.to_string(), format!("{mode:?}")])
+    });
+    assert_eq!(found, expected.collect::<Vec<_>>());
     for line in &lines {
-        assert_eq!((&line["peer"], &line["cell"]), (&"gatefold".into(), &"lstm".into()), "{line}");
+        assert_eq!((&line["peer"], &line["layers"]), (&"gatefold".into(), &1.into()), "{line}");
         assert!(line["device"].as_str().unwrap().starts_with("cpu"), "{line}");
         assert!(line["B"].is_u64() && line["I"].is_u64() && line["runs"].as_u64().unwrap() >= 5, "{line}");
         let [median, min, first] = ["ms_median", "ms_min", "first_ms"].map(|field| line[field].as_f64().unwrap());
         assert!(0.0 < min && min <= median && first > 0.0, "{line}");
         assert!(line["other_cpu"].is_f64() || !cfg!(target_os = "linux"), "{line}");
+        assert!(line["peak_bytes"].as_u64().unwrap() > 0 && line["host_ms"].is_null(), "{line}");
     }
 
     let table = gatefold(&["bench", "--device", "cpu", "--shape", "3,2,4,5", "--mode", "train"], &[]);
@@ -134,35 +147,112 @@ fn bench_prints_lines_of_the_common_schema() {
 }
 
 #[test]
-fn bench_checks_its_answers_before_it_times() {
-    // Weights of zero give an output of zero. T, B, I, H = 3, 2, 4, 5.
-    let (x, y, state, params) = (3 * 2 * 4, 3 * 2 * 5, 2 * 5, 20 * 4 + 20 * 5 + 2 * 20);
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("lstm_3_2_4_5.bin");
-    let run = |numbers: &[f32]| {
-        std::fs::write(&file, bytemuck::cast_slice(numbers)).unwrap();
-        let folder = folder.path().to_str().unwrap();
-        gatefold(&["bench", "--device", "cpu", "--shape", "3,2,4,5", "--json"], &[("BENCH_REF", folder)])
+fn bench_counts_memory_by_steps_and_layers() {
+    let peak = |shape: &str, layers: &str| {
+        let line = lines(&["bench", "--device", "cpu", "--mode", "train", "--shape", shape, "--layers", layers], &[]).remove(0);
+        line["peak_bytes"].as_f64().unwrap()
     };
-    let mut numbers = vec![0.0; 2 * (x + params + y + state)];
-    let checked = run(&numbers);
-    expect(&checked, 0, r#""mode":"check""#);
-    assert_eq!(checked.out.lines().count(), 4, "{}", checked.out);
-    *numbers.last_mut().unwrap() = 1.0;
-    let wrong = run(&numbers);
-    expect(&wrong, 1, "lstm_3_2_4_5 train: db_hh is off its reference by 1.0e0: not timed");
-    assert_eq!(wrong.out.lines().count(), 3, "{}", wrong.out);
-    expect(&run(&numbers[1..]), 1, "lstm_3_2_4_5.bin has 2268 bytes, expected 2272");
+    let [short, long, deep] = [peak("16,8,16,16", "1"), peak("64,8,16,16", "1"), peak("64,8,16,16", "3")];
+    assert!(2.5 * short < long && long < 4.5 * short, "four times the steps: {short} and {long} bytes");
+    assert!(1.5 * long < deep && deep < 4.0 * long, "three layers: {long} and {deep} bytes");
+}
+
+/// The first software or hardware Vulkan adapter; tests/kernels.rs demands that there is an adapter.
+const ADAPTER: &str = "vulkan:";
+
+#[test]
+fn bench_times_kernels_against_the_peaks_of_the_device() {
+    for device in ["cpu", ADAPTER] {
+        let lines = lines(&["bench", "--kernels", "--device", device, "--cell", "gru", "--shape", "3,2,4,5"], &[]);
+        let number = |line: &Value, name: &str| line[name].as_f64().unwrap();
+        let [peak, kernels @ ..] = &lines[..] else { panic!("no line") };
+        assert_eq!(peak["mode"], "peak", "{peak}");
+        let (copy, multiply_add) = (number(peak, "copy_gb_per_s"), number(peak, "multiply_add_gflops"));
+        assert!(copy > 0.1 && multiply_add > 0.1, "{peak}");
+        let names: Vec<&str> = kernels.iter().map(|line| line["kernel"].as_str().unwrap()).collect();
+        for wanted in ["product x.W_ih^T", "product dg^T.h", "column sum", "adamw", "sweep forward", "sweep backward"] {
+            assert!(names.contains(&wanted), "{device}: no {wanted} in {names:?}");
+        }
+        for line in kernels {
+            assert_eq!((&line["mode"], &line["cell"], &line["H"]), (&"kernel".into(), &"gru".into(), &5.into()), "{line}");
+            // What takes longest of the two, arithmetic or memory.
+            let least = (number(line, "gflops") / multiply_add).max(number(line, "gb_per_s") / copy);
+            assert!((number(line, "of_roof") - least).abs() <= 1e-6 * least && least > 0.0, "{line}");
+        }
+        // A recurrent product: 3 gates, 3 steps, 2 rows, 5 units by 5.
+        let sweep = kernels.iter().find(|line| line["kernel"] == "sweep forward").unwrap();
+        let flops = number(sweep, "gflops") * number(sweep, "ms_median") * 1e6;
+        assert!((flops - 2.0 * f64::from(3 * 3 * 2 * 5 * 5)).abs() < 1e-6 * flops, "{sweep}");
+    }
+}
+
+#[test]
+fn bench_profiles_a_training_step() {
+    let lines = lines(&["bench", "--profile", "--device", ADAPTER, "--shape", "3,2,4,5"], &[]);
+    let launches = |part: &str| -> u64 {
+        let found = lines.iter().filter(|line| line["kernel"].as_str().unwrap().contains(part));
+        found.map(|line| line["launches"].as_u64().unwrap()).sum()
+    };
+    assert!(launches("lstm") > 0 && launches("column_sum") == 2, "{lines:?}");
+    assert!(
+        lines.iter().all(|line| line["ms"].as_f64().unwrap() >= 0.0) && lines.iter().any(|line| line["ms"] != 0.0),
+        "{lines:?}"
+    );
+    let refused = gatefold(&["bench", "--profile", "--device", "cpu", "--shape", "3,2,4,5"], &[]);
+    expect(&refused, 1, "device.profile: the native CPU has no clock of kernels");
+}
+
+#[test]
+fn bench_tells_what_a_start_takes() {
+    let lines = lines(&["bench", "--startup", "--device", "cpu", "--cell", "lstm,rnn"], &[]);
+    assert_eq!(lines.len(), 2, "{lines:?}");
+    for line in &lines {
+        let ms = |name: &str| line[name].as_f64().unwrap();
+        let sum = ms("open_ms") + ms("build_ms") + ms("infer_ms") + ms("train_ms");
+        assert!((ms("startup_ms") - sum).abs() < 1e-9 && ms("train_again_ms") > 0.0, "{line}");
+    }
+    expect(&gatefold(&["bench", "--startup", "--device", "cpu"], &[]), 0, "together");
+}
+
+#[test]
+fn bench_checks_its_answers_before_it_times() {
+    let folder = tempfile::tempdir().unwrap();
+    // Weights of zero give an output of zero. T, B, I, H = 3, 2, 4, 5; gates and states of each cell.
+    for (cell, gates, states) in [("lstm", 4, 2), ("gru", 3, 1), ("rnn", 1, 1)] {
+        let (x, y, state, params) = (3 * 2 * 4, 3 * 2 * 5, states * 2 * 5, gates * 5 * (4 + 5 + 2));
+        let file = folder.path().join(format!("{cell}_3_2_4_5.bin"));
+        let run = |numbers: &[f32], modes: &str| {
+            std::fs::write(&file, bytemuck::cast_slice(numbers)).unwrap();
+            let environment = [("BENCH_REF", folder.path().to_str().unwrap()), ("BENCH_MODES", modes)];
+            gatefold(&["bench", "--device", "cpu", "--cell", cell, "--shape", "3,2,4,5", "--json"], &environment)
+        };
+        let mut numbers = vec![0.0; 2 * (x + params + y) + state];
+        let checked = run(&numbers, "infer,train,step");
+        expect(&checked, 0, r#""mode":"check""#);
+        assert_eq!(checked.out.lines().count(), 6, "{}", checked.out);
+        *numbers.last_mut().unwrap() = 1.0;
+        let wrong = run(&numbers, "infer,train");
+        expect(&wrong, 1, &format!("{cell}_3_2_4_5 train: db_hh is off its reference by 1.0e0: not timed"));
+        assert_eq!(wrong.out.lines().count(), 3, "{}", wrong.out);
+        let bytes = 4 * numbers.len();
+        expect(&run(&numbers[1..], "infer"), 1, &format!("{cell}_3_2_4_5.bin has {} bytes, expected {bytes}", bytes - 4));
+        // The last number of y is the last step's.
+        *numbers.last_mut().unwrap() = 0.0;
+        numbers[x + params + 2 * y - 1] = 1.0;
+        expect(&run(&numbers, "step"), 1, "step: y is off its reference by 1.0e0: not timed");
+    }
 }
 
 #[test]
 fn wrong_arguments_are_told() {
     expect(&gatefold(&[], &[]), 2, "Usage");
     expect(&gatefold(&["train"], &[]), 2, "unrecognized subcommand 'train'");
-    expect(&gatefold(&["bench", "--cell", "gru"], &[]), 2, "cells that exist: lstm");
+    expect(&gatefold(&["bench", "--cell", "lstm,elman"], &[]), 2, "possible values: lstm, gru, rnn");
+    expect(&gatefold(&["bench", "--layers", "0"], &[]), 2, "0 is not in 1..");
+    expect(&gatefold(&["bench", "--kernels", "--mode", "train"], &[]), 2, "cannot be used with");
     expect(&gatefold(&["bench", "--shape", "3,2,4"], &[]), 2, "expected 4 numbers T,B,I,H from 1");
     expect(&gatefold(&["bench", "--shape", "0,2,4,5"], &[]), 2, "expected 4 numbers T,B,I,H from 1");
-    expect(&gatefold(&["bench", "--mode", "both"], &[]), 2, "possible values: infer, train");
+    expect(&gatefold(&["bench", "--mode", "both"], &[]), 2, "possible values: infer, train, step");
     expect(&gatefold(&["verify", "--tolerance", "1e-5,NaN"], &[]), 2, "expected 2 numbers OUT,GRAD from 0");
     let absent = gatefold(&["verify", "--cases", "absent"], &[]);
     expect(&absent, 1, "absent: ");

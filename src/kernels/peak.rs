@@ -40,7 +40,7 @@ pub(crate) fn copy(x: &Tensor, y: &Tensor) -> Result<()> {
     }
 }
 
-/// For each number x: `y = c0 + c1`, where each of them is `rounds` times `c = c x + x`, from 0 and from 1.
+/// For each number x: `y = c0 + c1`, where each of them is `rounds` (a multiple of 8) times `c = c x + x`, from 0 and from 1.
 pub(crate) fn multiply_add(x: &Tensor, y: &Tensor, rounds: u32) -> Result<()> {
     match x.device().backend() {
         Backend::Native => {

@@ -16,7 +16,7 @@ const TOLERANCE: f64 = 1e-4;
 /// A network of any cell.
 pub trait Work {
     /// One run, not waited for.
-    fn run(&mut self, mode: Mode) -> Result<()>;
+    fn run(&mut self, mode: Mode) -> gatefold::Result<()>;
     /// The distances of all that comes out from the reference, where there is one.
     fn check(&self, mode: Mode) -> Result<Option<Vec<Comparison>>>;
 }
@@ -114,7 +114,7 @@ struct Network<C: Cell> {
 }
 
 impl<C: Cell> Work for Network<C> {
-    fn run(&mut self, mode: Mode) -> Result<()> {
+    fn run(&mut self, mode: Mode) -> gatefold::Result<()> {
         match mode {
             Mode::Infer => {
                 self.net.forward(&self.x, None)?;
