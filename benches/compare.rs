@@ -119,6 +119,9 @@ fn main() -> Result<()> {
                     continue;
                 }
             };
+            for error in &printed.errors {
+                notes.entry(format!("{}: {error}", peer.name)).or_default().push(case);
+            }
             if !printed.checked {
                 notes.entry(format!("{}: prints no check of its answers", peer.name)).or_default().push(case);
             }

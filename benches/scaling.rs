@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use common::Figure;
 use plotters::coord::Shift;
@@ -93,6 +93,7 @@ fn main() -> Result<()> {
                 }
             }
             let printed = common::run(command.env("BENCH_MODES", "infer,train").env_remove("BENCH_REF"))?;
+            ensure!(printed.errors.is_empty(), "{}", printed.errors.join("; "));
             lines.extend(printed.lines);
             figures.extend(printed.figures);
         }

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 /// A check line with a larger error than this is of a wrong answer.
@@ -36,6 +36,8 @@ pub struct Printed {
     pub lines: Vec<String>,
     /// Whether there was a check line.
     pub checked: bool,
+    /// What it says that it cannot do.
+    pub errors: Vec<String>,
 }
 
 /// Gatefold's own command.
@@ -47,10 +49,23 @@ pub fn gatefold() -> Command {
 pub fn run(command: &mut Command) -> Result<Printed> {
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("does not start")?;
-    let mut errors = child.stderr.take().context("no stderr")?;
-    let errors = std::thread::spawn(move || std::io::read_to_string(&mut errors).unwrap_or_default());
+    let (stdout, mut stderr) = (child.stdout.take().context("no stdout")?, child.stderr.take().context("no stderr")?);
+    // Read at the same time: a full pipe would stop the program.
+    let complaints = std::thread::spawn(move || std::io::read_to_string(&mut stderr).unwrap_or_default());
+    let printed = read(BufReader::new(stdout));
+    if printed.is_err() {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    let printed = printed?;
+    let complaints = complaints.join().unwrap_or_default();
+    ensure!(status.success(), "{status}: {}", complaints.lines().last().unwrap_or_default());
+    Ok(printed)
+}
+
+fn read(lines: impl BufRead) -> Result<Printed> {
     let mut printed = Printed::default();
-    for text in BufReader::new(child.stdout.take().context("no stdout")?).lines() {
+    for text in lines.lines() {
         let text = text?;
         let Ok(line) = serde_json::from_str::<Value>(&text) else { continue };
         if line["mode"] == "check" {
@@ -59,23 +74,14 @@ pub fn run(command: &mut Command) -> Result<Printed> {
             // No number is NaN.
             let wrong = relerr.iter().find(|(_, error)| !error.as_f64().is_some_and(|error| error <= TOLERANCE));
             if let Some((tensor, error)) = wrong {
-                child.kill()?;
-                child.wait()?;
                 bail!("wrong: {tensor} is off by {error}");
             }
         }
-        if let Some(error) = line["error"].as_str() {
-            bail!("failed: {error}");
-        }
+        printed.errors.extend(line["error"].as_str().map(str::to_owned));
         if let (Some(mode), true) = (line["mode"].as_str(), line["ms_median"].is_number()) {
             printed.figures.push(Figure { mode: mode.to_owned(), line });
         }
         printed.lines.push(text);
-    }
-    let status = child.wait()?;
-    let errors = errors.join().unwrap_or_default();
-    if !status.success() {
-        bail!("{status}: {}", errors.lines().last().unwrap_or_default());
     }
     Ok(printed)
 }
