@@ -57,6 +57,8 @@ pub fn all() -> Vec<KernelCheck> {
     let families: Vec<(_, Family)> = vec![
         ("math", math::math),
         ("gemm", products::gemm),
+        ("half", products::half),
+        ("gemm_half", products::gemm_half),
         ("transpose", products::transpose),
         ("gather", products::gather),
         ("scatter", products::scatter),
