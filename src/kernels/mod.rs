@@ -95,6 +95,7 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &optimizer::PREPARE,
         &optimizer::SGD,
         &optimizer::ADAMW,
+        &optimizer::SCALE_LOSS,
         &dropout::DROPOUT,
         &sample::SAMPLE,
         &math_probe::PROBE,

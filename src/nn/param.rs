@@ -27,6 +27,8 @@ pub struct Param {
     packed: CachedCopy,
     /// In half precision: the value and its transpose as right factors.
     halves: [CachedCopy<Factor>; 2],
+    /// Whether its layer bounds gradients on their way back.
+    bounded: bool,
 }
 
 /// A copy of a parameter's value in another order, and the version that it was made of.
@@ -94,7 +96,7 @@ impl Param {
 
     fn with(name: String, value: Tensor, grad: Tensor) -> Self {
         let (transposed, packed, halves) = (CachedCopy::default(), CachedCopy::default(), Default::default());
-        Self { name, value, grad, version: Version::default(), transposed, packed, halves }
+        Self { name, value, grad, version: Version::default(), transposed, packed, halves, bounded: false }
     }
 
     /// Its name inside its layer, as PyTorch has it: `weight_ih_l0`.
@@ -148,6 +150,15 @@ impl Param {
         &self.version
     }
 
+    pub(crate) fn is_bounded(&self) -> bool {
+        self.bounded
+    }
+
+    /// From a layer that bounds gradients on their way back.
+    pub(crate) fn bounded(self, bounded: bool) -> Self {
+        Self { bounded, ..self }
+    }
+
     /// A transposed copy of the value `[rows, cols]`, remade when the value changed: products read it row by row.
     pub(crate) fn transposed(&self) -> Result<Tensor> {
         let make = || transpose::matrix(&self.value, self.value.shape()[0], self.value.shape()[1]);
@@ -173,9 +184,8 @@ impl Param {
         let (rows, cols) = (self.value.shape()[0], self.value.shape()[1]);
         match precision {
             Precision::Single => Factor::right(precision, Matrix::new(&self.transposed()?, cols, rows), cols),
-            Precision::Half => self.halves[1].get(self.version.get(), || {
-                Factor::right(precision, Matrix::new(&self.value, rows, cols).t(), cols)
-            }),
+            Precision::Half => self.halves[1]
+                .get(self.version.get(), || Factor::right(precision, Matrix::new(&self.value, rows, cols).t(), cols)),
         }
     }
 
