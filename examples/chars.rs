@@ -20,8 +20,9 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use gatefold::checkpoint::{self, Metadata};
 use gatefold::data::{PAD, TokenStreams, TokenWindow, UNK, Vocabulary};
-use gatefold::nn::{EmbeddingConfig, LinearConfig, LstmConfig, Module, Sequential};
-use gatefold::{Batch, CrossEntropy, Device, Ids, Rng, Tensor, Trainer, optim::AdamW};
+use gatefold::nn::{EmbeddingConfig, LinearConfig, LstmConfig, Module, Precision, Sequential};
+use gatefold::optim::{AdamW, LossScale};
+use gatefold::{Batch, CrossEntropy, Device, Ids, Rng, Tensor, Trainer};
 
 const SOURCES: &[&str] = &[
     include_str!("../src/backend/adapter.rs"),
@@ -71,6 +72,9 @@ struct Args {
     /// Of the initial weights and of the written text
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Products in half precision, in training with a scaled loss
+    #[arg(long)]
+    half: bool,
     /// Such as `cpu` or `vulkan:llvmpipe`; by default the best GPU, else the CPU
     #[arg(long)]
     device: Option<String>,
@@ -102,11 +106,12 @@ fn main() -> Result<()> {
     }
 }
 
-fn build(vocabulary: &Vocabulary, device: &Device, rng: &mut Rng) -> gatefold::Result<Sequential> {
+fn build(vocabulary: &Vocabulary, half: bool, device: &Device, rng: &mut Rng) -> gatefold::Result<Sequential> {
+    let precision = if half { Precision::Half } else { Precision::Single };
     Ok(Sequential::new()
         .push(EmbeddingConfig::new(vocabulary.len(), EMBEDDING).init(device, rng)?)
-        .push(LstmConfig::new(EMBEDDING, HIDDEN).forget_bias(1.0).init(device, rng)?)
-        .push(LinearConfig::new(HIDDEN, vocabulary.len()).init(device, rng)?))
+        .push(LstmConfig::new(EMBEDDING, HIDDEN).forget_bias(1.0).precision(precision).init(device, rng)?)
+        .push(LinearConfig::new(HIDDEN, vocabulary.len()).precision(precision).init(device, rng)?))
 }
 
 fn batch(device: &Device, window: &TokenWindow) -> gatefold::Result<Batch> {
@@ -134,8 +139,11 @@ fn train(device: &Device, args: &Args) -> Result<()> {
     );
 
     let mut rng = Rng::seed(args.seed);
-    let model = build(&vocabulary, device, &mut rng)?;
+    let model = build(&vocabulary, args.half, device, &mut rng)?;
     let mut trainer = Trainer::new(model, CrossEntropy::new(), AdamW::new(LEARNING_RATE))?.clip_grad_norm(1.0);
+    if args.half {
+        trainer = trainer.loss_scaling(LossScale::dynamic());
+    }
     let (streams, held_out) = (TokenStreams::new(&train, ROWS, WINDOW)?, TokenStreams::new(&held_out, ROWS, WINDOW)?);
     let bar = common::progress_bar(u64::from(args.steps) * (ROWS * WINDOW) as u64, "characters")?;
     let (start, mut recent) = (Instant::now(), Vec::new());
@@ -222,7 +230,7 @@ fn write_text(checkpoint: &Path, device: &Device, args: &Args) -> Result<()> {
     let json = metadata.get(VOCABULARY).with_context(|| format!("{}: there is no vocabulary in it", checkpoint.display()))?;
     let vocabulary = Vocabulary::from_json(json).with_context(|| checkpoint.display().to_string())?;
     let mut rng = Rng::seed(args.seed);
-    let model = build(&vocabulary, device, &mut rng)?;
+    let model = build(&vocabulary, args.half, device, &mut rng)?;
     model.load(checkpoint)?;
 
     let mut out = std::io::stdout().lock();

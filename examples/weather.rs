@@ -19,8 +19,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use gatefold::data::{Normalizer, Series, WindowSpec, Windows, shuffled_batches};
-use gatefold::nn::{LastStep, LinearConfig, LstmConfig, Sequential};
-use gatefold::{Batch, Device, MeanSquaredError, Rng, Tensor, Trainer, optim::AdamW};
+use gatefold::nn::{LastStep, LinearConfig, LstmConfig, Precision, Sequential};
+use gatefold::optim::{AdamW, LossScale};
+use gatefold::{Batch, Device, MeanSquaredError, Rng, Tensor, Trainer};
 use plot::{BLUE_LINE, Chart, ORANGE_LINE};
 
 const DATA: &str = include_str!("data/seattle-weather.csv");
@@ -38,6 +39,9 @@ struct Args {
     /// Passes over the training years
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     epochs: u32,
+    /// Products in half precision, with a scaled loss
+    #[arg(long)]
+    half: bool,
     /// Such as `cpu` or `vulkan:llvmpipe`; by default the best GPU, else the CPU
     #[arg(long)]
     device: Option<String>,
@@ -125,11 +129,15 @@ fn main() -> Result<()> {
     let validation_days = Examples::all(&device, &Windows::new(&normalized, spec, validation..test)?, target)?.batch();
 
     let mut rng = Rng::seed(args.seed);
+    let precision = if args.half { Precision::Half } else { Precision::Single };
     let model = Sequential::new()
-        .push(LstmConfig::new(series.features(), HIDDEN).init(&device, &mut rng)?)
+        .push(LstmConfig::new(series.features(), HIDDEN).precision(precision).init(&device, &mut rng)?)
         .push(LastStep)
-        .push(LinearConfig::new(HIDDEN, 1).init(&device, &mut rng)?);
+        .push(LinearConfig::new(HIDDEN, 1).precision(precision).init(&device, &mut rng)?);
     let mut trainer = Trainer::new(model, MeanSquaredError, AdamW::new(LEARNING_RATE))?.clip_grad_norm(1.0);
+    if args.half {
+        trainer = trainer.loss_scaling(LossScale::dynamic());
+    }
 
     let start = Instant::now();
     let bar = common::progress_bar(u64::from(args.epochs) * train_windows.len() as u64, "sequences")?;

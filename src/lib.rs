@@ -44,6 +44,7 @@
 //! - [`Device`], [`Tensor`]: a GPU or the native CPU as one type; shapes over its memory.
 //! - `kernels`: one file a family (`gemm`, `gather`, `cross_entropy`, ..): its contract, its uniform struct, its launch,
 //!   its CPU twin. `shaders/` has a file of the same name.
+//!   `half` has the factors of products in either precision, and `gemm_half` the product of two in half precision.
 //! - `arithmetic`: [`Tensor::add`] and its like, on top of the kernels.
 //! - [`nn`]: layers, each with `forward`, `forward_train`, `backward`. [`nn::Recurrent`] is the core of every recurrent
 //!   layer: the input product of all steps at once, a sweep over time, and after the backward sweep the gradients of all

@@ -2,7 +2,7 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::optimizer::{self, Arena, CONTROL_WORDS, Control};
+use crate::kernels::optimizer::{self, Arena, CONTROL_WORDS, Control, LARGEST_LOSS_SCALE};
 use crate::nn::Param;
 use crate::tensor::Tensor;
 
@@ -140,6 +140,48 @@ impl Rule {
     }
 }
 
+/// Dynamic scaling of the loss (Micikevicius et al. 2018, "Mixed Precision Training"), for layers of
+/// [`Precision::Half`](crate::nn::Precision::Half), whose gradients may be too small for binary16.
+///
+/// The gradients that go backward are those of the loss times a scale, a power of two. A step unscales them before it clips, so that
+/// norms, limits and rates mean what they mean without it. A gradient that is not finite changes nothing, is counted in
+/// [`Stats::skipped`], and halves the scale, not below 1; after an interval of steps without one the scale doubles, not beyond 2^24. The
+/// scale lives on the device, and in a trainer's checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LossScale {
+    initial: f64,
+    growth_interval: u32,
+}
+
+impl LossScale {
+    /// From 2^16, doubled after 2000 steps without a gradient that is not finite.
+    pub fn dynamic() -> Self {
+        Self { initial: 65_536.0, growth_interval: 2000 }
+    }
+
+    /// The scale to start with, a power of two from 1 to 2^24.
+    pub fn initial(self, scale: f64) -> Self {
+        Self { initial: scale, ..self }
+    }
+
+    /// Steps without a gradient that is not finite after which the scale doubles, at least 1.
+    pub fn growth_interval(self, steps: u32) -> Self {
+        Self { growth_interval: steps, ..self }
+    }
+
+    fn check(self) -> Result<()> {
+        let Self { initial, growth_interval } = self;
+        if !((1.0..=f64::from(LARGEST_LOSS_SCALE)).contains(&initial) && initial.log2().fract() == 0.0) {
+            return Err(Error::argument("loss_scaling", "initial", initial, "a power of two from 1 to 2^24"));
+        }
+        if growth_interval == 0 {
+            return Err(Error::argument("loss_scaling", "growth_interval", growth_interval, "at least 1"));
+        }
+        Ok(())
+    }
+}
+
 /// What an optimizer has done so far.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
@@ -156,6 +198,8 @@ pub struct Stats {
     pub clipped_values: u64,
     /// Global norm of the last gradient, before clipping.
     pub grad_norm: f32,
+    /// What the next gradient is scaled with; 1 without [`Optimizer::loss_scaling`].
+    pub loss_scale: f32,
 }
 
 /// A rule at work on a fixed set of parameters, whose values and gradients it has moved into one arena.
@@ -164,6 +208,9 @@ pub struct Optimizer {
     rule: Rule,
     max_norm: Option<f64>,
     max_value: Option<f64>,
+    loss_scale: Option<LossScale>,
+    /// A parameter of a layer that bounds gradients on their way back.
+    bounded: Option<String>,
     value: Tensor,
     gradient: Tensor,
     first: Tensor,
@@ -210,9 +257,20 @@ impl Optimizer {
         let arena = || Tensor::zeros(&device, [length]);
         let second = if matches!(rule, Rule::AdamW(_)) { Some(arena()?) } else { None };
         let control = Tensor::zeros(&device, [CONTROL_WORDS])?;
-        let (max_norm, max_value) = (None, None);
-        let optimizer =
-            Self { rule, max_norm, max_value, value: arena()?, gradient: arena()?, first: arena()?, second, control, slots };
+        let bounded = params.iter().find(|(_, param)| param.is_bounded()).map(|(name, _)| name.clone());
+        let optimizer = Self {
+            rule,
+            max_norm: None,
+            max_value: None,
+            loss_scale: None,
+            bounded,
+            value: arena()?,
+            gradient: arena()?,
+            first: arena()?,
+            second,
+            control,
+            slots,
+        };
         for ((_, param), slot) in params.into_iter().zip(&optimizer.slots) {
             let part = |arena: &Tensor| arena.slice(slot.offset, slot.shape.clone());
             param.relocate(part(&optimizer.value), part(&optimizer.gradient))?;
@@ -231,6 +289,38 @@ impl Optimizer {
         Self { max_value: Some(limit), ..self }
     }
 
+    /// Take the gradients for those of the loss times a scale: see [`LossScale`]. [`Optimizer::scale_loss`] makes them that.
+    pub fn loss_scaling(self, loss_scale: LossScale) -> Self {
+        Self { loss_scale: Some(loss_scale), ..self }
+    }
+
+    /// For a training loop of one's own: the gradient dy of the loss by a model's output, times the present scale, which only a step
+    /// changes; what all backward passes up to the next step start from. Without [`Optimizer::loss_scaling`] it is dy.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Argument`] for a scale out of range; [`crate::ErrorKind::Unsupported`] where a layer has a
+    /// `gradient_clip`, whose limit would meet scaled gradients; [`crate::ErrorKind::DeviceMismatch`]; what the device reports.
+    pub fn scale_loss(&self, dy: &Tensor) -> Result<Tensor> {
+        self.device().expect_same("Optimizer.scale_loss", "dy", dy.device())?;
+        if self.loss_scale.is_none() {
+            return Ok(dy.clone());
+        }
+        self.check_loss_scale("Optimizer.scale_loss")?;
+        optimizer::scale_loss(&self.params(), &self.control, dy)
+    }
+
+    fn check_loss_scale(&self, op: &str) -> Result<()> {
+        let Some(loss_scale) = self.loss_scale else { return Ok(()) };
+        loss_scale.check()?;
+        match &self.bounded {
+            Some(name) => Err(Error::unsupported(
+                op,
+                format!("loss_scaling with gradient_clip in the layer of {name}, whose limit would meet scaled gradients"),
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// For schedules: the rate of the next step.
     pub fn set_learning_rate(&mut self, learning_rate: f64) {
         *self.rule.learning_rate_mut() = learning_rate;
@@ -240,9 +330,19 @@ impl Optimizer {
     /// and is counted. Queues up like every operation: [`Device::submit`] hands it to the GPU.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Argument`] for a learning rate or a bound of the gradient out of range; what the device reports.
+    /// [`crate::ErrorKind::Argument`] for a learning rate, a bound of the gradient or a scale out of range;
+    /// [`crate::ErrorKind::Unsupported`] as for [`Optimizer::scale_loss`]; what the device reports.
     pub fn step(&mut self) -> Result<()> {
         self.rule.check(self.max_norm, self.max_value)?;
+        self.check_loss_scale("Optimizer.step")?;
+        let Self { control, value, gradient, first, second, .. } = &*self;
+        optimizer::step(&self.params(), &Arena { control, value, gradient, first, second: second.as_ref() })?;
+        self.slots.iter().for_each(|slot| slot.version.advance());
+        Ok(())
+    }
+
+    /// What the kernels are told.
+    fn params(&self) -> optimizer::Optimizer {
         let length = self.value.len() as u32;
         let mut params = optimizer::Optimizer {
             count: length,
@@ -256,6 +356,8 @@ impl Optimizer {
             one_minus_beta2: 1.0,
             epsilon: 0.0,
             max_value: self.max_value.unwrap_or(0.0) as f32,
+            loss_scale: self.loss_scale.map_or(0.0, |scale| scale.initial) as f32,
+            growth_interval: self.loss_scale.map_or(0, |scale| scale.growth_interval),
         };
         match self.rule {
             Rule::Sgd(rule) => {
@@ -271,10 +373,7 @@ impl Optimizer {
                 params.epsilon = rule.epsilon as f32;
             }
         }
-        let Self { control, value, gradient, first, second, .. } = &*self;
-        optimizer::step(&params, &Arena { control, value, gradient, first, second: second.as_ref() })?;
-        self.slots.iter().for_each(|slot| slot.version.advance());
-        Ok(())
+        params
     }
 
     /// What was done so far. Waits for the device.
@@ -286,7 +385,8 @@ impl Optimizer {
         let control: &Control = bytemuck::from_bytes(bytemuck::cast_slice(&words));
         let Control { steps, skipped, clipped, norm, .. } = *control;
         let (clipped_values, value_clipped) = control.clipped_by_value();
-        Ok(Stats { steps, skipped, clipped, value_clipped, clipped_values, grad_norm: norm })
+        let loss_scale = self.params().present_loss_scale(control.loss_scale);
+        Ok(Stats { steps, skipped, clipped, value_clipped, clipped_values, grad_norm: norm, loss_scale })
     }
 
     /// Where the parameters live.

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::kernels::optimizer::CONTROL_WORDS;
 use crate::loss::Loss;
 use crate::nn::{Cell, EncoderDecoder, EncoderDecoderTape, Input, Module, Sequential, SequentialTape, State, Value};
-use crate::optim::{Optimizer, Rule, Stats};
+use crate::optim::{LossScale, Optimizer, Rule, Stats};
 use crate::rng::MaskKey;
 use crate::tensor::{Ids, Lengths, Tensor};
 
@@ -234,6 +234,23 @@ impl<L: Loss, M: Model> Trainer<L, M> {
         Self { optimizer: self.optimizer.clip_grad_value(limit), ..self }
     }
 
+    /// Scale the loss while it goes backward, for layers of [`Precision::Half`](crate::nn::Precision::Half): see [`LossScale`]. Losses
+    /// are given back as they are.
+    ///
+    /// ```
+    /// # fn main() -> gatefold::Result<()> {
+    /// use gatefold::{Device, MeanSquaredError, Rng, Trainer};
+    /// use gatefold::{nn::{LstmConfig, Precision, Sequential}, optim::{AdamW, LossScale}};
+    /// let lstm = LstmConfig::new(1, 8).precision(Precision::Half).init(&Device::cpu(), &mut Rng::seed(0))?;
+    /// let trainer = Trainer::new(Sequential::new().push(lstm), MeanSquaredError, AdamW::new(1e-2))?
+    ///     .loss_scaling(LossScale::dynamic());
+    /// assert_eq!(trainer.stats()?.loss_scale, 65536.0);
+    /// # Ok(()) }
+    /// ```
+    pub fn loss_scaling(self, loss_scale: LossScale) -> Self {
+        Self { optimizer: self.optimizer.loss_scaling(loss_scale), ..self }
+    }
+
     /// The seed of random masks; 0 at first.
     pub fn seed(self, seed: u64) -> Self {
         Self { progress: Progress { seed, ..self.progress }, ..self }
@@ -262,7 +279,7 @@ impl<L: Loss, M: Model> Trainer<L, M> {
         let key = MaskKey::new(self.progress.seed, self.progress.step);
         let (y, state, tape) = self.model.forward_train(batch, key)?;
         let (loss, dy) = self.loss.loss_and_gradient(&y, &batch.target, batch.lengths.as_ref())?;
-        self.model.backward(tape, &dy)?;
+        self.model.backward(tape, &self.optimizer.scale_loss(&dy)?)?;
         self.optimizer.step()?;
         self.progress.step += 1;
         Ok(Outcome { loss, state })

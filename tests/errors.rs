@@ -16,7 +16,7 @@ use gatefold::nn::{
     Reset, Residual, RnnConfig, SLstmConfig, Sequential, Skip, State, Stream, Tape, Value,
 };
 use gatefold::onnx::{Inputs, Kind, Operator};
-use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
+use gatefold::optim::{AdamW, LossScale, Optimizer, Rule, Sgd};
 use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
 use safetensors::{Dtype, tensor::TensorView};
 
@@ -1030,6 +1030,24 @@ fn optimizers() -> Result<()> {
             let step = || Trainer::new(model()?, MeanSquaredError, adamw)?.clip_grad_value(norm).step(&Batch::new(&ones, &ones));
             t.row(step, Argument, format!("clip_grad_value: limit is {norm}, expected finite and positive"));
         }
+        for scale in [0.0, 3.0, 0.5, f64::NAN, 33_554_432.0] {
+            let scaling = LossScale::dynamic().initial(scale);
+            let step = || Trainer::new(model()?, MeanSquaredError, adamw)?.loss_scaling(scaling).step(&Batch::new(&ones, &ones));
+            t.row(step, Argument, format!("loss_scaling: initial is {scale}, expected a power of two from 1 to 2^24"));
+        }
+        let scaling = LossScale::dynamic().growth_interval(0);
+        let step = || Trainer::new(model()?, MeanSquaredError, adamw)?.loss_scaling(scaling).step(&Batch::new(&ones, &ones));
+        t.row(step, Argument, "loss_scaling: growth_interval is 0, expected at least 1");
+        let bounded = || {
+            Ok::<_, gatefold::Error>(
+                Sequential::new().push(RnnConfig::new(4, 4).gradient_clip(1.0).init(device, &mut Rng::seed(0))?),
+            )
+        };
+        let optimizer =
+            || Ok::<_, gatefold::Error>(Optimizer::new(adamw, bounded()?.params_mut())?.loss_scaling(LossScale::dynamic()));
+        let text = "loss_scaling with gradient_clip in the layer of 0.weight_ih_l0, whose limit would meet scaled gradients";
+        t.row(|| optimizer()?.step(), Unsupported, format!("Optimizer.step: {text}"));
+        t.row(|| optimizer()?.scale_loss(&ones), Unsupported, format!("Optimizer.scale_loss: {text}"));
         let mut trainer = Trainer::new(model()?, MeanSquaredError, Sgd::new(0.1))?;
         trainer.set_learning_rate(f64::NAN);
         let text = "sgd: learning_rate is NaN, expected finite and not negative";

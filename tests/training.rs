@@ -7,10 +7,10 @@ use anyhow::{Context as _, Result, ensure};
 use common::{adapters, devices};
 use gatefold::nn::{
     Choice, Context, Decoding, Direction, Dropout, EmbeddingConfig, EncoderDecoderConfig, GruConfig, GruEncoderDecoder, Input,
-    LastState, LastStep, Layer, LinearConfig, LstmConfig, MaxOverTime, MeanOverTime, Module, Output, Param, Residual, RnnConfig,
-    Sequential, Skip, State, Tape, Value,
+    LastState, LastStep, Layer, LinearConfig, LstmConfig, MaxOverTime, MeanOverTime, Module, Output, Param, Precision, Residual,
+    RnnConfig, Sequential, Skip, State, Tape, Value,
 };
-use gatefold::optim::{AdamW, Optimizer, Rule, Sgd};
+use gatefold::optim::{AdamW, LossScale, Optimizer, Rule, Sgd};
 use gatefold::verify::{Comparison, case_file, oracle};
 use gatefold::{Batch, CrossEntropy, Device, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
 
@@ -651,6 +651,76 @@ fn a_step_that_is_not_finite_changes_nothing() -> Result<()> {
                 assert_eq!((spoilt.stats()?.steps, spoilt.stats()?.skipped), (2, 1), "{what}");
             }
         }
+    }
+    Ok(())
+}
+
+/// A scale is a power of two: where nothing overflows, it changes no bit.
+#[test]
+fn a_scaled_loss_changes_no_bit_of_single_precision() -> Result<()> {
+    for device in devices()? {
+        let batches = batches(&device, 6)?;
+        for rule in [Rule::from(AdamW::new(1e-2)), Rule::from(Sgd::new(0.5).momentum(0.9).weight_decay(0.01))] {
+            let mut plain = trainer(&device, 1, 0.3, rule)?.clip_grad_value(0.05);
+            // It grows on the way.
+            let scaling = LossScale::dynamic().initial(1024.0).growth_interval(2);
+            let mut scaled = trainer(&device, 1, 0.3, rule)?.clip_grad_value(0.05).loss_scaling(scaling);
+            let (expected, losses) = (run(&mut plain, &batches)?, run(&mut scaled, &batches)?);
+            assert_eq!(bits(&losses), bits(&expected), "{device:?} {rule:?}: losses");
+            assert_eq!(bits(&weights(scaled.model())?), bits(&weights(plain.model())?), "{device:?} {rule:?}: weights");
+            let (stats, plain) = (scaled.stats()?, plain.stats()?);
+            assert_eq!((stats.loss_scale, plain.loss_scale), (8192.0, 1.0), "{device:?} {rule:?}");
+            let (norm, expected) = (stats.grad_norm, plain.grad_norm);
+            assert_eq!(
+                (norm, stats.clipped, stats.clipped_values),
+                (expected, plain.clipped, plain.clipped_values),
+                "{device:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn half_precision_halves_the_scale_until_gradients_fit_and_resumes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for device in devices()? {
+        let mut rng = Rng::seed(6);
+        let x = Tensor::from_slice(&device, &normals(&mut rng, 4 * 3 * 2), [4, 3, 2])?;
+        // Far away: the gradient of the loss by y is near -17, so that a scale of 2^16 takes it out of half precision.
+        let batch = Batch::new(x, Tensor::from_slice(&device, &[100.0; 12], [4, 3, 1])?);
+        let make = || -> Result<Trainer<MeanSquaredError>> {
+            let mut rng = Rng::seed(4);
+            let model = Sequential::new()
+                .push(LstmConfig::new(2, 5).precision(Precision::Half).init(&device, &mut rng)?)
+                .push(LinearConfig::new(5, 1).precision(Precision::Half).init(&device, &mut rng)?);
+            let trainer = Trainer::new(model, MeanSquaredError, AdamW::new(1e-2))?.clip_grad_norm(1.0);
+            Ok(trainer.loss_scaling(LossScale::dynamic().growth_interval(4)))
+        };
+        let mut whole = make()?;
+        let start = weights(whole.model())?;
+        let mut skipped = 0;
+        let loss = whole.step(&batch)?.item()?;
+        while whole.stats()?.steps == 0 {
+            skipped += 1;
+            let stats = whole.stats()?;
+            assert_eq!((stats.skipped, stats.loss_scale), (skipped, 65_536.0 / 2.0f32.powi(skipped as i32)), "{device:?}");
+            assert_eq!(bits(&weights(whole.model())?), bits(&start), "{device:?}: a skipped step");
+            ensure!(skipped < 10, "{device:?}: never fits");
+            assert_eq!(whole.step(&batch)?.item()?, loss, "{device:?}: the loss is not scaled");
+        }
+        ensure!(skipped >= 2, "{device:?}: {skipped} skipped");
+        let path = folder.path().join("half.safetensors");
+        whole.save(&path)?;
+        let mut resumed = make()?;
+        resumed.load(&path)?;
+        let batches = vec![batch; 9];
+        let (expected, losses) = (run(&mut whole, &batches)?, run(&mut resumed, &batches)?);
+        assert_eq!(bits(&losses), bits(&expected), "{device:?}: losses");
+        assert_eq!(bits(&weights(resumed.model())?), bits(&weights(whole.model())?), "{device:?}: weights");
+        assert_eq!(resumed.stats()?, whole.stats()?, "{device:?}");
+        // It has grown and halved again.
+        ensure!(whole.stats()?.skipped > skipped && expected[8] < loss, "{device:?}: {:?}", whole.stats()?);
     }
     Ok(())
 }

@@ -21,7 +21,9 @@ pub(crate) mod elementwise;
 pub(crate) mod gate_mask;
 pub(crate) mod gather;
 pub(crate) mod gemm;
+pub(crate) mod gemm_half;
 pub(crate) mod gru_reset;
+pub(crate) mod half;
 pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub(crate) mod mean_squared_error;
@@ -72,6 +74,8 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
     ];
     let mut kernels: Vec<&'static crate::backend::Kernel> = vec![
         &gemm::GEMM,
+        &half::PACK,
+        &gemm_half::GEMM_HALF,
         &transpose::TRANSPOSE,
         &gather::GATHER,
         &gather::SCATTER,
@@ -93,6 +97,7 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &optimizer::PREPARE,
         &optimizer::SGD,
         &optimizer::ADAMW,
+        &optimizer::SCALE_LOSS,
         &dropout::DROPOUT,
         &sample::SAMPLE,
         &math_probe::PROBE,

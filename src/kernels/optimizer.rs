@@ -20,6 +20,8 @@ params! {
         one_minus_beta2: f32,
         epsilon: f32,
         max_value: f32,
+        loss_scale: f32,
+        growth_interval: u32,
     }
 }
 
@@ -39,6 +41,23 @@ pub(crate) struct Control {
     pub values_low: u32,
     pub values_high: u32,
     pub value_steps: u32,
+    pub loss_scale: f32,
+    pub good_steps: u32,
+}
+
+/// The bounds of the loss's scale.
+const LEAST_LOSS_SCALE: f32 = 1.0;
+pub(crate) const LARGEST_LOSS_SCALE: f32 = 16_777_216.0; // 2^24
+
+impl Optimizer {
+    /// What the loss is scaled with; `kept`: [`Control::loss_scale`].
+    pub fn present_loss_scale(&self, kept: f32) -> f32 {
+        match (self.loss_scale, kept) {
+            (0.0, _) => 1.0,
+            (initial, 0.0) => initial,
+            (_, kept) => kept,
+        }
+    }
 }
 
 impl Control {
@@ -82,6 +101,9 @@ pub(crate) static ADAMW: Kernel = Kernel {
     ..SGD
 };
 
+pub(crate) static SCALE_LOSS: Kernel =
+    Kernel { name: "scale_loss", entry: "scale_loss", bindings: &[(1, READ_WRITE), (7, READ), (8, READ_WRITE)], ..SGD };
+
 /// The arena: all of the same length, but for the control words.
 pub(crate) struct Arena<'a> {
     /// [`Control`], as `u32` words.
@@ -112,6 +134,25 @@ pub(crate) fn step(params: &Optimizer, arena: &Arena<'_>) -> Result<()> {
             gpu.launch(kernel, params, &bindings, grid(value.len()))
         }
     }
+}
+
+/// A gradient times the present scale of the loss.
+pub(crate) fn scale_loss(params: &Optimizer, control: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let scaled = Tensor::uninitialized(dy.device(), dy.shape())?;
+    match dy.device().backend() {
+        Backend::Native => {
+            let words = control.native::<u32>();
+            let control: &Control = bytemuck::from_bytes(bytemuck::cast_slice(&words));
+            let scale = params.present_loss_scale(control.loss_scale);
+            let (dy, mut scaled) = (dy.native::<f32>(), scaled.native_mut::<f32>());
+            scaled.iter_mut().zip(dy.iter()).for_each(|(scaled, dy)| *scaled = scale * dy);
+        }
+        Backend::Gpu(gpu) => {
+            let params = Optimizer { count: dy.len() as u32, ..*params };
+            gpu.launch(&SCALE_LOSS, &params, &[control.range(), dy.range(), scaled.range()], grid(dy.len()))?;
+        }
+    }
+    Ok(scaled)
 }
 
 fn native(p: &Optimizer, arena: &Arena<'_>, squares: f32) {
@@ -161,15 +202,28 @@ fn prepare(p: &Optimizer, squares: f32, control: &mut Control) {
     let (values, steps) = control.clipped_by_value();
     (control.values_low, control.values_high) = (values as u32, (values >> 32) as u32);
     (control.value_steps, control.clipped_values) = (steps, 0);
-    control.norm = squares.sqrt();
-    control.scale = 1.0;
+    let loss_scale = p.present_loss_scale(control.loss_scale);
+    control.norm = squares.sqrt() / loss_scale;
+    control.scale = 1.0 / loss_scale;
     control.skip = u32::from(!squares.is_finite());
     if control.skip == 1 {
         control.skipped += 1;
+        if p.loss_scale > 0.0 {
+            control.loss_scale = LEAST_LOSS_SCALE.max(loss_scale / 2.0);
+            control.good_steps = 0;
+        }
         return;
     }
+    if p.loss_scale > 0.0 {
+        control.loss_scale = loss_scale;
+        control.good_steps += 1;
+        if control.good_steps >= p.growth_interval {
+            control.loss_scale = LARGEST_LOSS_SCALE.min(loss_scale * 2.0);
+            control.good_steps = 0;
+        }
+    }
     if p.max_norm > 0.0 && control.norm > p.max_norm {
-        control.scale = p.max_norm / (control.norm + 1e-6); // PyTorch's guard
+        control.scale = p.max_norm / (control.norm + 1e-6) / loss_scale; // PyTorch's guard
         control.clipped += 1;
     }
     control.steps += 1;

@@ -3,7 +3,9 @@
 
 use super::cell_contract::{Block, CellKernel, GatedStep, is_gated, recurrent_runs};
 use super::gate_mask::{self, Masks};
-use super::gemm::{Matrix, gemm};
+use super::gemm::Matrix;
+use super::gemm_half::product;
+use super::half::Factor;
 use super::layer_norm::GateNorm;
 use super::norm_output::StateNorm;
 use super::output_step::{self, Teacher};
@@ -40,7 +42,7 @@ pub(crate) struct OutputProduct<'a> {
     /// R.
     pub width: usize,
     /// Forward: W_hr transposed `[H, R]`. Backward: W_hr.
-    pub weights: &'a Tensor,
+    pub weights: Factor,
     /// `[R]`
     pub bias: Option<&'a Tensor>,
     /// o of each step, laid out as the states: `[depth, B, R]`.
@@ -53,10 +55,17 @@ pub(crate) struct OutputProduct<'a> {
     pub y: &'a Tensor,
 }
 
-/// As [`sweep_step::forward`]; with an output product [`Buffers::weights`] is `[R, GATES * H]` and [`Plan::output`] false.
-pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, extras: &Extras<'_>) -> Result<()> {
+/// As [`sweep_step::forward`], but `weights`, W_hh transposed `[R, GATES * H]`, stand for [`Buffers::weights`]; with an output product
+/// [`Plan::output`] is false.
+pub(crate) fn forward<C: CellKernel>(
+    cell: &C,
+    plan: &Plan<'_>,
+    buffers: &Buffers<'_>,
+    weights: &Factor,
+    extras: &Extras<'_>,
+) -> Result<()> {
     let (rows, hidden) = (plan.rows, plan.hidden);
-    let product = Tensor::uninitialized(buffers.slots.device(), [rows, C::Pre::LEN * hidden])?;
+    let recurrent = Tensor::uninitialized(buffers.slots.device(), [rows, C::Pre::LEN * hidden])?;
     let masks = extras.masks_of::<C>(plan, buffers)?;
     let depth = plan.depth::<C>(buffers.states);
     for step @ (t, before, after) in plan.order(depth) {
@@ -64,44 +73,46 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
             output_step::teach(plan, teacher, output.width, output.outputs, step)?;
         }
         let h = state_of(plan, buffers, extras, before);
-        let target = Matrix::new(&product, rows, C::Pre::LEN * hidden);
+        let target = Matrix::new(&recurrent, rows, C::Pre::LEN * hidden);
         match &extras.norm {
             Some(ProductNorm { gates, .. }) => {
                 let line = t * rows % gates.lines();
-                multiply(cell, plan, buffers, masks.as_ref(), h, gates.window(line, rows), step)?;
+                multiply(cell, plan, buffers, weights, masks.as_ref(), h, gates.window(line, rows), step)?;
                 gates.forward(line, None, target)?;
             }
-            None => multiply(cell, plan, buffers, masks.as_ref(), h, target, step)?,
+            None => multiply(cell, plan, buffers, weights, masks.as_ref(), h, target, step)?,
         }
-        sweep_step::forward_split(cell, plan, buffers, &product, step)?;
+        sweep_step::forward_split(cell, plan, buffers, &recurrent, step)?;
         if let Some(norm) = &extras.state_norm {
             norm.forward(plan, buffers, step)?;
         }
         if let Some(output) = &extras.output {
             let m = Matrix::window(buffers.states, after * rows * hidden, rows, hidden, hidden);
             let o = Matrix::window(output.outputs, after * rows * output.width, rows, output.width, output.width);
-            gemm(m, Matrix::new(output.weights, hidden, output.width), output.bias, o, false)?;
+            product(m, &output.weights, output.bias, o, false)?;
             output_step::output(plan, output.width, output.outputs, output.y, buffers.unit, step)?;
         }
     }
     Ok(())
 }
 
-/// The recurrent product of a step, `product [B, GATES * H]`.
+/// The recurrent product of a step, `recurrent [B, GATES * H]`.
+#[expect(clippy::too_many_arguments, reason = "what a step has, and the two factors and the result of its product")]
 fn multiply<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,
     buffers: &Buffers<'_>,
+    weights: &Factor,
     masks: Option<&(Masks, Tensor)>,
     h: Matrix<'_>,
-    product: Matrix<'_>,
+    recurrent: Matrix<'_>,
     step: Step,
 ) -> Result<()> {
     let (rows, hidden, all) = (plan.rows, plan.hidden, C::Pre::LEN);
     // Of `count` gates from `first` on, from what they see.
     let gates = |seen: Matrix<'_>, first: usize, count: usize| {
-        let w = Matrix::window(buffers.weights, first * hidden, seen.cols, count * hidden, all * hidden);
-        gemm(seen, w, None, product.columns(first * hidden, count * hidden), false)
+        let (first, count) = (first * hidden, count * hidden);
+        product(seen, &weights.lines(first, count), None, recurrent.columns(first, count), false)
     };
     if let Some((masks, masked)) = masks {
         gate_mask::spread(masks, 0..all, h, masked)?;
@@ -110,16 +121,17 @@ fn multiply<C: CellKernel>(
     }
     let Some(gated) = cell.gated() else { return gates(h, 0, all) };
     gates(h, 0, all - 1)?;
-    gated.forward(&gated_step(plan, buffers, step), buffers.unit, product.tensor)?;
+    gated.forward(&gated_step(plan, buffers, step), buffers.unit, recurrent.tensor)?;
     gates(slots_of::<C>(plan, buffers, step, gated.slot(), 1), all - 1, 1)
 }
 
-/// As [`sweep_step::backward`], but the initial state's gradient is whole: in `dstates`, or, that of o, in
+/// As [`sweep_step::backward`], but `weights`, W_hh `[GATES * H, R]` in runs of H, stand for [`Buffers::weights`], and the initial state's gradient is whole: in `dstates`, or, that of o, in
 /// [`OutputProduct::carried`].
 pub(crate) fn backward<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,
     buffers: &Buffers<'_>,
+    weights: &Factor,
     extras: &Extras<'_>,
     dstates: &Tensor,
 ) -> Result<()> {
@@ -134,7 +146,7 @@ pub(crate) fn backward<C: CellKernel>(
         if let Some((output, carried, douts)) = extras.backward_output() {
             output_step::output_backward(plan, output.width, output.y, carried, douts, buffers.unit, step)?;
             let dout = Matrix::window(douts, t * rows * output.width, rows, output.width, output.width);
-            gemm(dout, Matrix::new(output.weights, output.width, hidden), None, dm, false)?;
+            product(dout, &output.weights, None, dm, false)?;
         }
         if let Some((norm, dvalues)) = extras.state_norm.as_ref().and_then(|norm| Some((norm, norm.dvalues?))) {
             norm.backward(plan, buffers, dstates, dvalues, step)?;
@@ -150,20 +162,20 @@ pub(crate) fn backward<C: CellKernel>(
             None => dm,
         };
         let dproducts = extras.norm.as_ref().and_then(|norm| norm.dproducts);
-        for run @ (gate, ..) in recurrent_runs(cell, masks.is_some()).into_iter().rev() {
+        for run @ (gate, _, gates) in recurrent_runs(cell, masks.is_some()).into_iter().rev() {
             let dr = recurrent_gradient::<C>(buffers.slots, dproducts, hidden, [t * rows, rows], run);
-            let w = Matrix::window(buffers.weights, gate * hidden * target.cols, dr.cols, target.cols, target.cols);
+            let w = weights.runs(gate, gates);
             match (&masks, cell.gated(), &dseen) {
                 (Some((_, masked)), ..) => {
                     let seen = Matrix::window(masked, gate * rows * target.cols, rows, target.cols, target.cols);
-                    gemm(dr, w, None, seen, false)?;
+                    product(dr, &w, None, seen, false)?;
                 }
                 // The last gate comes first: the others' gradients follow from what its product saw.
                 (None, Some(gated), Some(dseen)) if is_gated(cell, gate) => {
-                    gemm(dr, w, None, Matrix::new(dseen, rows, hidden), false)?;
+                    product(dr, &w, None, Matrix::new(dseen, rows, hidden), false)?;
                     gated.backward(&gated_step(plan, buffers, step), dseen, dstates)?;
                 }
-                _ => gemm(dr, w, None, target, true)?,
+                _ => product(dr, &w, None, target, true)?,
             }
         }
         if let Some((masks, masked)) = &masks {

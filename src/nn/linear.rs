@@ -4,7 +4,9 @@ use super::{Context, Layer, Module, Output, Param, Tape, Value, Version, expect_
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::column_sum::column_sum;
-use crate::kernels::gemm::{Matrix, gemm};
+use crate::kernels::gemm::Matrix;
+use crate::kernels::gemm_half::product;
+use crate::kernels::half::{Factor, Precision};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
 
@@ -15,12 +17,13 @@ pub struct LinearConfig {
     input: usize,
     output: usize,
     bias: bool,
+    precision: Precision,
 }
 
 impl LinearConfig {
     /// From `input` to `output` numbers, with a bias.
     pub fn new(input: usize, output: usize) -> Self {
-        Self { input, output, bias: true }
+        Self { input, output, bias: true, precision: Precision::Single }
     }
 
     /// Whether there is a bias.
@@ -28,12 +31,17 @@ impl LinearConfig {
         Self { bias, ..self }
     }
 
+    /// The precision of the products, [`Precision::Single`] at first.
+    pub fn precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
     /// The layer, with weights and bias drawn from U(-1/sqrt(input), 1/sqrt(input)), as PyTorch does.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Argument`] for a size of 0; what the device reports.
     pub fn init(self, device: &Device, rng: &mut Rng) -> Result<Linear> {
-        let Self { input, output, bias } = self;
+        let Self { input, output, bias, precision } = self;
         for (name, size) in [("input", input), ("output", output)] {
             if size == 0 {
                 return Err(Error::argument("linear.init", name, size, "at least 1"));
@@ -43,7 +51,7 @@ impl LinearConfig {
         let mut draw = |_| rng.uniform(-bound, bound);
         let weight = Param::draw("weight", device, [output, input], &mut draw)?;
         let bias = if bias { Some(Param::draw("bias", device, [output], &mut draw)?) } else { None };
-        Ok(Linear { weight, bias })
+        Ok(Linear { weight, bias, precision })
     }
 }
 
@@ -52,6 +60,7 @@ impl LinearConfig {
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
+    precision: Precision,
 }
 
 impl Linear {
@@ -73,7 +82,7 @@ impl Linear {
         let y = Tensor::uninitialized(x.device(), shape)?;
         let (a, c) = (Matrix::new(x, rows, input), Matrix::new(&y, rows, output));
         let bias = self.bias.as_ref().map(Param::value);
-        gemm(a, Matrix::new(&self.weight.transposed()?, input, output), bias, c, false)?;
+        product(a, &self.weight.transposed_factor(self.precision)?, bias, c, false)?;
         Ok(y)
     }
 
@@ -94,7 +103,8 @@ impl Linear {
         shape.push(output);
         dy.expect_shape(op, "dy", &shape, "[.., output]")?;
         let gradient = Matrix::new(dy, rows, output);
-        gemm(gradient.t(), Matrix::new(x, rows, input), None, Matrix::new(self.weight.grad(), output, input), true)?;
+        let x_factor = Factor::right(self.precision, Matrix::new(x, rows, input), rows)?;
+        product(gradient.t(), &x_factor, None, Matrix::new(self.weight.grad(), output, input), true)?;
         if let Some(bias) = &self.bias {
             column_sum(gradient, 0, bias.grad())?;
         }
@@ -102,7 +112,8 @@ impl Linear {
             return Ok(None);
         }
         let dx = Tensor::uninitialized(x.device(), x.shape())?;
-        gemm(gradient, Matrix::new(self.weight.value(), output, input), None, Matrix::new(&dx, rows, input), false)?;
+        let weight = self.weight.factor(self.precision, output)?;
+        product(gradient, &weight, None, Matrix::new(&dx, rows, input), false)?;
         Ok(Some(dx))
     }
 }

@@ -16,6 +16,7 @@ mod stream;
 use std::any::Any;
 
 pub use crate::kernels::activation::Activation;
+pub use crate::kernels::half::Precision;
 pub use crate::kernels::sample::Choice;
 pub use dropout::Dropout;
 pub use embedding::{Embedding, EmbeddingConfig};

@@ -12,6 +12,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::gemm::Matrix;
+use crate::kernels::half::{Factor, Precision};
 use crate::kernels::transpose;
 use crate::tensor::{Shape, Tensor};
 
@@ -24,14 +25,24 @@ pub struct Param {
     version: Version,
     transposed: CachedCopy,
     packed: CachedCopy,
+    /// In half precision: the value and its transpose as right factors.
+    halves: [CachedCopy<Factor>; 2],
+    /// Whether its layer bounds gradients on their way back.
+    bounded: bool,
 }
 
 /// A copy of a parameter's value in another order, and the version that it was made of.
-#[derive(Debug, Default)]
-struct CachedCopy(Mutex<Option<(u64, Tensor)>>);
+#[derive(Debug)]
+struct CachedCopy<T = Tensor>(Mutex<Option<(u64, T)>>);
 
-impl CachedCopy {
-    fn get(&self, version: u64, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+impl<T> Default for CachedCopy<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone> CachedCopy<T> {
+    fn get(&self, version: u64, make: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut cached = self.0.lock();
         match &*cached {
             Some((made_of, copy)) if *made_of == version => Ok(copy.clone()),
@@ -84,8 +95,8 @@ impl Param {
     }
 
     fn with(name: String, value: Tensor, grad: Tensor) -> Self {
-        let (transposed, packed) = (CachedCopy::default(), CachedCopy::default());
-        Self { name, value, grad, version: Version::default(), transposed, packed }
+        let (transposed, packed, halves) = (CachedCopy::default(), CachedCopy::default(), Default::default());
+        Self { name, value, grad, version: Version::default(), transposed, packed, halves, bounded: false }
     }
 
     /// Its name inside its layer, as PyTorch has it: `weight_ih_l0`.
@@ -139,6 +150,15 @@ impl Param {
         &self.version
     }
 
+    pub(crate) fn is_bounded(&self) -> bool {
+        self.bounded
+    }
+
+    /// From a layer that bounds gradients on their way back.
+    pub(crate) fn bounded(self, bounded: bool) -> Self {
+        Self { bounded, ..self }
+    }
+
     /// A transposed copy of the value `[rows, cols]`, remade when the value changed: products read it row by row.
     pub(crate) fn transposed(&self) -> Result<Tensor> {
         let make = || transpose::matrix(&self.value, self.value.shape()[0], self.value.shape()[1]);
@@ -148,6 +168,25 @@ impl Param {
     /// A copy in the order in which a kernel reads it, as `pack` makes it, always the same; remade when the value changed.
     pub(crate) fn packed(&self, pack: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
         self.packed.get(self.version.get(), || pack(&self.value))
+    }
+
+    /// The value `[rows, cols]` as a right factor, with runs of `run` rows.
+    pub(crate) fn factor(&self, precision: Precision, run: usize) -> Result<Factor> {
+        let value = || Matrix::new(&self.value, self.value.shape()[0], self.value.shape()[1]);
+        match precision {
+            Precision::Single => Factor::right(precision, value(), run),
+            Precision::Half => self.halves[0].get(self.version.get(), || Factor::right(precision, value(), run)),
+        }
+    }
+
+    /// Its transpose `[cols, rows]` as a right factor.
+    pub(crate) fn transposed_factor(&self, precision: Precision) -> Result<Factor> {
+        let (rows, cols) = (self.value.shape()[0], self.value.shape()[1]);
+        match precision {
+            Precision::Single => Factor::right(precision, Matrix::new(&self.transposed()?, cols, rows), cols),
+            Precision::Half => self.halves[1]
+                .get(self.version.get(), || Factor::right(precision, Matrix::new(&self.value, rows, cols).t(), cols)),
+        }
     }
 
     /// Moves value and gradient into slices of the arena.

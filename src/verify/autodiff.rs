@@ -29,11 +29,12 @@ enum Origin {
     Map(usize, Vec<f64>),
     /// An elementwise function of two vectors, and its derivatives by both.
     Zip([usize; 2], [Vec<f64>; 2]),
-    /// Rows of a matrix, from that row on, times a vector.
+    /// Rows of a matrix, from that row on, times a vector; what is done to each factor first.
     Product {
         matrix: usize,
         first_row: usize,
         x: usize,
+        round: fn(f64) -> f64,
     },
     /// Neighbouring elements, from that one on.
     Slice(usize, usize),
@@ -102,10 +103,13 @@ impl Tape {
                         of(*operand, &mut |dx| add_products(dx, d, derivative));
                     }
                 }
-                Origin::Product { matrix, first_row, x } => {
-                    let (w, x_value) = (&nodes[*matrix].value, &nodes[*x].value);
+                Origin::Product { matrix, first_row, x, round } => {
+                    // The factors of the backward products, too: a rounding has derivative 1.
+                    let all = |values: &[f64]| -> Vec<f64> { values.iter().map(|value| round(*value)).collect() };
+                    let x_value = &all(&nodes[*x].value);
                     let from = first_row * x_value.len();
-                    let lines = || w[from..].chunks_exact(x_value.len()).zip(d.iter());
+                    let (w, d) = (&all(&nodes[*matrix].value[from..from + d.len() * x_value.len()]), &all(d));
+                    let lines = || w.chunks_exact(x_value.len()).zip(d.iter());
                     of(*x, &mut |dx| lines().for_each(|(line, d)| add_scaled(dx, line, *d)));
                     of(*matrix, &mut |dw| {
                         let lines = dw[from..].chunks_exact_mut(x_value.len()).zip(d.iter());
@@ -164,10 +168,16 @@ impl<'t> Var<'t> {
 
     /// `rows` of this matrix \[m,n\] times x \[n\].
     pub fn product(self, rows: Range<usize>, x: Self) -> Self {
-        let (matrix, vector) = (self.value(), x.value());
-        let (n, first_row) = (vector.len(), rows.start);
-        let value: Vec<f64> = matrix[rows.start * n..rows.end * n].chunks_exact(n).map(|line| dot(line, &vector)).collect();
-        self.tape.push(value.into(), Origin::Product { matrix: self.place, first_row, x: x.place })
+        self.product_of(rows, x, |factor| factor)
+    }
+
+    /// The same of rounded factors, as are those of the products that give its gradients.
+    pub fn product_of(self, rows: Range<usize>, x: Self, round: fn(f64) -> f64) -> Self {
+        let all = |values: &[f64]| -> Vec<f64> { values.iter().map(|value| round(*value)).collect() };
+        let (n, first_row) = (x.value().len(), rows.start);
+        let (matrix, vector) = (all(&self.value()[rows.start * n..rows.end * n]), all(&x.value()));
+        let value: Vec<f64> = matrix.chunks_exact(n).map(|line| dot(line, &vector)).collect();
+        self.tape.push(value.into(), Origin::Product { matrix: self.place, first_row, x: x.place, round })
     }
 
     /// Elements `range`.

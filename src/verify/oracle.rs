@@ -215,6 +215,8 @@ pub struct Recurrent {
     pub merge: Merge,
     /// A layer whose input is as wide as its output adds it to its output, after the output's dropout.
     pub residual: bool,
+    /// Whether the factors of every product, forward and backward, are rounded to [`half`] precision.
+    pub half: bool,
 }
 
 /// The weights of one layer and direction, or gradients by them: what PyTorch calls `weight_ih_l0` is `weight_ih` here. What
@@ -294,7 +296,13 @@ impl Recurrent {
             first_reverse: false,
             merge: Merge::Concat,
             residual: false,
+            half: false,
         }
+    }
+
+    /// What is done to a factor of a product.
+    fn round(&self) -> fn(f64) -> f64 {
+        if self.half { half } else { |factor| factor }
     }
 
     /// Names and lengths of the weights of `layer`, in PyTorch's order as far as PyTorch has them. Whatever begins with `bias`,
@@ -519,7 +527,8 @@ impl Recurrent {
             let step = Step { spec: self, tape, parts, masks: &masks, x: xs[t] };
             let mut next = step.cell(&previous);
             if self.projection.is_some() {
-                next[0] = step.plus("bias_hr", 0..self.h_width(), parts["weight_hr"].product(0..self.h_width(), next[0]));
+                let o = parts["weight_hr"].product_of(0..self.h_width(), next[0], self.round());
+                next[0] = step.plus("bias_hr", 0..self.h_width(), o);
             }
             if let Some(zoneout) = input.zoneout {
                 let mut at = t * batch * widths.iter().sum::<usize>();
@@ -615,7 +624,7 @@ impl<'t> Step<'_, 't> {
 
     /// `W_ih x + b_ih` of every gate.
     fn input_parts<const G: usize>(&self) -> [Var<'t>; G] {
-        let products = from_fn(|gate| self.parts["weight_ih"].product(self.rows(gate), self.x));
+        let products = from_fn(|gate| self.parts["weight_ih"].product_of(self.rows(gate), self.x, self.spec.round()));
         let products: [Var<'t>; G] = self.normalized("norm_ih", products);
         from_fn(|gate| self.plus("bias_ih", self.rows(gate), products[gate]))
     }
@@ -629,7 +638,7 @@ impl<'t> Step<'_, 't> {
     /// `W_hh h` of one gate, with the mask on h.
     fn recurrent_product(&self, gate: usize, h: Var<'t>) -> Var<'t> {
         let h = self.masks.get(gate).map_or(h, |mask| *mask * h);
-        self.parts["weight_hh"].product(self.rows(gate), h)
+        self.parts["weight_hh"].product_of(self.rows(gate), h, self.spec.round())
     }
 
     fn rows(&self, gate: usize) -> Range<usize> {
@@ -710,6 +719,17 @@ fn add(sum: &mut [f64], terms: &[f64]) {
 }
 
 // ---- products ----
+
+/// The nearest number of IEEE 754 binary16, ties to even: 11 significant bits, below 2^-14 multiples of 2^-24, infinity from 65520 on.
+pub fn half(x: f64) -> f64 {
+    if !x.is_finite() || x == 0.0 {
+        return x;
+    }
+    let exponent = (x.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    let unit = 2.0f64.powi(exponent.max(-14) - 10);
+    let rounded = (x / unit).round_ties_even() * unit;
+    if rounded.abs() > 65504.0 { f64::INFINITY.copysign(x) } else { rounded }
+}
 
 /// `C[i,j] = sum over p of A[i,p] B[p,j]` with A \[m,k\] and B \[k,n\]; a transposed operand is stored \[k,m\] or \[n,k\].
 pub fn matmul(a: &[f64], b: &[f64], m: usize, n: usize, k: usize, transpose_a: bool, transpose_b: bool) -> Vec<f64> {
@@ -894,6 +914,30 @@ impl AdamW {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn half_precision_is_binary16() {
+        for (x, expected) in [
+            (0.0, 0.0),
+            (1.0 / 3.0, 0.333251953125),
+            (2049.0, 2048.0),
+            (2051.0, 2052.0),
+            (65504.0, 65504.0),
+            (65519.0, 65504.0),
+            (-65520.0, f64::NEG_INFINITY),
+            (2.0f64.powi(-24), 2.0f64.powi(-24)),
+            (2.0f64.powi(-25), 0.0),
+            (1.5 * 2.0f64.powi(-24), 2.0f64.powi(-23)),
+            (1e-300, 0.0),
+        ] {
+            assert_eq!(half(x), expected, "{x}");
+        }
+        // Every number of it is its own.
+        for bits in 0..0x7c00u16 {
+            let x = half::f16::from_bits(bits).to_f64();
+            assert_eq!((half(x), half(-x)), (x, -x));
+        }
+    }
 
     /// Numbers in -1..1 from a linear congruential generator (Knuth's MMIX constants).
     struct Numbers(u64);

@@ -7,7 +7,7 @@ use super::{Cell, Direction, Recurrent, Window, time_block};
 use crate::error::{Error, Result};
 use crate::kernels::cell_contract::Block;
 use crate::kernels::sweep_step;
-use crate::nn::Input;
+use crate::nn::{Input, Precision};
 use crate::tensor::{Lengths, Tensor};
 
 /// How [`BoundedBptt::run`] cuts a sequence, and what it will take.
@@ -109,7 +109,7 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let lines = segment * rows;
         let split = layer.is_split(true);
         // Copies of the weights for the forward products, made once; DropConnect has another of W_hh.
-        let weights: usize = layer.weights.iter().map(|weights| weights.copies::<C>(hidden, split)).sum();
+        let weights: usize = layer.weights.iter().map(|weights| weights.copies(config, split)).sum();
         let packed = if split { gates * width } else { sweep_step::forward_weights_len::<C>(hidden) };
         let dropped = if config.weight_dropout > 0.0 { (2 * gates * width + packed) * config.layers } else { 0 };
         let state: usize = (0..C::State::LEN).map(|s| config.layers * rows * layer.width_of(s)).sum();
@@ -136,8 +136,15 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let product = if split { rows * gates } else { 0 };
         let masked = if config.recurrent_dropout > 0.0 { time_block(rows).min(segment) * rows * width } else { 0 };
         let spread = if config.recurrent_dropout > 0.0 { rows * C::Pre::LEN * width } else { 0 };
+        // In half precision the gradients of a block of W_hh are made of copies of dr, h, and the x of W_ih.
+        let factors = time_block(rows).min(segment) * rows * (gates + width + config.input.max(layer.output()));
+        let halves = match (config.precision, layer.device.is_cpu()) {
+            (Precision::Single, _) => 0,
+            (Precision::Half, true) => factors,
+            (Precision::Half, false) => factors / 2,
+        };
         let head = lines * layer.output();
-        let backward = dx + douts + dnorms + carried + masked + copies * lines * layer.output();
+        let backward = halves + dx + douts + dnorms + carried + masked + copies * lines * layer.output();
         let whole = if self.needs_dx { steps * rows * config.input } else { 0 };
         let words = weights
             + dropped

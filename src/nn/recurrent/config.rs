@@ -12,6 +12,7 @@ use crate::kernels::cell_min_gru::MinGruCell;
 use crate::kernels::cell_min_lstm::MinLstmCell;
 use crate::kernels::cell_rnn::RnnCell;
 use crate::kernels::cell_slstm::SLstmCell;
+use crate::kernels::half::Precision;
 use crate::rng::Rng;
 
 /// Which way a recurrent layer reads its sequences.
@@ -84,6 +85,7 @@ pub struct RecurrentConfig<C> {
     pub(super) merge: Merge,
     pub(super) residual: bool,
     pub(in crate::nn) learn_initial_state: bool,
+    pub(super) precision: Precision,
 }
 
 /// Sizes and options of an [`super::Lstm`].
@@ -123,6 +125,7 @@ impl<C: Cell> RecurrentConfig<C> {
             merge: Merge::Concat,
             residual: false,
             learn_initial_state: false,
+            precision: Precision::Single,
         }
     }
 
@@ -202,6 +205,11 @@ impl<C: Cell> RecurrentConfig<C> {
     /// are normalized together, n by itself; its reset gate acts after the product.
     pub fn layer_norm(self, layer_norm: bool) -> Self {
         Self { layer_norm, ..self }
+    }
+
+    /// The precision of all matrix products, forward and backward, [`Precision::Single`] at first.
+    pub fn precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// The layer, with every weight and bias drawn from U(-1/sqrt(hidden), 1/sqrt(hidden)), as PyTorch does; gains

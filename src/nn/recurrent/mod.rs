@@ -36,7 +36,9 @@ use crate::kernels::cell_slstm::SLstmCell;
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::gate_mask::{self, Masks};
 use crate::kernels::gather;
-use crate::kernels::gemm::{Matrix, gemm};
+use crate::kernels::gemm::Matrix;
+use crate::kernels::gemm_half::product;
+use crate::kernels::half::{Factor, Precision};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
@@ -652,8 +654,11 @@ impl<C: Cell> Recurrent<C> {
     /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell. `draws`: in
     /// training, with a key.
     fn is_split(&self, draws: bool) -> bool {
-        let RecurrentConfig { cell, output, layer_norm, recurrent_dropout, .. } = &self.config;
-        output.is_some() || *layer_norm || cell.gated().is_some() || (draws && *recurrent_dropout > 0.0)
+        let RecurrentConfig { cell, output, layer_norm, recurrent_dropout, precision, .. } = &self.config;
+        let masked = draws && *recurrent_dropout > 0.0;
+        // A product in half precision is a kernel of its own.
+        let half = C::PRODUCT && *precision == Precision::Half;
+        output.is_some() || *layer_norm || cell.gated().is_some() || masked || half
     }
 
     /// The masks of recurrent dropout, in training.
@@ -922,36 +927,36 @@ impl<C: Cell> Recurrent<C> {
     fn sweep_forward(&self, pass: &Pass<'_>, weights: &Weights, tape: &PassTape, y: &Tensor) -> Result<()> {
         let (cell, plan) = (&self.swept_cell(), &pass.plan);
         let unit = weights.unit(cell, plan.hidden)?;
-        let split = self.is_split(pass.key.is_some());
+        let (split, precision) = (self.is_split(pass.key.is_some()), self.config.precision);
+        let recurrent = if split { tape.recurrent_transposed(weights, precision)? } else { None };
         let packed = |weight: &Tensor| sweep_step::forward_weights::<C>(weight, plan.hidden);
-        let recurrent = match (&tape.weights, &weights.weight_hh) {
-            (Some(dropped), _) if split => transpose::matrix(dropped, dropped.shape()[0], dropped.shape()[1])?,
-            (Some(dropped), _) => packed(dropped)?,
-            (None, Some(weight)) if split => weight.transposed()?,
-            (None, Some(weight)) => weight.packed(packed)?,
-            (None, None) => unit.clone(),
+        let words = match (&recurrent, &tape.weights, &weights.weight_hh) {
+            (Some(factor), ..) => factor.words.clone(),
+            (None, Some(dropped), _) => packed(dropped)?,
+            (None, None, Some(weight)) => weight.packed(packed)?,
+            (None, None, None) => unit.clone(),
         };
-        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent, unit: &unit, y };
+        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &words, unit: &unit, y };
         match sweep::choose::<C>(&self.device, plan, split) {
             Sweep::Scan(kernels) => return sweep_scan::forward(kernels, cell, plan, &buffers),
             Sweep::Resident => return sweep_resident::forward(cell, plan, &buffers),
             Sweep::Step => return sweep_step::forward(cell, plan, &buffers),
             Sweep::Split => {}
         }
+        let Some(recurrent) = &recurrent else { unreachable!("only a cell with a product is split") };
         let norms = tape.norms.as_ref();
         let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
         let state_norm = self.state_norm(weights, norms, y);
         let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
-        let projection = weights.weight_hr.as_ref().map(Param::transposed).transpose()?;
-        if let (Some(weights_hr), Some(outputs)) = (&projection, &tape.outputs) {
+        if let (Some(weight_hr), Some(outputs)) = (&weights.weight_hr, &tape.outputs) {
             let bias = weights.bias_hr.as_ref().map(Param::value);
-            let width = self.config.width();
-            extras.output = Some(OutputProduct { width, weights: weights_hr, bias, outputs, douts: None, carried: None, y });
+            let (width, weights) = (self.config.width(), weight_hr.transposed_factor(precision)?);
+            extras.output = Some(OutputProduct { width, weights, bias, outputs, douts: None, carried: None, y });
         }
         // Where the cell writes no y, something is still bound in its place.
         let spare = Tensor::uninitialized(&self.device, [1])?;
         let y = if plan.output { y } else { &spare };
-        sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, &extras)
+        sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, recurrent, &extras)
     }
 
     /// The input part of every gate and step: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in the first columns
@@ -961,17 +966,16 @@ impl<C: Cell> Recurrent<C> {
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let slots = Tensor::uninitialized(&self.device, [steps * rows, kept])?;
         let bias = weights.bias_ih.as_ref().map(Param::value);
-        let transposed = weights.weight_ih.transposed()?;
+        let weight_ih = weights.weight_ih.transposed_factor(self.config.precision)?;
         for (first, count) in time_blocks(steps, rows) {
             let x = Matrix::window(x, first * inputs, count, inputs, inputs);
             let target = Matrix::window(&slots, first * kept, count, gates, kept);
-            let weight_ih = Matrix::new(&transposed, inputs, gates);
             match self.input_norm(weights, norms) {
                 Some(norm) => {
-                    gemm(x, weight_ih, None, norm.window(first, count), false)?;
+                    product(x, &weight_ih, None, norm.window(first, count), false)?;
                     norm.forward(first, bias, target)?;
                 }
-                None => gemm(x, weight_ih, bias, target, false)?,
+                None => product(x, &weight_ih, bias, target, false)?,
             }
         }
         Ok(slots)
@@ -1102,12 +1106,12 @@ impl<C: Cell> Recurrent<C> {
     ) -> Result<()> {
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+        let weight_ih = weights.weight_ih.factor(self.config.precision, gates)?;
         for (first, count) in time_blocks(steps, rows) {
             let normalized = self.through_input_norm(weights, tape, [first, count])?;
             let part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
             let part = normalized.as_ref().map_or(part, |part| Matrix::new(part, count, gates));
-            let weight_ih = Matrix::new(weights.weight_ih.value(), gates, inputs);
-            gemm(part, weight_ih, None, Matrix::window(dx, first * inputs, count, inputs, inputs), accumulate)?;
+            product(part, &weight_ih, None, Matrix::window(dx, first * inputs, count, inputs, inputs), accumulate)?;
         }
         Ok(())
     }
@@ -1199,14 +1203,17 @@ impl<C: Cell> Recurrent<C> {
     fn sweep_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
         let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
         let unit = weights.unit(cell, plan.hidden)?;
-        let recurrent = tape.recurrent(weights).unwrap_or(&unit);
-        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: recurrent, unit: &unit, y: dy };
+        let precision = self.config.precision;
+        let recurrent = tape.recurrent(weights, precision, plan.hidden)?;
+        let words = recurrent.as_ref().map_or(&unit, |factor| &factor.words);
+        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: words, unit: &unit, y: dy };
         match sweep::choose::<C>(&self.device, plan, self.is_split(pass.key.is_some())) {
             Sweep::Scan(kernels) => return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates),
             Sweep::Resident => return sweep_resident::backward(cell, plan, &buffers, &gradients.dstates),
             Sweep::Step => return sweep_step::backward(cell, plan, &buffers, &gradients.dstates),
             Sweep::Split => {}
         }
+        let Some(recurrent) = &recurrent else { unreachable!("only a cell with a product is split") };
         let norms = tape.norms.as_ref();
         let dproducts = gradients.products.as_ref();
         let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts });
@@ -1216,7 +1223,7 @@ impl<C: Cell> Recurrent<C> {
         if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
             extras.output = Some(OutputProduct {
                 width: self.config.width(),
-                weights: weight_hr.value(),
+                weights: weight_hr.factor(precision, self.config.width())?,
                 bias: None,
                 outputs,
                 douts: Some(douts),
@@ -1226,7 +1233,7 @@ impl<C: Cell> Recurrent<C> {
         }
         let spare = Tensor::uninitialized(&self.device, [1])?;
         let y = if plan.output { dy } else { &spare };
-        sweep_split::backward(cell, plan, &Buffers { y, ..buffers }, &extras, &gradients.dstates)
+        sweep_split::backward(cell, plan, &Buffers { y, ..buffers }, recurrent, &extras, &gradients.dstates)
     }
 
     /// After a backward sweep: once for all steps, the gradients of the parameters.
@@ -1234,7 +1241,7 @@ impl<C: Cell> Recurrent<C> {
         let (cell, plan, weights) = (&self.config.cell, &pass.plan, &self.weights[pass.index]);
         let (hidden, rows) = (plan.hidden, plan.rows);
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-        let inputs = weights.inputs();
+        let (inputs, precision) = (weights.inputs(), self.config.precision);
         // What the products saw, but for masks: the states before each step, which are slots 0 .. T of h, or 1 .. T + 1 in reverse.
         let (seen, width) = tape.outputs.as_ref().map_or((&tape.states, hidden), |outputs| (outputs, self.config.width()));
         let before = if plan.reverse { rows } else { 0 };
@@ -1244,7 +1251,8 @@ impl<C: Cell> Recurrent<C> {
             let x = Matrix::window(x, first * inputs, count, inputs, inputs);
             let normalized = self.through_input_norm(weights, tape, [first, count])?;
             let dproducts = normalized.as_ref().map_or(input_part, |part| Matrix::new(part, count, gates));
-            gemm(dproducts.t(), x, None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
+            let x = Factor::right(precision, x, count)?;
+            product(dproducts.t(), &x, None, Matrix::new(weights.weight_ih.grad(), gates, inputs), true)?;
             self.norm_gradients(pass, tape, gradients, [first, count])?;
             if let Some(bias) = &weights.bias_ih {
                 column_sum(input_part, 0, bias.grad())?;
@@ -1274,7 +1282,7 @@ impl<C: Cell> Recurrent<C> {
                     let target = dropped.as_ref().unwrap_or(weight.grad());
                     let dproducts = part(gradients.products.as_ref());
                     let dw = Matrix::window(target, gate * hidden * width, dproducts.cols, width, width);
-                    gemm(dproducts.t(), seen, None, dw, true)?;
+                    product(dproducts.t(), &Factor::right(precision, seen, count)?, None, dw, true)?;
                 }
                 if let Some(bias) = &weights.bias_hh {
                     column_sum(part(None), gate * hidden, bias.grad())?;
@@ -1288,7 +1296,8 @@ impl<C: Cell> Recurrent<C> {
                 // The cell's own outputs: the states after each step.
                 let m = Matrix::window(&tape.states, (rows - before + first) * hidden, count, hidden, hidden);
                 let douts = Matrix::window(douts, first * width, count, width, width);
-                gemm(douts.t(), m, None, Matrix::new(weight_hr.grad(), width, hidden), true)?;
+                let m = Factor::right(precision, m, count)?;
+                product(douts.t(), &m, None, Matrix::new(weight_hr.grad(), width, hidden), true)?;
                 if let Some(bias) = &weights.bias_hr {
                     column_sum(douts, 0, bias.grad())?;
                 }
@@ -1406,9 +1415,27 @@ impl PassTape {
         }
     }
 
-    /// W_hh as the products saw it.
-    fn recurrent<'a>(&'a self, weights: &'a Weights) -> Option<&'a Tensor> {
-        self.weights.as_ref().or(weights.weight_hh.as_ref().map(Param::value))
+    /// W_hh as the products see it, transposed `[R, G * H]`, where the cell has a product.
+    fn recurrent_transposed(&self, weights: &Weights, precision: Precision) -> Result<Option<Factor>> {
+        match &self.weights {
+            Some(dropped) => {
+                let [rows, cols] = [dropped.shape()[0], dropped.shape()[1]];
+                let transposed = transpose::matrix(dropped, rows, cols)?;
+                Factor::right(precision, Matrix::new(&transposed, cols, rows), cols).map(Some)
+            }
+            None => weights.weight_hh.as_ref().map(|weight| weight.transposed_factor(precision)).transpose(),
+        }
+    }
+
+    /// The same `[G * H, R]`, in runs of H.
+    fn recurrent(&self, weights: &Weights, precision: Precision, hidden: usize) -> Result<Option<Factor>> {
+        match &self.weights {
+            Some(dropped) => {
+                let matrix = Matrix::new(dropped, dropped.shape()[0], dropped.shape()[1]);
+                Factor::right(precision, matrix, hidden).map(Some)
+            }
+            None => weights.weight_hh.as_ref().map(|weight| weight.factor(precision, hidden)).transpose(),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::kernels::sweep_step;
-use crate::nn::Param;
+use crate::nn::{Param, Precision};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
 
@@ -66,7 +66,7 @@ impl Weights {
             Param::draw(&format!("{part}{suffix}"), device, shape, draw)
         };
         // In PyTorch's order.
-        let weight_ih = param("weight_ih", all, &[gates, inputs])?;
+        let weight_ih = param("weight_ih", all, &[gates, inputs])?.bounded(config.gradient_clip > 0.0);
         let weight_hh = if C::PRODUCT { Some(param("weight_hh", all, &[gates, width])?) } else { None };
         let bias_ih = if config.bias { Some(param("bias_ih", all, &[gates])?) } else { None };
         let bias_hh = if config.bias && C::BIASES > 0 { Some(param("bias_hh", all, &[gates])?) } else { None };
@@ -129,16 +129,28 @@ impl Weights {
         std::iter::once(weight_ih).chain(optional.into_iter().flatten()).chain(initial)
     }
 
-    /// Numbers that the copies of its matrices hold, in the order in which products read them. `split`: whether sweeps are those
-    /// of `sweep_split`.
-    pub fn copies<C: Cell>(&self, hidden: usize, split: bool) -> usize {
+    /// Words that the copies of its matrices hold, in the order in which products read them. `split`: whether sweeps are those of
+    /// `sweep_split`.
+    pub fn copies<C: Cell>(&self, config: &RecurrentConfig<C>, split: bool) -> usize {
+        let hidden = config.hidden;
         let len = |param: &Option<Param>| param.as_ref().map_or(0, |param| param.value().len());
-        let weight_hh = match len(&self.weight_hh) {
-            0 => 0,
-            len if split => len,
-            _ => sweep_step::forward_weights_len::<C>(hidden),
+        if config.precision == Precision::Single {
+            let weight_hh = match len(&self.weight_hh) {
+                0 => 0,
+                len if split => len,
+                _ => sweep_step::forward_weights_len::<C>(hidden),
+            };
+            return self.weight_ih.value().len() + weight_hh + len(&self.weight_hr);
+        }
+        // The matrix in runs of rows, and its transpose.
+        let both = |param: &Param, run: Option<usize>| {
+            let (value, [rows, cols]) = (param.value(), [param.value().shape()[0], param.value().shape()[1]]);
+            let depth = |run: usize| if value.device().is_cpu() { run } else { run.div_ceil(2) };
+            let run = run.unwrap_or(rows);
+            depth(cols) * rows + rows / run * depth(run) * cols
         };
-        self.weight_ih.value().len() + weight_hh + len(&self.weight_hr)
+        let weight_hh = self.weight_hh.as_ref().map_or(0, |param| both(param, Some(hidden)));
+        both(&self.weight_ih, None) + weight_hh + self.weight_hr.as_ref().map_or(0, |param| both(param, None))
     }
 
     /// I of this layer.

@@ -5,7 +5,7 @@ use super::harness::{Cases, Run, normal, to_bits};
 use crate::device::Device;
 use crate::error::Result;
 use crate::nn::{
-    Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig,
+    Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig, Precision,
     RecurrentConfig, Reset, RnnConfig, SLstmConfig,
 };
 use crate::rng::Rng;
@@ -28,6 +28,7 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
     device.set_batch_invariant(true);
     let mut own = Cases { device: &device, reports: Vec::new() };
     super::products::gemm(&mut own)?;
+    super::products::gemm_half(&mut own)?;
     for hidden in [5, 19, 66] {
         check(&mut own, "lstm", 2, LstmConfig::new(INPUT, hidden).layers(2))?;
         check(&mut own, BOTH_WAYS, 2, LstmConfig::new(INPUT, hidden).direction(Direction::Both))?;
@@ -41,6 +42,7 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
         check(&mut own, "slstm", 1, SLstmConfig::new(INPUT, hidden))?;
         check(&mut own, "min_gru", 2, MinGruConfig::new(INPUT, hidden).layers(2))?;
         check(&mut own, "min_lstm", 1, MinLstmConfig::new(INPUT, hidden))?;
+        check(&mut own, "lstm, half", 2, LstmConfig::new(INPUT, hidden).layers(2).precision(Precision::Half))?;
         check(&mut own, "jordan", 1, RnnConfig::new(INPUT, hidden).jordan(4))?;
     }
     // Enough for threads, and for more than one block of k.

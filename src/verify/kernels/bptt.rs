@@ -3,7 +3,7 @@
 use super::harness::{Cases, NAN, normal, ragged};
 use crate::device::Device;
 use crate::error::Result;
-use crate::nn::{Cell, CellState, GruConfig, Input, LstmConfig, Module, RecurrentConfig, Reset, RnnConfig};
+use crate::nn::{Cell, CellState, GruConfig, Input, LstmConfig, Module, Precision, RecurrentConfig, Reset, RnnConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Lengths, Tensor};
 use crate::verify::{Comparison, Report};
@@ -26,7 +26,10 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "lstm_recurrent_dropout", lstm().layers(2).projection(7).recurrent_dropout(0.3))?;
     check(cases, "gru_reset_before", GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct))?;
     check(cases, "rnn", RnnConfig::new(INPUT, HIDDEN))?;
-    check(cases, "rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4))
+    check(cases, "rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4))?;
+    check(cases, "lstm_half", lstm().precision(Precision::Half))?;
+    check(cases, "lstm_projection_half", lstm().layers(2).projection(7).precision(Precision::Half))?;
+    check(cases, "gru_half", GruConfig::new(INPUT, HIDDEN).layers(2).precision(Precision::Half))
 }
 
 fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>) -> Result<()> {

@@ -10,6 +10,7 @@ mod dropout;
 mod encoder_decoder;
 mod flow;
 mod gates;
+mod half;
 mod harness;
 mod layers;
 mod losses;
@@ -59,6 +60,8 @@ pub fn all() -> Vec<KernelCheck> {
         ("math", math::math),
         ("peak", peak::peak),
         ("gemm", products::gemm),
+        ("half", products::half),
+        ("gemm_half", products::gemm_half),
         ("transpose", products::transpose),
         ("gather", products::gather),
         ("scatter", products::scatter),
@@ -82,6 +85,8 @@ pub fn all() -> Vec<KernelCheck> {
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
         ("jordan", networks::jordan),
+        ("half_networks", half::half_networks),
+        ("half_linear", half::half_linear),
         ("gradient_flow", flow::gradient_flow),
         ("scans", scans::scans),
         ("batch_invariant", batch_invariant::batch_invariant),

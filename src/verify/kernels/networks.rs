@@ -30,6 +30,8 @@ pub(super) struct Network<C> {
     pub streams: bool,
     /// Whether states and the flow of gradients are looked at too.
     pub flow: bool,
+    /// Of outputs and of gradients.
+    pub bounds: [f64; 2],
 }
 
 impl<C: Cell> Network<C> {
@@ -46,6 +48,7 @@ impl<C: Cell> Network<C> {
             learns_state: false,
             streams,
             flow: false,
+            bounds: [OUTPUT, GRADIENT],
         }
     }
 }
@@ -439,6 +442,7 @@ pub(super) fn check_given<C: Cell>(
     teacher: Option<(&[f32], f32)>,
 ) -> Result<()> {
     let Given { steps, rows, .. } = *given;
+    let [output_bound, gradient_bound] = network.bounds;
     let spec = network.oracle;
     let slots = spec.layers * spec.directions;
     let layer_width = layer.output();
@@ -594,20 +598,20 @@ pub(super) fn check_given<C: Cell>(
         };
 
         let (y, last) = layer.forward(&x, input)?;
-        run.near("infer.y", &y, &inferred.y, OUTPUT)?;
-        compare_state(run, "infer.state", &last, &inferred.state, OUTPUT)?;
+        run.near("infer.y", &y, &inferred.y, output_bound)?;
+        compare_state(run, "infer.state", &last, &inferred.state, output_bound)?;
         let (y, last, tape) = layer.forward_train(&x, input)?;
-        run.near("y", &y, &trained.y, OUTPUT)?;
-        compare_state(run, "state", &last, &trained.state, OUTPUT)?;
+        run.near("y", &y, &trained.y, output_bound)?;
+        compare_state(run, "state", &last, &trained.state, output_bound)?;
         let (dx, first) = layer.backward(tape, &dy, dstate.as_ref())?;
-        run.near("dx", &dx, &trained.dx, GRADIENT)?;
-        compare_state(run, "dstate", &first, &trained.dstate, GRADIENT)?;
+        run.near("dx", &dx, &trained.dx, gradient_bound)?;
+        compare_state(run, "dstate", &first, &trained.dstate, gradient_bound)?;
         for slot in 0..slots {
             let ending = suffix(&spec, slot);
             for (name, param) in layer.params() {
                 let Some(part) = name.strip_suffix(&ending) else { continue };
                 let Some(state) = part.strip_prefix("initial_") else {
-                    run.near(&format!("grad.{name}"), param.grad(), &trained.dweights[slot][part], GRADIENT)?;
+                    run.near(&format!("grad.{name}"), param.grad(), &trained.dweights[slot][part], gradient_bound)?;
                     continue;
                 };
                 // The sum over the rows, or nothing where a state was given.
@@ -618,14 +622,14 @@ pub(super) fn check_given<C: Cell>(
                 for row in rows_of.filter(|_| learned) {
                     sum.iter_mut().zip(row).for_each(|(sum, d)| *sum += d);
                 }
-                run.near(&format!("grad.{name}"), param.grad(), &sum, GRADIENT)?;
+                run.near(&format!("grad.{name}"), param.grad(), &sum, gradient_bound)?;
             }
         }
         if network.flow {
             super::flow::check_flow(run, &spec, layer, (&x, input), (&dy, dstate.as_ref()), &trained)?;
         }
         if network.streams && teacher.is_none() && given.lengths.is_none() {
-            stream(run, layer, &given.x, state.as_ref(), [steps, rows], &inferred.y)?;
+            stream(run, layer, &given.x, state.as_ref(), [steps, rows], (&inferred.y, output_bound))?;
         }
         Ok(())
     })
@@ -638,14 +642,14 @@ fn stream<C: Cell>(
     x: &[f32],
     state: Option<&C::Value>,
     [steps, rows]: [usize; 2],
-    want: &[f64],
+    (want, bound): (&[f64], f64),
 ) -> Result<()> {
     let mut state = state.cloned();
     for t in 0..steps {
         let x = Tensor::from_slice(run.device, &x[t * rows * INPUT..][..rows * INPUT], [rows, INPUT])?;
         let (y, next) = layer.step(&x, state.as_ref())?;
         let width = rows * layer.output();
-        run.near(&format!("step {t}"), &y, &want[t * width..][..width], OUTPUT)?;
+        run.near(&format!("step {t}"), &y, &want[t * width..][..width], bound)?;
         state = Some(next);
     }
     Ok(())

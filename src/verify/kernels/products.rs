@@ -3,6 +3,8 @@
 use super::harness::{Cases, MANY, NAN, Run, TIGHT, Window, mixed, normal, to_bits, wide};
 use crate::error::Result;
 use crate::kernels;
+use crate::kernels::gemm::Matrix;
+use crate::kernels::half::{Factor, Precision};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
 use crate::verify::{Comparison, oracle};
@@ -16,6 +18,7 @@ struct Product {
     bias: bool,
     accumulate: bool,
     loose: bool,
+    precision: Precision,
 }
 
 impl Product {
@@ -41,13 +44,24 @@ impl Product {
         let c = run.window([m, n], self.loose, c)?;
         let (a, b) = (a.matrix(), b.matrix());
         let (a, b) = (if a_t { a.t() } else { a }, if b_t { b.t() } else { b });
-        kernels::gemm::gemm(a, b, bias.as_ref(), c.matrix(), self.accumulate)?;
+        let b = Factor::right(self.precision, b, k)?;
+        kernels::gemm_half::product(a, &b, bias.as_ref(), c.matrix(), self.accumulate)?;
         Ok(c)
     }
 }
 
 pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
-    let plain = Product { size: [1, 1, 1], transposed: [false; 2], bias: false, accumulate: false, loose: false };
+    products(cases, Precision::Single)
+}
+
+/// The same products of rounded factors: with rounding the bound is that of single precision.
+pub(super) fn gemm_half(cases: &mut Cases<'_>) -> Result<()> {
+    products(cases, Precision::Half)?;
+    windows(cases)
+}
+
+fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
+    let plain = Product { size: [1, 1, 1], transposed: [false; 2], bias: false, accumulate: false, loose: false, precision };
     let mut products = Vec::new();
     // Tiles: 8 rows, 4 columns a lane, 64 lanes. k around vector widths.
     let sizes = [
@@ -76,14 +90,14 @@ pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
         for (j, [a, b]) in [[false, false], [false, true], [true, false], [true, true]].into_iter().enumerate() {
             let kind = i + j;
             let (bias, accumulate, loose) = (kind % 2 == 1, kind % 4 > 1, kind % 8 > 3);
-            products.push(Product { size, transposed: [a, b], bias, accumulate, loose });
+            products.push(Product { size, transposed: [a, b], bias, accumulate, loose, precision });
         }
     }
     // Every option with every other, with rows and columns left over, below and above the tile's rows.
     for m in [5, 9] {
         for bits in 0..32 {
             let [a, b, bias, accumulate, loose] = [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
-            products.push(Product { size: [m, 66, 17], transposed: [a, b], bias, accumulate, loose });
+            products.push(Product { size: [m, 66, 17], transposed: [a, b], bias, accumulate, loose, precision });
         }
     }
     // More tiles of rows than one dimension of workgroups has.
@@ -98,7 +112,8 @@ pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
         let bias = product.bias.then(|| normal(&mut rng, n));
         let c = product.accumulate.then(|| normal(&mut rng, m * n));
         let [a_t, b_t] = product.transposed;
-        let mut expected = oracle::matmul(&wide(&a), &wide(&b), m, n, k, a_t, b_t);
+        let [rounded_a, rounded_b] = [&a, &b].map(|factor| rounded(precision, factor));
+        let mut expected = oracle::matmul(&rounded_a, &rounded_b, m, n, k, a_t, b_t);
         for (at, value) in expected.iter_mut().enumerate() {
             *value += bias.as_ref().map_or(0.0, |bias| bias[at % n].into()) + c.as_ref().map_or(0.0, |c| c[at].into());
         }
@@ -112,7 +127,7 @@ pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
     let (m, n, k) = (9, 70, 5);
     for transposed in [[false, false], [true, true]] {
         for part in 0..4 {
-            let product = Product { size: [m, n, k], transposed, bias: true, accumulate: true, loose: false };
+            let product = Product { size: [m, n, k], transposed, bias: true, accumulate: true, ..plain };
             let [mut a, mut b] = [normal(&mut rng, m * k), normal(&mut rng, k * n)];
             let [mut bias, mut c] = [normal(&mut rng, n), normal(&mut rng, m * n)];
             let (row, column, depth) = (m - 1, n - 2, k - 1);
@@ -133,6 +148,89 @@ pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
                 })
             })?;
         }
+    }
+    Ok(())
+}
+
+/// A factor as a product sees it.
+fn rounded(precision: Precision, factor: &[f32]) -> Vec<f64> {
+    let round = |value: &f32| match precision {
+        Precision::Single => f64::from(*value),
+        Precision::Half => oracle::half(f64::from(*value)),
+    };
+    factor.iter().map(round).collect()
+}
+
+/// A right factor of runs of rows: with some of its runs, some of its columns, and all of both.
+fn windows(cases: &mut Cases<'_>) -> Result<()> {
+    let mut rng = Rng::seed(10);
+    let precision = Precision::Half;
+    for [m, n, run, runs] in [[1, 1, 1, 3], [5, 9, 4, 3], [9, 70, 7, 4], [3, 129, 19, 3]] {
+        let k = run * runs;
+        let (a, b) = (normal(&mut rng, m * k), normal(&mut rng, k * n));
+        let [wide_a, wide_b] = [&a, &b].map(|factor| rounded(precision, factor));
+        cases.run(format!("{runs} runs of {run}, {m}x{n}"), |case| {
+            let (a, b) = (case.input("a", &a, [m, k])?, case.input("b", &b, [k, n])?);
+            let b = Factor::right(precision, Matrix::new(&b, k, n), run)?;
+            for (first, count) in [(0, runs), (0, runs - 1), (runs - 1, 1), (1, runs - 1)] {
+                let column = first.min(n - 1);
+                let (from, depth) = (first * run, count * run);
+                let columns = n - column;
+                let part_a: Vec<f64> = wide_a.chunks_exact(k).flat_map(|line| line[from..from + depth].to_vec()).collect();
+                let lines_b = wide_b.chunks_exact(n).skip(from).take(depth);
+                let part_b: Vec<f64> = lines_b.flat_map(|line| line[column..column + columns].to_vec()).collect();
+                let c = Tensor::uninitialized(case.device, [m * columns])?;
+                let part = b.runs(first, count).lines(column, columns);
+                let seen = Matrix::window(&a, from, m, depth, k);
+                kernels::gemm_half::product(seen, &part, None, Matrix::new(&c, m, columns), false)?;
+                let expected = oracle::matmul(&part_a, &part_b, m, columns, depth, false, false);
+                case.near(&format!("runs from {first}, {count}"), &c, &expected, TIGHT)?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// Rounding to half precision, on every side of where it changes, to the bit.
+pub(super) fn half(cases: &mut Cases<'_>) -> Result<()> {
+    let mut words: Vec<u32> = Vec::new();
+    // Every number of half precision and every midpoint, and the neighbours of both.
+    for half in 0..=0x7bffu16 {
+        let [low, high] = [half, half + 1].map(|bits| half::f16::from_bits(bits).to_f64());
+        let high = if high.is_finite() { high } else { 65536.0 };
+        for exact in [low, (low + high) / 2.0] {
+            let bits = (exact as f32).to_bits();
+            words.extend([bits.saturating_sub(1), bits, bits + 1]);
+        }
+    }
+    words.extend([65536.0, 1e30, f32::MAX, f32::MIN_POSITIVE, f32::INFINITY].map(f32::to_bits));
+    words.extend([1, 0x7f_ffff]); // denormal numbers
+    words.extend(words.clone().into_iter().map(|word| word | 0x8000_0000));
+    let nans = [NAN.to_bits(), 0x7f80_0001, 0xff80_0001, 0xffff_ffff];
+    let rounded: Vec<f32> = words.iter().map(|word| oracle::half(f64::from(f32::from_bits(*word))) as f32).collect();
+    let count = words.len();
+    words.extend(nans);
+    let all = words.len();
+    for is_row in [true, false] {
+        cases.run(if is_row { "rows" } else { "columns" }, |run| {
+            // Each number alone on its line, or all in one.
+            let x = Tensor::upload("x", run.device, &words, vec![all])?;
+            run.input_words("x", &x, &words);
+            let matrix = if is_row { Matrix::new(&x, all, 1) } else { Matrix::new(&x, 1, all) };
+            let factor = Factor::right(Precision::Half, matrix, matrix.rows)?;
+            let stored = run.read(&factor.words)?;
+            let number = |at: usize| match (run.device.is_cpu(), is_row) {
+                (true, _) => f32::from_bits(stored[at]),
+                (false, true) => half::f16::from_bits((stored[at / 2] >> (at % 2 * 16)) as u16).to_f32(),
+                (false, false) => half::f16::from_bits(stored[at] as u16).to_f32(),
+            };
+            let numbers: Vec<f32> = (0..count).map(number).collect();
+            run.comparisons.push(Comparison::bits("numbers", &to_bits(&numbers), &to_bits(&rounded)));
+            let lost = (count..all).filter(|at| !number(*at).is_nan()).count();
+            run.comparisons.push(Comparison { tensor: "NaN".into(), error: lost as f64, bound: 0.0 });
+            Ok(())
+        })?;
     }
     Ok(())
 }
