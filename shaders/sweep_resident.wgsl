@@ -8,11 +8,11 @@
 
 override width: u32 = 128u; // units of a workgroup, 32, 64 or 128: those of the product, rounded up
 override parts: u32 = 2u;   // of the k of a unit's product, for as many lanes; DEPTH or fewer k each
-override tile: u32 = 2u;    // rows of a workgroup, at most ROWS, with width * tile at most WORDS
+override tile: u32 = 2u;    // rows of a workgroup, at most ROWS
 
 const DEPTH = 64u;
-const ROWS = 4u;
-const WORDS = 256u;
+const ROWS = 2u;
+const WORDS = 256u; // at least width * tile
 const UNITS = 4u; // of a lane in backward, where a sum over k is cut in UNITS * parts slices
 
 var<private> resident: array<f32, GATES * DEPTH>;            // forward: [GATES, k]; backward: [GATES, UNITS, k of a slice]
@@ -36,13 +36,10 @@ fn forward(
     let unit = min(group.x * width + place, H - 1u);
     if PRODUCT {
         prepare_eight();
-        for (var j = 0u; j < min(DEPTH, width); j++) {
-            let k = part * DEPTH + j;
-            for (var g = 0u; g < GATES; g++) {
-                var w = 0.0;
-                if k < H && place < H { w = weights[(k * GATES + g) * H + unit]; }
-                resident[g * DEPTH + j] = w;
-            }
+        let k = part * DEPTH;
+        forward_load(k, 0u, place); forward_load(k, 8u, place); forward_load(k, 16u, place); forward_load(k, 24u, place);
+        if width > 32u {
+            forward_load(k, 32u, place); forward_load(k, 40u, place); forward_load(k, 48u, place); forward_load(k, 56u, place);
         }
     }
     let p = load_unit(unit);
@@ -73,6 +70,18 @@ fn forward(
                 // Where only the newest state is kept, those within the run are nobody's.
                 if params.keep == 1u || n + 1u == params.steps { store_state(slot_after(t), row + i, unit, state[i]); }
             }
+        }
+    }
+}
+
+// Eight weights of each gate. at: the lane's first k; k: from there.
+fn forward_load(at: u32, k: u32, unit: u32) {
+    let H = params.hidden;
+    for (var j = k; j < k + 8u; j++) {
+        for (var g = 0u; g < GATES; g++) {
+            var w = 0.0;
+            if at + j < H && unit < H { w = weights[((at + j) * GATES + g) * H + unit]; }
+            resident[g * DEPTH + j] = w;
         }
     }
 }
@@ -121,22 +130,16 @@ fn backward(
     let unit = min(group.x * width + place, H - 1u);
     // For the product a lane has a slice of all k and UNITS units, `stride` apart.
     let stride = width / UNITS;
-    let depth = stride / parts;
+    let depth = stride / parts; // k of a slice: 8 or 16
     let slice = lane / stride;
     let first = lane % stride;
     if PRODUCT {
         prepare_eight();
-        for (var j = 0u; j < depth; j++) {
-            let k = slice * depth + j;
-            for (var g = 0u; g < GATES; g++) {
-                for (var i = 0u; i < UNITS; i++) {
-                    let to = first + i * stride;
-                    var w = 0.0;
-                    if k < H && to < H { w = weights[(g * H + k) * H + to]; }
-                    resident[(g * UNITS + i) * (DEPTH / UNITS) + j] = w;
-                }
-            }
-        }
+        let k = slice * depth;
+        backward_load(k, 0u, first, stride);
+        if GATES > 1u { backward_load(k, 1u, first, stride); }
+        if GATES > 2u { backward_load(k, 2u, first, stride); }
+        if GATES > 3u { backward_load(k, 3u, first, stride); }
     }
     let p = load_unit(unit);
     var d: array<State, ROWS>;
@@ -185,6 +188,24 @@ fn backward(
     }
     for (var i = 0u; i < tile; i++) {
         if is_unit && row + i < params.rows { store_gradient(row + i, unit, d[i]); }
+    }
+}
+
+// A gate's weights. at: the lane's first k.
+fn backward_load(at: u32, g: u32, first: u32, stride: u32) {
+    backward_load_8(at, g, 0u, first, stride);
+    if width > 32u { backward_load_8(at, g, 8u, first, stride); }
+}
+
+fn backward_load_8(at: u32, g: u32, k: u32, first: u32, stride: u32) {
+    let H = params.hidden;
+    for (var j = k; j < k + 8u; j++) {
+        for (var i = 0u; i < UNITS; i++) {
+            let unit = first + i * stride;
+            var w = 0.0;
+            if at + j < H && unit < H { w = weights[(g * H + at + j) * H + unit]; }
+            resident[(g * UNITS + i) * (DEPTH / UNITS) + j] = w;
+        }
     }
 }
 

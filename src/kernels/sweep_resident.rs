@@ -64,26 +64,31 @@ macro_rules! resident_kernels {
 }
 pub(crate) use resident_kernels;
 
-/// Units of a workgroup at most, k of a lane, rows at most, and the most words of h, as in the shader.
+/// Units of a workgroup at most, k of a lane, and rows of a workgroup at most, as in the shader. More rows would share the loads of
+/// the weights, but each size is a pipeline of its own, and takes longer to compile.
 const WIDTH: usize = 128;
 const DEPTH: usize = 64;
-const ROWS: usize = 4;
-const WORDS: usize = 256;
+const ROWS: usize = 2;
 /// Steps of a launch: so many take a GPU some 10 ms, and an operating system resets one that answers for seconds to nothing else.
 const RUN: usize = 2048;
 
 /// From so many steps on it is worth to load the weights.
-const STEPS: usize = 4;
+const STEPS: usize = 5;
 
 /// Whether the sweep can run this at all: all units of a cell with a product fit in a workgroup.
 pub(crate) fn fits<C: CellKernel>(plan: &Plan<'_>) -> bool {
     !C::PRODUCT || plan.hidden <= WIDTH
 }
 
-/// Whether it is faster than a launch a step. A software adapter pays for every launch and every load of a weight. Of hardware
-/// nothing was measured: only what surely stays in its registers.
+/// Whether it is faster than a launch a step. A software adapter pays for every launch and every load of a weight, and, without
+/// subgroups of eight, for every load of h. Of hardware nothing was measured: only what surely stays in its registers.
 pub(crate) fn pays<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> bool {
-    plan.total >= STEPS && (!C::PRODUCT || plan.hidden <= 32 || gpu.is_software())
+    let most = match (gpu.is_software(), gpu.subgroup_size()) {
+        (true, Some(8)) => WIDTH,
+        (true, _) => 64,
+        (false, _) => 32,
+    };
+    plan.total >= STEPS && (!C::PRODUCT || plan.hidden <= most)
 }
 
 /// How a sweep is cut into workgroups: the units of one, the parts of a unit's product, and the rows.
@@ -92,9 +97,7 @@ fn tile<C: CellKernel>(plan: &Plan<'_>) -> [usize; 3] {
     if !C::PRODUCT {
         return [width, 1, 1];
     }
-    // Two workgroups or more, as long as there are rows for them; few sizes, since each is a pipeline of its own.
-    let rows = plan.rows.div_ceil(2).next_power_of_two();
-    [width, width.div_ceil(DEPTH), rows.min(ROWS).min(WORDS / width)]
+    [width, width.div_ceil(DEPTH), plan.rows.min(ROWS)]
 }
 
 /// Launches `kernels` for runs of steps, in the order of the direction or, backward, in the opposite one.

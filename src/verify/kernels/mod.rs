@@ -81,6 +81,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("gru_reset", gates::gru_reset),
         ("lstm_sweep", sweeps::lstm_sweep),
         ("lstm_resident", sweeps::lstm_resident),
+        ("resident_cells", sweeps::resident_cells),
         ("lstm_layers", layers::lstm_layers),
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),

@@ -395,7 +395,8 @@ pub(super) struct Given {
     pub dstate: Vec<Vec<f32>>,
 }
 
-/// One network: ragged with a state, then plain and from zeros, then of one step.
+/// One network: ragged with a state, then plain and from zeros, then of one step. Where layers choose the resident sweep, they do so
+/// from five steps on: the shorter cases are those of a launch a step.
 pub(super) fn check<C: Cell>(cases: &mut Cases<'_>, network: Network<C>) -> Result<()> {
     for (suffix, steps, rows, is_ragged) in [("", 9, 5, true), ("_plain", 4, 3, false), ("_step", 1, 1, false)] {
         let mut rng = Rng::seed(network.name.len() as u64 + 7);
@@ -413,7 +414,8 @@ pub(super) fn check<C: Cell>(cases: &mut Cases<'_>, network: Network<C>) -> Resu
         let mut x = normal(&mut rng, steps * rows * INPUT);
         pad(&mut x, INPUT, lengths.as_deref(), rows, 3.0);
         let mut state = |size: f32| -> Vec<Vec<f32>> {
-            let width = |s| if s == 0 { network.oracle.projection.unwrap_or(HIDDEN) } else { HIDDEN };
+            let hidden = network.oracle.hidden;
+            let width = |s| if s == 0 { network.oracle.projection.unwrap_or(hidden) } else { hidden };
             (0..C::State::LEN).map(|s| normal(&mut rng, slots * rows * width(s)).iter().map(|v| v * size).collect()).collect()
         };
         let (mut state, dstate) = (if is_ragged { state(0.5) } else { Vec::new() }, state(1.0));

@@ -1,10 +1,13 @@
 //! The recurrent sweep: one direction of one layer.
 
 use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, Window, pad, ragged, to_bits, wide, within};
+use super::networks::{INPUT, Network, check};
+use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::sweep::{Buffers, Plan};
 use crate::kernels::{sweep_resident, sweep_step};
+use crate::nn::{Direction, GruConfig, IndRnnConfig, RnnConfig, SLstmConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{POISON, Tensor};
 use crate::verify::ForcedSweep;
@@ -225,12 +228,39 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
 }
 
 pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
-    // A tile has 1 to 4 rows and 32, 64 or 128 units, those of 128 in two parts; a launch has 2048 steps.
+    // A tile has 1 or 2 rows and 32, 64 or 128 units, those of 128 in two parts; a launch has 2048 steps.
     let widths = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128];
-    let rows = [1, 2, 3, 5, 9];
-    let mut sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[7, 1, 2][i % 3], rows[i % 5], hidden]).collect();
-    sizes.extend([[3, 1, 128], [3, 9, 64], [3, 7, 32], [4, 8, 31], [2049, 1, 5]]);
-    lstm_sweeps(cases, ForcedSweep::Resident, &mut Rng::seed(13), &sizes, 65_535 * 4 + 5)
+    let rows = [1, 2, 3, 5];
+    let mut sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[7, 1, 2][i % 3], rows[i % 4], hidden]).collect();
+    sizes.extend([[3, 1, 128], [3, 9, 64], [4, 8, 31], [2049, 1, 5]]);
+    lstm_sweeps(cases, ForcedSweep::Resident, &mut Rng::seed(13), &sizes, 65_535 * 2 + 3)
+}
+
+/// Cells of one, three and four gates, of one and four states, with a product and without, at widths of each kind, and what acts between steps.
+pub(super) fn resident_cells(cases: &mut Cases<'_>) -> Result<()> {
+    // A device of its own: others share the given one.
+    let info = cases.device.info();
+    let device = match info.backend.as_str() {
+        "native" => Device::cpu(),
+        backend => Device::by_name(&format!("{backend}:{}", info.name))?,
+    };
+    device.poison();
+    device.force_sweep(Some(ForcedSweep::Resident));
+    let mut own = Cases { device: &device, reports: Vec::new() };
+    for hidden in [33, 100, 128] {
+        let plain = |cell| Recurrent::new(cell, INPUT, hidden);
+        let stack = |cell| Recurrent { layers: 2, directions: 2, ..plain(cell) };
+        let (gru, rnn, slstm) = (GruConfig::new(INPUT, hidden), RnnConfig::new(INPUT, hidden), SLstmConfig::new(INPUT, hidden));
+        check(&mut own, Network::new(format!("gru_{hidden}"), gru.layers(2).direction(Direction::Both), stack(Cell::GRU)))?;
+        check(&mut own, Network::new(format!("slstm_{hidden}"), slstm, plain(Cell::SLstm)))?;
+        let zoneout = Network::new(format!("rnn_{hidden}"), rnn.zoneout(0.3, 0.0), plain(Cell::RNN));
+        check(&mut own, Network { zoneout: [0.3, 0.0], ..zoneout })?;
+    }
+    // More units than a workgroup has.
+    let spec = Recurrent::new(Cell::IndRnn { activation: oracle::Activation::Relu }, INPUT, 300);
+    check(&mut own, Network::new("indrnn_300", IndRnnConfig::new(INPUT, 300), spec))?;
+    cases.reports.extend(own.reports);
+    Ok(())
 }
 
 fn lstm_sweeps(cases: &mut Cases<'_>, kind: ForcedSweep, rng: &mut Rng, sizes: &[[usize; 3]], many: usize) -> Result<()> {
