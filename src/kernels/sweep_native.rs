@@ -17,7 +17,7 @@ use std::ops::Range;
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
 use super::math::Lanes;
-use super::product::{BAND, PANEL, PanelProduct, ROWS, Sums, cut, pack_panel};
+use super::product::{BAND, PANEL, PanelProduct, ROWS, Rows, Sums, cut, pack_panel};
 use super::sweep::{Buffers, Plan, Step};
 use crate::backend::native::{Member, Scratch, Shared, for_parts, team, threads};
 use crate::error::Result;
@@ -173,9 +173,9 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
                         // SAFETY: nobody writes the states before this step.
                         let h = unsafe { states.read((before * rows + first) * hidden, count * hidden) };
                         let weights = &weights[panel * hidden * width..][..hidden * width];
-                        sums.0[..count * width].fill(0.0);
-                        let (sizes, sums) = ([count, width, hidden], &mut sums.0);
-                        simd.vectorize(PanelProduct { sizes, a: (h, hidden), panel: (weights, width), sums });
+                        let (sizes, sums) = ([count, width, hidden], (&Shared::new(&mut sums.0), 0, width));
+                        let (a, panel) = (Rows::Apart(h, hidden), (weights, width));
+                        simd.vectorize(PanelProduct { sizes, a, panel, sums, fresh: true });
                     }
                     for row in 0..count {
                         for block in 0..units / LANES {
@@ -379,14 +379,14 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
         let Panels { weights, columns, runs } = self.panels;
         let (rows, hidden) = (self.plan.rows, self.plan.hidden);
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-        products[..count * width].fill(0.0);
-        for (gate, slot, run) in runs {
+        let sums = &Shared::new(products);
+        for (n, (gate, slot, run)) in runs.iter().enumerate() {
             let at = (t * rows + first) * kept + slot * hidden;
             // SAFETY: the gradients of that step are complete, and nobody writes them again.
             let dr = unsafe { self.slots.read(at, (count - 1) * kept + run * hidden) };
             let weights = &weights[(panel * gates + gate * hidden) * columns..][..run * hidden * columns];
-            let (sizes, sums) = ([count, width, run * hidden], &mut *products);
-            simd.vectorize(PanelProduct { sizes, a: (dr, kept), panel: (weights, columns), sums });
+            let (sizes, a) = ([count, width, run * hidden], Rows::Apart(dr, kept));
+            simd.vectorize(PanelProduct { sizes, a, panel: (weights, columns), sums: (sums, 0, width), fresh: n == 0 });
         }
     }
 
