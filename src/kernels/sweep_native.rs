@@ -26,6 +26,9 @@ use crate::tensor::Tensor;
 
 /// A sweep of less work than this, in multiply-adds, runs on one thread.
 const PARALLEL: usize = 1 << 22;
+/// A step of less work than this, some ten microseconds, is not worth a meeting of threads: where other programs want the cores,
+/// each may have to wait for its turn on one.
+const MEETING: usize = 1 << 19;
 /// What a gate's functions cost, in multiply-adds.
 const GATE: usize = 32;
 /// Numbers of W_hh that stay in a core's cache beside the rest: half a megabyte of them.
@@ -47,10 +50,13 @@ impl Plan<'_> {
         work: impl Fn((usize, usize), Member<'_>) + Sync,
     ) {
         let gates = C::Pre::LEN * self.hidden;
-        if steps * self.rows * gates * (width + GATE) < PARALLEL {
+        let step = self.rows * gates * (width + GATE);
+        if steps * step < PARALLEL {
             work((0, self.rows), Member::ALONE);
         } else if !whole && gates * width <= RESIDENT && self.rows >= ROWS * threads() {
             for_parts(self.rows, threads(), |first, count| work((first, count), Member::ALONE));
+        } else if step < MEETING {
+            work((0, self.rows), Member::ALONE);
         } else {
             team(threads().min(panels), |member| work((0, self.rows), member));
         }
