@@ -251,10 +251,10 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
         let site = plan.site(t, row, at);
         let (mut state, saved) = cell.forward(site, x, r, previous, p);
         if plan.zoneout != [0.0; 2] {
-            state = C::State::from_fn(|s| {
+            for (s, (state, previous)) in state.lanes_mut().iter_mut().zip(previous.lanes()).enumerate() {
                 let k = plan.held(site, s);
-                k * previous.lanes()[s] + (Lanes::splat(1.0) - k) * state.lanes()[s]
-            });
+                *state = k * *previous + (Lanes::splat(1.0) - k) * *state;
+            }
         }
         for (s, value) in state.lanes().iter().enumerate() {
             // SAFETY: as above.
@@ -430,25 +430,28 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
         let p = load_unit(cell, unit, hidden, (at, width));
         let previous = C::State::from_fn(|s| Lanes::load(&states[((s * depth + before) * rows + row) * hidden + at..][..width]));
         let mut clipped = Lanes::splat(0.0);
-        let d = C::State::from_fn(|s| {
-            let d = Lanes::load(dstate(s));
-            let d = match product {
-                Some(product) if s == 0 => d + product,
-                _ => d,
-            };
-            let d = match plan.clip > 0.0 {
-                true => {
-                    clipped += d.map(|d| f32::from(d.abs() > plan.clip));
-                    clip_to(plan.clip, d)
-                }
-                false => d,
-            };
-            if s == 0 && plan.output { d + Lanes::load(&dy[line * plan.y_stride + plan.y_offset + at..][..width]) } else { d }
-        });
+        let mut d = C::State::from_fn(|s| Lanes::load(dstate(s)));
+        if let Some(product) = product {
+            d.lanes_mut()[0] += product;
+        }
+        if plan.clip > 0.0 {
+            for d in d.lanes_mut() {
+                clipped += d.map(|d| f32::from(d.abs() > plan.clip));
+                *d = clip_to(plan.clip, *d);
+            }
+        }
+        if plan.output {
+            d.lanes_mut()[0] += Lanes::load(&dy[line * plan.y_stride + plan.y_offset + at..][..width]);
+        }
         let site = plan.site(t, row, at);
         let holds = plan.zoneout != [0.0; 2];
         // The gradient of what was held back passes the cell by.
-        let held = C::State::from_fn(|s| if holds { plan.held(site, s) * d.lanes()[s] } else { Lanes::splat(0.0) });
+        let mut held = C::State::from_fn(|_| Lanes::splat(0.0));
+        if holds {
+            for (s, (held, d)) in held.lanes_mut().iter_mut().zip(d.lanes()).enumerate() {
+                *held = plan.held(site, s) * *d;
+            }
+        }
         if plan.flow {
             // What was held back goes into nothing else of its step.
             let totals = if holds { d } else { cell.totals(saved, previous, p, d) };
@@ -456,7 +459,9 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
                 value.store(flow(s));
             }
         }
-        let d = C::State::from_fn(|s| d.lanes()[s] - held.lanes()[s]);
+        for (d, held) in d.lanes_mut().iter_mut().zip(held.lanes()) {
+            *d = *d - *held;
+        }
         let Backward { slots: gradients, previous: direct, unit: dunit } = cell.backward(site, saved, previous, p, d);
         for (s, value) in gradients.lanes().iter().enumerate() {
             value.store(slot(s));
