@@ -30,6 +30,8 @@ pub trait Block: Copy {
     fn from_fn(f: impl FnMut(usize) -> Lanes) -> Self;
     /// All of them.
     fn lanes(&self) -> &[Lanes];
+    /// The same, to fill them where a closure would be a call, which knows no wide vectors.
+    fn lanes_mut(&mut self) -> &mut [Lanes];
 }
 
 impl<const N: usize> Block for [Lanes; N] {
@@ -42,6 +44,11 @@ impl<const N: usize> Block for [Lanes; N] {
 
     #[inline(always)]
     fn lanes(&self) -> &[Lanes] {
+        self
+    }
+
+    #[inline(always)]
+    fn lanes_mut(&mut self) -> &mut [Lanes] {
         self
     }
 }

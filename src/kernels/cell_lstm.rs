@@ -44,6 +44,12 @@ impl LstmCell {
         plain && !self.peepholes && !self.coupled && self.clip == 0.0
     }
 
+    /// The slope where i, f or o is `y`.
+    #[inline(always)]
+    fn gate_slope(&self, y: Lanes) -> Lanes {
+        self.gate.clipped_slope(self.clip, y)
+    }
+
     /// 0 without peepholes: 0 c would be NaN for a c that is infinite.
     #[inline(always)]
     fn peephole(&self, p: Lanes, c: Lanes) -> Lanes {
@@ -118,8 +124,7 @@ impl CellKernel for LstmCell {
         let free = f * c_before + i * g;
         let c = clip_to(self.cell_clip, free);
         let y = self.output.apply(c);
-        let gate_slope = |y: Lanes| self.gate.clipped_slope(self.clip, y);
-        let d_out = d[0] * y * gate_slope(o);
+        let d_out = d[0] * y * self.gate_slope(o);
         let mut dc = d[1] + d[0] * o * self.output.slope(y) + d_out * p[6];
         if self.cell_clip > 0.0 {
             dc = dc.zip(free, |dc, free| if free.abs() > self.cell_clip { 0.0 } else { dc });
@@ -128,7 +133,7 @@ impl CellKernel for LstmCell {
         if self.coupled {
             (di, df) = (di - df, Lanes::splat(0.0));
         }
-        (di, df) = (di * gate_slope(i), df * gate_slope(f));
+        (di, df) = (di * self.gate_slope(i), df * self.gate_slope(f));
         let dg = dc * i * self.candidate.clipped_slope(self.clip, g);
         let zero = Lanes::splat(0.0);
         Backward {

@@ -43,16 +43,27 @@ pub(super) fn cut(rows: usize, most: usize) -> impl Iterator<Item = (usize, usiz
     (0..parts).map(move |part| (part * rows / parts, (part + 1) * rows / parts - part * rows / parts))
 }
 
+/// The rows of A that go against a panel.
+#[derive(Clone, Copy)]
+pub(super) enum Rows<'a> {
+    /// Each contiguous, and how far they are apart.
+    Apart(&'a [f32], usize),
+    /// Tile by tile as [`cut`] gives them, in each the rows side by side for every k.
+    Packed(&'a [f32]),
+}
+
 /// `sums [rows, width] += A [rows, k] . B [k, width]`. For [`pulp::Simd::vectorize`], which makes it one function for all that
-/// call it.
+/// call it. The caller owns the sums.
 pub(super) struct PanelProduct<'a> {
-    /// rows, width, k. The width is a multiple of 16, and at most [`PANEL`].
+    /// rows, width, k; packed rows have at most [`DEPTH`] k. The width is a multiple of 16, and at most [`PANEL`].
     pub sizes: [usize; 3],
-    /// Rows of A, each contiguous, and how far they are apart.
-    pub a: (&'a [f32], usize),
-    /// Rows of B, likewise.
+    pub a: Rows<'a>,
+    /// Rows of B, and how far they are apart.
     pub panel: (&'a [f32], usize),
-    pub sums: &'a mut [f32],
+    /// The sums' memory, where they start, and how far their rows are apart.
+    pub sums: (&'a Shared<'a>, usize, usize),
+    /// Whether the sums start at 0, and not at what is there.
+    pub fresh: bool,
 }
 
 impl pulp::WithSimd for PanelProduct<'_> {
@@ -60,81 +71,109 @@ impl pulp::WithSimd for PanelProduct<'_> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
-        let Self { sizes: [rows, width, k], a: (a, a_row), panel: (panel, stride), sums } = self;
+        let Self { sizes: [rows, width, k], a, panel: (panel, stride), sums: (sums, start, sums_row), fresh } = self;
         for first in (0..k).step_by(DEPTH) {
             let depth = DEPTH.min(k - first);
             let panel = &panel[first * stride..][..(depth - 1) * stride + width];
             for (row, count) in cut(rows, ROWS) {
-                let a = (&a[row * a_row + first..], a_row, depth);
-                let sums = &mut sums[row * width..][..count * width];
+                let a = match a {
+                    Rows::Apart(a, a_row) => Rows::Apart(&a[row * a_row + first..], a_row),
+                    Rows::Packed(a) => Rows::Packed(&a[row * depth..][..count * depth]),
+                };
+                let tile =
+                    Tile { a, depth, panel, stride, sums, start: start + row * sums_row, sums_row, fresh: fresh && first == 0 };
                 match count {
-                    1 => tiles::<S, 1>(simd, a, (panel, stride), sums, width),
-                    2 => tiles::<S, 2>(simd, a, (panel, stride), sums, width),
-                    3 => tiles::<S, 3>(simd, a, (panel, stride), sums, width),
-                    4 => tiles::<S, 4>(simd, a, (panel, stride), sums, width),
-                    5 => tiles::<S, 5>(simd, a, (panel, stride), sums, width),
-                    _ => tiles::<S, ROWS>(simd, a, (panel, stride), sums, width),
+                    1 => tile.run::<S, 1>(simd, width),
+                    2 => tile.run::<S, 2>(simd, width),
+                    3 => tile.run::<S, 3>(simd, width),
+                    4 => tile.run::<S, 4>(simd, width),
+                    5 => tile.run::<S, 5>(simd, width),
+                    _ => tile.run::<S, ROWS>(simd, width),
                 }
             }
         }
     }
 }
 
-/// R rows against all columns of a panel: as many vectors at once as leave registers for B.
-#[inline(always)]
-fn tiles<S: pulp::Simd, const R: usize>(
-    simd: S,
-    (a, a_row, depth): (&[f32], usize, usize),
-    (panel, stride): (&[f32], usize),
-    sums: &mut [f32],
-    width: usize,
-) {
-    let rows: [&[f32]; R] = std::array::from_fn(|r| &a[r * a_row..][..depth]);
-    match (S::F32_LANES, width) {
-        (16, 64) => tile::<S, R, 4>(simd, rows, (panel, stride), sums, width),
-        (16, 48) => tile::<S, R, 3>(simd, rows, (panel, stride), sums, width),
-        (16, 32) => tile::<S, R, 2>(simd, rows, (panel, stride), sums, width),
-        (16, _) => tile::<S, R, 1>(simd, rows, (panel, stride), sums, width),
-        (8, _) => {
-            for at in (0..width).step_by(16) {
-                tile::<S, R, 2>(simd, rows, (&panel[at..], stride), &mut sums[at..], width);
-            }
-        }
-        (lanes, _) => {
-            for at in (0..width).step_by(4 * lanes) {
-                tile::<S, R, 4>(simd, rows, (&panel[at..], stride), &mut sums[at..], width);
-            }
-        }
-    }
+/// Some rows against all columns of a panel.
+#[derive(Clone, Copy)]
+struct Tile<'a> {
+    a: Rows<'a>,
+    depth: usize,
+    panel: &'a [f32],
+    stride: usize,
+    sums: &'a Shared<'a>,
+    start: usize,
+    sums_row: usize,
+    fresh: bool,
 }
 
-/// R rows and P vectors of sums, `width` apart.
-#[inline(always)]
-fn tile<S: pulp::Simd, const R: usize, const P: usize>(
-    simd: S,
-    rows: [&[f32]; R],
-    (panel, stride): (&[f32], usize),
-    memory: &mut [f32],
-    width: usize,
-) {
-    let span = P * S::F32_LANES;
-    let mut sums = [[simd.splat_f32s(0.0); P]; R];
-    for (r, sums) in sums.iter_mut().enumerate() {
-        sums.copy_from_slice(S::as_simd_f32s(&memory[r * width..][..span]).0);
-    }
-    for (k, b) in (0..rows[0].len()).zip(panel.chunks(stride)) {
-        let b = S::as_simd_f32s(&b[..span]).0;
-        let b: [S::f32s; P] = std::array::from_fn(|p| b[p]);
-        for (sums, row) in sums.iter_mut().zip(&rows) {
-            let a = simd.splat_f32s(row[k]);
-            for (sum, b) in sums.iter_mut().zip(b) {
-                // Fused wherever the CPU can, in every column.
-                *sum = simd.mul_add_e_f32s(a, b, *sum);
+impl Tile<'_> {
+    /// R rows: as many vectors at once as leave registers for B.
+    #[inline(always)]
+    fn run<S: pulp::Simd, const R: usize>(self, simd: S, width: usize) {
+        match (S::F32_LANES, width) {
+            (16, 64) => self.columns::<S, R, 4>(simd, 0),
+            (16, 48) => self.columns::<S, R, 3>(simd, 0),
+            (16, 32) => self.columns::<S, R, 2>(simd, 0),
+            (16, _) => self.columns::<S, R, 1>(simd, 0),
+            (8, _) => {
+                for at in (0..width).step_by(16) {
+                    self.columns::<S, R, 2>(simd, at);
+                }
+            }
+            (lanes, _) => {
+                for at in (0..width).step_by(4 * lanes) {
+                    self.columns::<S, R, 4>(simd, at);
+                }
             }
         }
     }
-    for (r, sums) in sums.iter().enumerate() {
-        S::as_mut_simd_f32s(&mut memory[r * width..][..span]).0.copy_from_slice(sums);
+
+    /// R rows and P vectors of sums from column `at` on.
+    #[inline(always)]
+    fn columns<S: pulp::Simd, const R: usize, const P: usize>(self, simd: S, at: usize) {
+        let Self { a, depth, stride, start, sums_row, .. } = self;
+        let (panel, span) = (&self.panel[at..], P * S::F32_LANES);
+        // SAFETY: sums that the caller owns; each slice is dropped before the next one is made.
+        let memory = |r: usize| unsafe { self.sums.slice(start + r * sums_row + at, span) };
+        let mut sums = [[simd.splat_f32s(0.0); P]; R];
+        if !self.fresh {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                sums.copy_from_slice(S::as_simd_f32s(memory(r)).0);
+            }
+        }
+        // Fused wherever the CPU can, in every column.
+        match a {
+            Rows::Apart(a, a_row) => {
+                let rows: [&[f32]; R] = std::array::from_fn(|r| &a[r * a_row..][..depth]);
+                for (k, b) in (0..depth).zip(panel.chunks(stride)) {
+                    let b = S::as_simd_f32s(&b[..span]).0;
+                    let b: [S::f32s; P] = std::array::from_fn(|p| b[p]);
+                    for (sums, row) in sums.iter_mut().zip(&rows) {
+                        let a = simd.splat_f32s(row[k]);
+                        for (sum, b) in sums.iter_mut().zip(b) {
+                            *sum = simd.mul_add_e_f32s(a, b, *sum);
+                        }
+                    }
+                }
+            }
+            Rows::Packed(a) => {
+                for (a, b) in a.chunks_exact(R).zip(panel.chunks(stride)) {
+                    let b = S::as_simd_f32s(&b[..span]).0;
+                    let b: [S::f32s; P] = std::array::from_fn(|p| b[p]);
+                    for (sums, a) in sums.iter_mut().zip(a) {
+                        let a = simd.splat_f32s(*a);
+                        for (sum, b) in sums.iter_mut().zip(b) {
+                            *sum = simd.mul_add_e_f32s(a, b, *sum);
+                        }
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            S::as_mut_simd_f32s(memory(r)).0.copy_from_slice(sums);
+        }
     }
 }
 
@@ -190,8 +229,9 @@ impl pulp::WithSimd for Product<'_> {
         // In place only the last panel is copied, where it is no whole one.
         let copied = if in_place { usize::from(n % PANEL > 0) } else { panels };
         let mut packed = Scratch::new(copied * deepest * PANEL);
-        let mut turned = Scratch::new(if a_col == 1 { 0 } else { BAND * deepest });
-        let mut sums = Sums::ZERO;
+        let mut tiles = Scratch::new(if a_col == 1 { 0 } else { BAND * deepest });
+        let mut rest = Sums::ZERO;
+        let rest = &Shared::new(&mut rest.0);
         for first in (0..k).step_by(DEPTH) {
             let depth = DEPTH.min(k - first);
             let block = &b[first * b_row..];
@@ -203,12 +243,14 @@ impl pulp::WithSimd for Product<'_> {
                 }
             }
             for (row, rows) in cut(m, BAND) {
-                let a = &a[row * a_row + first * a_col..];
-                let (a, a_row) =
-                    if a_col == 1 { (a, a_row) } else { (turn(a, [rows, depth], (a_row, a_col), turned.numbers()), depth) };
+                let from = &a[row * a_row + first * a_col..];
+                let a = match a_col {
+                    1 => Rows::Apart(from, a_row),
+                    _ => Rows::Packed(pack_rows(from, [rows, depth], (a_row, a_col), tiles.numbers())),
+                };
                 for panel in 0..panels {
                     let width = PANEL.min(n - panel * PANEL);
-                    let (b, stride) = match in_place {
+                    let b = match in_place {
                         true if width == PANEL => (&block[panel * PANEL..], b_row),
                         true => {
                             pack_panel(&block[panel * PANEL..], [depth, width], (b_row, 1), (packed, PANEL));
@@ -216,23 +258,31 @@ impl pulp::WithSimd for Product<'_> {
                         }
                         false => (&packed[panel * depth * PANEL..], PANEL),
                     };
-                    let at = |r: usize| c_first + (row + r) * c_row + panel * PANEL;
-                    for (r, sums) in sums.0.chunks_exact_mut(PANEL).take(rows).enumerate() {
-                        if self.accumulate || first > 0 {
-                            // SAFETY: here and below: a part of C that this thread owns; dropped before the next one is made.
-                            sums[..width].copy_from_slice(unsafe { c.slice(at(r), width) });
-                        } else {
-                            sums.fill(0.0);
+                    // A panel that is no whole one has its sums apart from C.
+                    let whole = width == PANEL;
+                    let target = (c, c_first + row * c_row + panel * PANEL, c_row);
+                    let sums = if whole { target } else { (rest, 0, PANEL) };
+                    let adds = self.accumulate || first > 0;
+                    let bias = self.bias.filter(|_| first == 0).map(|bias| &bias[panel * PANEL..][..width]);
+                    for r in 0..rows {
+                        // SAFETY: parts of C that this thread owns, and of a buffer of its own; dropped before others are made.
+                        let [sums, target] =
+                            [sums, target].map(|(memory, at, row)| move || unsafe { memory.slice(at + r * row, width) });
+                        if adds && !whole {
+                            sums().copy_from_slice(target());
                         }
-                        if let (Some(bias), 0) = (self.bias, first) {
-                            sums.iter_mut().zip(&bias[panel * PANEL..]).for_each(|(sum, bias)| *sum += bias);
+                        match bias {
+                            Some(bias) if adds => sums().iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias),
+                            Some(bias) => sums().copy_from_slice(bias),
+                            None => {}
                         }
                     }
-                    let (sizes, sums_of) = ([rows, PANEL, depth], &mut sums.0);
-                    simd.vectorize(PanelProduct { sizes, a: (a, a_row), panel: (b, stride), sums: sums_of });
-                    for (r, sums) in sums.0.chunks_exact(PANEL).take(rows).enumerate() {
-                        // SAFETY: as above.
-                        unsafe { c.slice(at(r), width) }.copy_from_slice(&sums[..width]);
+                    let fresh = !adds && bias.is_none();
+                    simd.vectorize(PanelProduct { sizes: [rows, PANEL, depth], a, panel: b, sums, fresh });
+                    for r in 0..if whole { 0 } else { rows } {
+                        // SAFETY: as above; and not the same memory.
+                        let [sums, target] = [sums, target].map(|(memory, at, row)| unsafe { memory.slice(at + r * row, width) });
+                        target.copy_from_slice(sums);
                     }
                 }
             }
@@ -258,15 +308,48 @@ pub(super) fn pack_panel(
     }
 }
 
-/// Copies a band of A whose columns are apart into rows `[rows, depth]` without gaps.
+/// Copies a band of A whose columns are apart, tile by tile, the rows of each side by side for every k.
 #[inline(always)]
-fn turn<'a>(a: &[f32], [rows, depth]: [usize; 2], (a_row, a_col): (usize, usize), to: &'a mut [f32]) -> &'a [f32] {
-    // Sixteen columns at a time: what is written stays in the first cache until its lines are full.
-    for first in (0..depth).step_by(16) {
-        for row in 0..rows {
-            let values = &mut to[row * depth + first..][..16.min(depth - first)];
-            values.iter_mut().enumerate().for_each(|(i, value)| *value = a[row * a_row + (first + i) * a_col]);
+fn pack_rows<'a>(a: &[f32], [rows, depth]: [usize; 2], (a_row, a_col): (usize, usize), to: &'a mut [f32]) -> &'a [f32] {
+    for (row, count) in cut(rows, ROWS) {
+        let tile = &mut to[row * depth..][..count * depth];
+        for (k, values) in tile.chunks_exact_mut(count).enumerate() {
+            let from = &a[row * a_row + k * a_col..];
+            match (a_row, count) {
+                (1, ROWS) => values.copy_from_slice(&from[..ROWS]),
+                (1, 5) => values.copy_from_slice(&from[..5]),
+                _ => values.iter_mut().enumerate().for_each(|(r, value)| *value = from[r * a_row]),
+            }
         }
     }
     to
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes around tiles, bands, panels and the cut of k: threads, the size of C and the order of A in memory show in no bit.
+    #[test]
+    fn bits_depend_on_no_cut() {
+        for [m, n, k] in [[1, 70, 300], [15, 64, 513], [65, 130, 520], [200, 190, 130], [190, 200, 130]] {
+            let number = |at: usize| ((at * 7919) % 1013) as f32 / 1013.0 - 0.5;
+            let a: Vec<f32> = (0..m * k).map(number).collect();
+            let turned: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
+            let b: Vec<f32> = (0..k * n).map(|at| number(at + 11)).collect();
+            let bits = |sizes, a: (&[f32], usize, usize), threads| {
+                let [m, n, _]: [usize; 3] = sizes;
+                let mut c = vec![f32::NAN; m * n];
+                multiply(sizes, a, (&b, b.len() / k, 1), None, (&mut c, n), false, threads);
+                c.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let whole = bits([m, n, k], (&a, k, 1), 1);
+            for threads in [2, 3, 7] {
+                assert_eq!(bits([m, n, k], (&a, k, 1), threads), whole, "{m}x{n}x{k} on {threads} threads");
+            }
+            assert_eq!(bits([m, n, k], (&turned, 1, m), 2), whole, "{m}x{n}x{k} of A^T");
+            let row = m - 1;
+            assert_eq!(bits([1, n, k], (&a[row * k..], k, 1), 1), whole[row * n..], "{m}x{n}x{k}: the last row alone");
+        }
+    }
 }

@@ -17,7 +17,7 @@ use std::ops::Range;
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
 use super::math::Lanes;
-use super::product::{BAND, PANEL, PanelProduct, ROWS, Sums, cut, pack_panel};
+use super::product::{BAND, PANEL, PanelProduct, ROWS, Rows, Sums, cut, pack_panel};
 use super::sweep::{Buffers, Plan, Step};
 use crate::backend::native::{Member, Scratch, Shared, for_parts, team, threads};
 use crate::error::Result;
@@ -26,6 +26,9 @@ use crate::tensor::Tensor;
 
 /// A sweep of less work than this, in multiply-adds, runs on one thread.
 const PARALLEL: usize = 1 << 22;
+/// A step of less work than this, some ten microseconds, is not worth a meeting of threads: where other programs want the cores,
+/// each may have to wait for its turn on one.
+const MEETING: usize = 1 << 19;
 /// What a gate's functions cost, in multiply-adds.
 const GATE: usize = 32;
 /// Numbers of W_hh that stay in a core's cache beside the rest: half a megabyte of them.
@@ -47,10 +50,13 @@ impl Plan<'_> {
         work: impl Fn((usize, usize), Member<'_>) + Sync,
     ) {
         let gates = C::Pre::LEN * self.hidden;
-        if steps * self.rows * gates * (width + GATE) < PARALLEL {
+        let step = self.rows * gates * (width + GATE);
+        if steps * step < PARALLEL {
             work((0, self.rows), Member::ALONE);
         } else if !whole && gates * width <= RESIDENT && self.rows >= ROWS * threads() {
             for_parts(self.rows, threads(), |first, count| work((first, count), Member::ALONE));
+        } else if step < MEETING {
+            work((0, self.rows), Member::ALONE);
         } else {
             team(threads().min(panels), |member| work((0, self.rows), member));
         }
@@ -173,9 +179,9 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
                         // SAFETY: nobody writes the states before this step.
                         let h = unsafe { states.read((before * rows + first) * hidden, count * hidden) };
                         let weights = &weights[panel * hidden * width..][..hidden * width];
-                        sums.0[..count * width].fill(0.0);
-                        let (sizes, sums) = ([count, width, hidden], &mut sums.0);
-                        simd.vectorize(PanelProduct { sizes, a: (h, hidden), panel: (weights, width), sums });
+                        let (sizes, sums) = ([count, width, hidden], (&Shared::new(&mut sums.0), 0, width));
+                        let (a, panel) = (Rows::Apart(h, hidden), (weights, width));
+                        simd.vectorize(PanelProduct { sizes, a, panel, sums, fresh: true });
                     }
                     for row in 0..count {
                         for block in 0..units / LANES {
@@ -245,10 +251,10 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
         let site = plan.site(t, row, at);
         let (mut state, saved) = cell.forward(site, x, r, previous, p);
         if plan.zoneout != [0.0; 2] {
-            state = C::State::from_fn(|s| {
+            for (s, (state, previous)) in state.lanes_mut().iter_mut().zip(previous.lanes()).enumerate() {
                 let k = plan.held(site, s);
-                k * previous.lanes()[s] + (Lanes::splat(1.0) - k) * state.lanes()[s]
-            });
+                *state = k * *previous + (Lanes::splat(1.0) - k) * *state;
+            }
         }
         for (s, value) in state.lanes().iter().enumerate() {
             // SAFETY: as above.
@@ -379,14 +385,14 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
         let Panels { weights, columns, runs } = self.panels;
         let (rows, hidden) = (self.plan.rows, self.plan.hidden);
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-        products[..count * width].fill(0.0);
-        for (gate, slot, run) in runs {
+        let sums = &Shared::new(products);
+        for (n, (gate, slot, run)) in runs.iter().enumerate() {
             let at = (t * rows + first) * kept + slot * hidden;
             // SAFETY: the gradients of that step are complete, and nobody writes them again.
             let dr = unsafe { self.slots.read(at, (count - 1) * kept + run * hidden) };
             let weights = &weights[(panel * gates + gate * hidden) * columns..][..run * hidden * columns];
-            let (sizes, sums) = ([count, width, run * hidden], &mut *products);
-            simd.vectorize(PanelProduct { sizes, a: (dr, kept), panel: (weights, columns), sums });
+            let (sizes, a) = ([count, width, run * hidden], Rows::Apart(dr, kept));
+            simd.vectorize(PanelProduct { sizes, a, panel: (weights, columns), sums: (sums, 0, width), fresh: n == 0 });
         }
     }
 
@@ -424,25 +430,28 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
         let p = load_unit(cell, unit, hidden, (at, width));
         let previous = C::State::from_fn(|s| Lanes::load(&states[((s * depth + before) * rows + row) * hidden + at..][..width]));
         let mut clipped = Lanes::splat(0.0);
-        let d = C::State::from_fn(|s| {
-            let d = Lanes::load(dstate(s));
-            let d = match product {
-                Some(product) if s == 0 => d + product,
-                _ => d,
-            };
-            let d = match plan.clip > 0.0 {
-                true => {
-                    clipped += d.map(|d| f32::from(d.abs() > plan.clip));
-                    clip_to(plan.clip, d)
-                }
-                false => d,
-            };
-            if s == 0 && plan.output { d + Lanes::load(&dy[line * plan.y_stride + plan.y_offset + at..][..width]) } else { d }
-        });
+        let mut d = C::State::from_fn(|s| Lanes::load(dstate(s)));
+        if let Some(product) = product {
+            d.lanes_mut()[0] += product;
+        }
+        if plan.clip > 0.0 {
+            for d in d.lanes_mut() {
+                clipped += d.map(|d| f32::from(d.abs() > plan.clip));
+                *d = clip_to(plan.clip, *d);
+            }
+        }
+        if plan.output {
+            d.lanes_mut()[0] += Lanes::load(&dy[line * plan.y_stride + plan.y_offset + at..][..width]);
+        }
         let site = plan.site(t, row, at);
         let holds = plan.zoneout != [0.0; 2];
         // The gradient of what was held back passes the cell by.
-        let held = C::State::from_fn(|s| if holds { plan.held(site, s) * d.lanes()[s] } else { Lanes::splat(0.0) });
+        let mut held = C::State::from_fn(|_| Lanes::splat(0.0));
+        if holds {
+            for (s, (held, d)) in held.lanes_mut().iter_mut().zip(d.lanes()).enumerate() {
+                *held = plan.held(site, s) * *d;
+            }
+        }
         if plan.flow {
             // What was held back goes into nothing else of its step.
             let totals = if holds { d } else { cell.totals(saved, previous, p, d) };
@@ -450,7 +459,9 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
                 value.store(flow(s));
             }
         }
-        let d = C::State::from_fn(|s| d.lanes()[s] - held.lanes()[s]);
+        for (d, held) in d.lanes_mut().iter_mut().zip(held.lanes()) {
+            *d = *d - *held;
+        }
         let Backward { slots: gradients, previous: direct, unit: dunit } = cell.backward(site, saved, previous, p, d);
         for (s, value) in gradients.lanes().iter().enumerate() {
             value.store(slot(s));

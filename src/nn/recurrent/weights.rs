@@ -137,6 +137,8 @@ impl Weights {
         if config.precision == Precision::Single {
             let weight_hh = match len(&self.weight_hh) {
                 0 => 0,
+                // DropConnect's products read a copy of their own.
+                _ if config.weight_dropout > 0.0 => 0,
                 len if split => len,
                 _ => sweep_step::forward_weights_len::<C>(hidden),
             };
