@@ -43,7 +43,7 @@
 //!   when something is read back, on [`Device::submit`], or at the end of a trainer's step. `native` is memory of the CPU.
 //! - [`Device`], [`Tensor`]: a GPU or the native CPU as one type; shapes over its memory.
 //! - `kernels`: one file a family (`gemm`, `gather`, `cross_entropy`, ..): its contract, its uniform struct, its launch,
-//!   its CPU twin. `shaders/` has a file of the same name.
+//!   its CPU twin. `shaders/` has a file of the same name. `choice` says which one runs on which class of GPU.
 //!   `half` has the factors of products in either precision, and `gemm_half` the product of two in half precision.
 //! - `arithmetic`: [`Tensor::add`] and its like, on top of the kernels.
 //! - [`nn`]: layers, each with `forward`, `forward_train`, `backward`. [`nn::Recurrent`] is the core of every recurrent

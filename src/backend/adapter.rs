@@ -33,6 +33,31 @@ pub(crate) fn feature(feature: Feature) -> wgpu::Features {
     }
 }
 
+/// Adapters that are fast at the same things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// A driver that computes on the CPU.
+    Software,
+    Nvidia,
+    Amd,
+    Intel,
+    Apple,
+    Other,
+}
+
+impl Class {
+    pub fn of(info: &wgpu::AdapterInfo) -> Self {
+        match (info.device_type, info.vendor) {
+            (wgpu::DeviceType::Cpu, _) => Self::Software,
+            (_, 0x10de) => Self::Nvidia,
+            (_, 0x1002) => Self::Amd,
+            (_, 0x8086) => Self::Intel,
+            _ if info.backend == wgpu::Backend::Metal || info.vendor == 0x106b => Self::Apple,
+            _ => Self::Other,
+        }
+    }
+}
+
 fn instance() -> wgpu::Instance {
     // Indirect-call validation caps buffers at 4 GiB, and nothing here dispatches indirectly.
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::adapter::{self, Adapter};
+use super::adapter::{self, Adapter, Class};
 use super::clock::Clock;
 use super::{Access, Kernel};
 use crate::error::{Error, ErrorKind, Result};
@@ -429,6 +429,10 @@ impl Gpu {
     /// Whether the device has all that `kernel` asks for.
     pub fn offers(&self, kernel: &Kernel) -> bool {
         kernel.features.iter().all(|feature| self.features.contains(adapter::feature(*feature)))
+    }
+
+    pub fn class(&self) -> Class {
+        Class::of(&self.info)
     }
 
     /// Whether the adapter is a program on the CPU.

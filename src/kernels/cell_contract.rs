@@ -64,7 +64,7 @@ pub struct Backward<C: CellKernel> {
     pub unit: C::Unit,
 }
 
-/// The three entry points of a cell composed with `sweep_step.wgsl`.
+/// The entry points of a cell composed with `sweep_step.wgsl`.
 #[derive(Debug)]
 pub struct StepKernels {
     /// Product and cell.
@@ -73,6 +73,10 @@ pub struct StepKernels {
     pub forward_split: Kernel,
     /// Product (where there is a later step) and cell.
     pub backward: Kernel,
+    /// As `forward`, for subgroups of 8 lanes; of no use without a product.
+    pub forward_subgroup: Kernel,
+    /// As `backward`, likewise.
+    pub backward_subgroup: Kernel,
 }
 
 /// A recurrent cell: pointwise, it knows neither sweeps nor products. See `shaders/cell_contract.wgsl`.

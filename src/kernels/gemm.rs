@@ -1,8 +1,10 @@
 //! Matrix product: `C = A . B (+ bias) (+ C)` on strided windows, every transposition by strides.
 
+use super::choice;
 use super::product::multiply;
 use super::{MAX_GROUPS, READ, READ_WRITE};
-use crate::backend::{Kernel, native, params};
+use crate::backend::gpu::Gpu;
+use crate::backend::{Feature, Kernel, native, params};
 use crate::device::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -19,7 +21,8 @@ params! {
     }
 }
 
-pub(crate) static GEMM: Kernel = Kernel {
+pub(crate) static GEMM: Kernel = GEMM_KERNEL;
+const GEMM_KERNEL: Kernel = Kernel {
     name: "gemm",
     source: include_str!("../../shaders/gemm.wgsl"),
     entry: "gemm",
@@ -29,10 +32,76 @@ pub(crate) static GEMM: Kernel = Kernel {
     features: &[],
 };
 
-/// Lanes of a workgroup, and rows and columns of a lane, as in the shader.
-const LANES: usize = 64;
-const ROWS: usize = 8;
-const COLUMNS: usize = 4;
+/// The same for subgroups of 8 lanes and aligned operands: a kernel for each layout of A.
+const SUBGROUP: Kernel = Kernel {
+    name: "gemm_subgroup_rows",
+    source: include_str!("../../shaders/gemm_subgroup.wgsl"),
+    entry: "rows",
+    workgroup: 8,
+    features: &[Feature::Subgroups],
+    ..GEMM_KERNEL
+};
+pub(crate) static SUBGROUP_ROWS: Kernel = SUBGROUP;
+pub(crate) static SUBGROUP_ROWS_8: Kernel = Kernel { name: "gemm_subgroup_rows_8", entry: "rows_8", ..SUBGROUP };
+pub(crate) static SUBGROUP_COLUMNS: Kernel = Kernel { name: "gemm_subgroup_columns", entry: "columns", ..SUBGROUP };
+
+/// A way to compute a product on a GPU; `kernels::choice` picks one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProductKernel {
+    /// Any device, any strides: a lane has 8 rows of 4 columns.
+    General,
+    /// Subgroups of 8 lanes, tiles of 32 x 32, everything in fours; A's k lie side by side.
+    SubgroupRows,
+    /// The same with tiles of 8 rows.
+    SubgroupRows8,
+    /// As the first of them, but A's rows lie side by side.
+    SubgroupColumns,
+}
+
+impl ProductKernel {
+    /// All of them.
+    #[cfg(feature = "verify")]
+    pub const ALL: [Self; 4] = [Self::General, Self::SubgroupRows, Self::SubgroupRows8, Self::SubgroupColumns];
+
+    fn kernel(self) -> &'static Kernel {
+        match self {
+            Self::General => &GEMM,
+            Self::SubgroupRows => &SUBGROUP_ROWS,
+            Self::SubgroupRows8 => &SUBGROUP_ROWS_8,
+            Self::SubgroupColumns => &SUBGROUP_COLUMNS,
+        }
+    }
+
+    /// Rows of a tile, and columns of a workgroup's step.
+    fn tile(self) -> [usize; 2] {
+        match self {
+            Self::General => [8, 256],
+            Self::SubgroupRows8 => [8, 32],
+            Self::SubgroupRows | Self::SubgroupColumns => [32, 32],
+        }
+    }
+
+    /// Whether the kernel can do this product on this device.
+    pub fn takes(self, gpu: &Gpu, a: &Matrix<'_>, b: &Matrix<'_>, c: &Matrix<'_>) -> bool {
+        let aligned = |words: &[usize]| words.iter().all(|words| words.is_multiple_of(4));
+        let subgroups = gpu.subgroup_size() == Some(8)
+            && b.col == 1
+            && aligned(&[b.cols, b.offset, b.row, c.offset, c.row])
+            && b.cols <= MAX_GROUPS * self.tile()[1];
+        match self {
+            Self::General => true,
+            Self::SubgroupRows | Self::SubgroupRows8 => subgroups && a.col == 1 && aligned(&[a.cols, a.offset, a.row]),
+            Self::SubgroupColumns => subgroups && a.row == 1 && aligned(&[a.rows, a.offset, a.col]),
+        }
+    }
+
+    fn groups(self, m: usize, n: usize) -> [u32; 3] {
+        let [rows, columns] = self.tile();
+        let tiles = m.div_ceil(rows);
+        let y = tiles.min(MAX_GROUPS);
+        [n.div_ceil(columns).min(MAX_GROUPS) as u32, y as u32, tiles.div_ceil(y) as u32]
+    }
+}
 
 /// A window of a tensor seen as a matrix: element `(r, c)` is word `offset + r * row + c * col` of the tensor.
 #[derive(Clone, Copy)]
@@ -74,37 +143,47 @@ impl<'a> Matrix<'a> {
 /// Fast where B's columns lie side by side: lanes, and the native vectors, run along them.
 pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) -> Result<()> {
     debug_assert!(a.rows == c.rows && b.cols == c.cols && a.cols == b.rows && c.col == 1);
-    let (m, n, k) = (a.rows, b.cols, a.cols);
     match c.tensor.device().backend() {
         Backend::Native => {
             multiply_native(a, b, bias, c, accumulate);
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let params = Gemm {
-                m: m as u32,
-                n: n as u32,
-                k: k as u32,
-                a_offset: a.offset as u32,
-                a_row: a.row as u32,
-                a_col: a.col as u32,
-                b_offset: b.offset as u32,
-                b_row: b.row as u32,
-                b_col: b.col as u32,
-                c_offset: c.offset as u32,
-                c_row: c.row as u32,
-                accumulate: accumulate.into(),
-                biased: bias.is_some().into(),
-            };
-            let tiles = m.div_ceil(ROWS);
-            let y = tiles.min(MAX_GROUPS);
-            let x = n.div_ceil(COLUMNS).div_ceil(LANES).min(MAX_GROUPS);
-            let groups = [x as u32, y as u32, tiles.div_ceil(y) as u32];
-            // Without a bias, something must still be bound in its place.
-            let bias = bias.unwrap_or(a.tensor);
-            gpu.launch(&GEMM, &params, &[a.tensor.range(), b.tensor.range(), bias.range(), c.tensor.range()], groups)
+            let kernel = choice::product(c.tensor.device(), gpu, &a, &b, &c);
+            gemm_by(kernel, gpu, [a, b, c], bias, accumulate)
         }
     }
+}
+
+/// The same for `[A, B, C]` by this kernel, which takes them.
+pub(crate) fn gemm_by(
+    kernel: ProductKernel,
+    gpu: &Gpu,
+    [a, b, c]: [Matrix<'_>; 3],
+    bias: Option<&Tensor>,
+    accumulate: bool,
+) -> Result<()> {
+    debug_assert!(kernel.takes(gpu, &a, &b, &c));
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let params = Gemm {
+        m: m as u32,
+        n: n as u32,
+        k: k as u32,
+        a_offset: a.offset as u32,
+        a_row: a.row as u32,
+        a_col: a.col as u32,
+        b_offset: b.offset as u32,
+        b_row: b.row as u32,
+        b_col: b.col as u32,
+        c_offset: c.offset as u32,
+        c_row: c.row as u32,
+        accumulate: accumulate.into(),
+        biased: bias.is_some().into(),
+    };
+    // Without a bias, something must still be bound in its place.
+    let bias = bias.unwrap_or(a.tensor);
+    let bindings = [a.tensor.range(), b.tensor.range(), bias.range(), c.tensor.range()];
+    gpu.launch(kernel.kernel(), &params, &bindings, kernel.groups(m, n))
 }
 
 fn multiply_native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) {

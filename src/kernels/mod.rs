@@ -13,6 +13,7 @@ pub(crate) mod cell_min_gru;
 pub(crate) mod cell_min_lstm;
 pub(crate) mod cell_rnn;
 pub(crate) mod cell_slstm;
+pub(crate) mod choice;
 pub(crate) mod column_sum;
 pub(crate) mod columns;
 pub(crate) mod cross_entropy;
@@ -74,6 +75,9 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
     ];
     let mut kernels: Vec<&'static crate::backend::Kernel> = vec![
         &gemm::GEMM,
+        &gemm::SUBGROUP_ROWS,
+        &gemm::SUBGROUP_ROWS_8,
+        &gemm::SUBGROUP_COLUMNS,
         &half::PACK,
         &gemm_half::GEMM_HALF,
         &transpose::TRANSPOSE,
@@ -117,7 +121,11 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &gate_mask::SPREAD,
         &gate_mask::COLLECT,
     ];
-    kernels.extend(cells.iter().flat_map(|cell| [&cell.forward, &cell.forward_split, &cell.backward]));
+    kernels.extend(
+        cells.iter().flat_map(|cell| {
+            [&cell.forward, &cell.forward_split, &cell.backward, &cell.forward_subgroup, &cell.backward_subgroup]
+        }),
+    );
     let resident = [
         &cell_lstm::RESIDENT,
         &cell_gru::RESIDENT,

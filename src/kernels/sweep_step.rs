@@ -2,10 +2,12 @@
 
 use super::MAX_GROUPS;
 use super::cell_contract::{Block, CellKernel};
+use super::choice;
 use super::sweep::{Buffers, Plan, Step};
 use super::sweep_native;
 use super::transpose;
-use crate::backend::params;
+use crate::backend::gpu::Gpu;
+use crate::backend::{Kernel, params};
 use crate::device::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -57,8 +59,24 @@ macro_rules! step_kernels {
             workgroup: 64,
             features: &[],
         };
+        // For cells with a recurrent product.
+        const FORWARD_SUBGROUP: Kernel = Kernel {
+            name: concat!($name, "_step_forward_subgroup"),
+            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl", "sweep_step_subgroup.wgsl"], $($cell),+),
+            entry: "forward_subgroup",
+            workgroup: 8,
+            features: &[crate::backend::Feature::Subgroups],
+            ..FORWARD
+        };
         crate::kernels::cell_contract::StepKernels {
             forward: FORWARD,
+            forward_subgroup: FORWARD_SUBGROUP,
+            backward_subgroup: Kernel {
+                name: concat!($name, "_step_backward_subgroup"),
+                entry: "backward_subgroup",
+                bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
+                ..FORWARD_SUBGROUP
+            },
             forward_split: Kernel {
                 name: concat!($name, "_step_forward_split"),
                 entry: "forward_split",
@@ -80,6 +98,36 @@ pub(crate) use step_kernels;
 const WORKGROUP: usize = 64;
 const ROWS: usize = 4;
 const UNITS: usize = 4;
+
+/// How a step is computed on a GPU; `kernels::choice` picks one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StepKernel {
+    /// Any device: a lane has 4 rows, of one unit, in backward of 4.
+    General,
+    /// Subgroups of 8 lanes: tiles of 16 rows, in backward 32, and 32 units.
+    Subgroup,
+}
+
+impl StepKernel {
+    /// Whether the kernel can do this sweep on this device.
+    pub fn takes<C: CellKernel>(self, gpu: &Gpu, hidden: usize) -> bool {
+        self == Self::General || (C::PRODUCT && hidden.is_multiple_of(4) && gpu.subgroup_size() == Some(8))
+    }
+
+    fn forward<C: CellKernel>(self) -> (&'static Kernel, [usize; 2]) {
+        match self {
+            Self::General => (&C::KERNELS.forward, [ROWS, WORKGROUP]),
+            Self::Subgroup => (&C::KERNELS.forward_subgroup, [16, 32]),
+        }
+    }
+
+    fn backward<C: CellKernel>(self) -> (&'static Kernel, [usize; 2]) {
+        match self {
+            Self::General => (&C::KERNELS.backward, [ROWS, WORKGROUP * UNITS]),
+            Self::Subgroup => (&C::KERNELS.backward_subgroup, [32, 32]),
+        }
+    }
+}
 
 impl Plan<'_> {
     /// A launch of one step.
@@ -111,11 +159,11 @@ impl Plan<'_> {
         }
     }
 
-    /// For lanes of `rows` rows and `units` units each.
-    fn groups(&self, rows: usize, units: usize) -> [u32; 3] {
+    /// For workgroups of `rows` rows and `units` units each.
+    fn groups(&self, [rows, units]: [usize; 2]) -> [u32; 3] {
         let tiles = self.rows.div_ceil(rows);
         let y = tiles.min(MAX_GROUPS);
-        [self.hidden.div_ceil(units).div_ceil(WORKGROUP) as u32, y as u32, tiles.div_ceil(y) as u32]
+        [self.hidden.div_ceil(units) as u32, y as u32, tiles.div_ceil(y) as u32]
     }
 }
 
@@ -141,8 +189,9 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let steps = plan.order(depth).map(|(t, ..)| (plan.params(depth, t), plan.groups(ROWS, 1)));
-            gpu.launch_each(&C::KERNELS.forward, &plan.constants(cell, false), &buffers.bindings(plan), steps)
+            let (kernel, tile) = choice::step::<C>(gpu, plan.hidden).forward::<C>();
+            let steps = plan.order(depth).map(|(t, ..)| (plan.params(depth, t), plan.groups(tile)));
+            gpu.launch_each(kernel, &plan.constants(cell, false), &buffers.bindings(plan), steps)
         }
     }
 }
@@ -164,7 +213,7 @@ pub(crate) fn forward_split<C: CellKernel>(
         Backend::Gpu(gpu) => {
             let [slots, states, _, unit, lengths, y] = buffers.bindings(plan);
             let bindings = [slots, states, unit, lengths, y, product.range()];
-            let step = (plan.params(depth, step.0), plan.groups(1, 1));
+            let step = (plan.params(depth, step.0), plan.groups([1, WORKGROUP]));
             gpu.launch_each(&C::KERNELS.forward_split, &plan.constants(cell, false), &bindings, std::iter::once(step))
         }
     }
@@ -181,6 +230,7 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
             Ok(())
         }
         Backend::Gpu(gpu) => {
+            let (kernel, tile) = choice::step::<C>(gpu, plan.hidden).backward::<C>();
             let mut later = None;
             let mut params = |t: usize, finish: bool| {
                 let recurrent = u32::from(later.is_some());
@@ -188,7 +238,7 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
                 let (later_step, flow_at) = (later.unwrap_or(0), plan.flow_at(cell).unwrap_or(0) as u32);
                 let params = Sweep { later: later_step, recurrent, finish, flow_at, ..plan.params(depth, t) };
                 later = Some(t as u32);
-                (params, plan.groups(ROWS, UNITS))
+                (params, plan.groups(tile))
             };
             let mut steps: Vec<_> = plan.order(depth).rev().map(|(t, ..)| params(t, false)).collect();
             // The product of the first step, whose gradient is the initial state's.
@@ -197,7 +247,7 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
             }
             let steps = steps.into_iter();
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
-            gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, steps)
+            gpu.launch_each(kernel, &plan.constants(cell, true), &bindings, steps)
         }
     }
 }
@@ -218,7 +268,7 @@ pub(crate) fn backward_split<C: CellKernel>(
         Backend::Gpu(gpu) => {
             let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
             let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
-            let step = (Sweep { flow_at, ..plan.params(plan.steps + 1, step.0) }, plan.groups(ROWS, UNITS));
+            let step = (Sweep { flow_at, ..plan.params(plan.steps + 1, step.0) }, plan.groups([ROWS, WORKGROUP * UNITS]));
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, std::iter::once(step))
         }
     }

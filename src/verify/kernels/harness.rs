@@ -126,7 +126,7 @@ impl Run<'_> {
 
     /// A `[rows, cols]` matrix: a tensor of its own, or, when `loose`, part of a larger one of NaN; with `values` or NaN.
     pub(super) fn window(&self, [rows, cols]: [usize; 2], loose: bool, values: Option<&[f32]>) -> Result<Window> {
-        let (offset, row, after) = if loose { (5, cols + 3, 70) } else { (0, cols, 0) };
+        let [offset, row, after] = layout([rows, cols], loose);
         let mut words = vec![POISON; offset + (rows - 1) * row + cols + after];
         for (r, values) in values.into_iter().flat_map(|values| values.chunks_exact(cols)).enumerate() {
             words[offset + r * row..][..cols].copy_from_slice(&to_bits(values));
@@ -157,6 +157,15 @@ impl Run<'_> {
         self.comparisons.push(Comparison::new(name, &inside, expected, bound));
         self.comparisons.push(Comparison::bits(format!("words around {name}"), &outside, &guards));
         Ok(())
+    }
+}
+
+/// Where a window starts, words from row to row, words after it. In some loose ones all is a multiple of 4, in some nothing.
+pub(super) fn layout([rows, cols]: [usize; 2], loose: bool) -> [usize; 3] {
+    match loose {
+        false => [0, cols, 0],
+        true if rows.is_multiple_of(2) => [8, cols + 4, 70],
+        true => [5, cols + 3, 70],
     }
 }
 

@@ -1,9 +1,10 @@
 //! Products and copies.
 
-use super::harness::{Cases, MANY, NAN, Run, TIGHT, Window, mixed, normal, to_bits, wide};
+use super::harness::{Cases, MANY, NAN, Run, TIGHT, Window, layout, mixed, normal, to_bits, wide};
+use crate::device::{Backend, Device};
 use crate::error::Result;
 use crate::kernels;
-use crate::kernels::gemm::Matrix;
+use crate::kernels::gemm::{Matrix, ProductKernel, gemm_by};
 use crate::kernels::half::{Factor, Precision};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
@@ -22,9 +23,9 @@ struct Product {
 }
 
 impl Product {
-    fn name(&self) -> String {
+    fn name(&self, kernel: Option<ProductKernel>) -> String {
         let [m, n, k] = self.size;
-        let mut name = format!("{m}x{n}x{k}");
+        let mut name = kernel.map_or(String::new(), |kernel| format!("{kernel:?} ")) + &format!("{m}x{n}x{k}");
         let [a_t, b_t] = self.transposed;
         for (given, part) in [(a_t, "A^T"), (b_t, "B^T"), (self.bias, "bias"), (self.accumulate, "+C"), (self.loose, "windows")] {
             if given {
@@ -35,7 +36,14 @@ impl Product {
     }
 
     /// Launches on the given values; the window of C.
-    fn launch(&self, run: &mut Run<'_>, a: &[f32], b: &[f32], bias: Option<&[f32]>, c: Option<&[f32]>) -> Result<Window> {
+    fn launch(
+        &self,
+        run: &mut Run<'_>,
+        kernel: Option<ProductKernel>,
+        [a, b]: [&[f32]; 2],
+        bias: Option<&[f32]>,
+        c: Option<&[f32]>,
+    ) -> Result<Window> {
         let [m, n, k] = self.size;
         let [a_t, b_t] = self.transposed;
         let a = run.input_window("a", if a_t { [k, m] } else { [m, k] }, self.loose, a)?;
@@ -44,9 +52,30 @@ impl Product {
         let c = run.window([m, n], self.loose, c)?;
         let (a, b) = (a.matrix(), b.matrix());
         let (a, b) = (if a_t { a.t() } else { a }, if b_t { b.t() } else { b });
-        let b = Factor::right(self.precision, b, k)?;
-        kernels::gemm_half::product(a, &b, bias.as_ref(), c.matrix(), self.accumulate)?;
+        match (run.device.backend(), kernel) {
+            (Backend::Gpu(gpu), Some(kernel)) => gemm_by(kernel, gpu, [a, b, c.matrix()], bias.as_ref(), self.accumulate)?,
+            _ => {
+                let b = Factor::right(self.precision, b, k)?;
+                kernels::gemm_half::product(a, &b, bias.as_ref(), c.matrix(), self.accumulate)?;
+            }
+        }
         Ok(c)
+    }
+
+    /// What the device would choose, and each kernel that takes the product.
+    fn kernels(&self, device: &Device) -> Result<Vec<Option<ProductKernel>>> {
+        let (Backend::Gpu(gpu), Precision::Single) = (device.backend(), self.precision) else { return Ok(vec![None]) };
+        let [m, n, k] = self.size;
+        let [a_t, b_t] = self.transposed;
+        let tensor = Tensor::zeros(device, [1])?; // only the layout counts
+        let window = |rows: usize, cols: usize| {
+            let [offset, row, _] = layout([rows, cols], self.loose);
+            Matrix { tensor: &tensor, offset, rows, cols, row, col: 1 }
+        };
+        let a = if a_t { window(k, m).t() } else { window(m, k) };
+        let b = if b_t { window(n, k).t() } else { window(k, n) };
+        let takes = |kernel: &ProductKernel| kernel.takes(gpu, &a, &b, &window(m, n));
+        Ok(std::iter::once(None).chain(ProductKernel::ALL.into_iter().filter(takes).map(Some)).collect())
     }
 }
 
@@ -63,7 +92,7 @@ pub(super) fn gemm_half(cases: &mut Cases<'_>) -> Result<()> {
 fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
     let plain = Product { size: [1, 1, 1], transposed: [false; 2], bias: false, accumulate: false, loose: false, precision };
     let mut products = Vec::new();
-    // Tiles: 8 rows, 4 columns a lane, 64 lanes. k around vector widths.
+    // Tiles: 8 rows, 4 columns a lane, 64 lanes; 8 and 32 rows, 32 columns, all in fours. k around vector widths.
     let sizes = [
         [1, 1, 1],
         [1, 3, 2],
@@ -85,6 +114,16 @@ fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
         [65, 65, 513],
         [100, 190, 120],
         [190, 100, 120],
+        [4, 4, 4],
+        [8, 32, 12],
+        [12, 28, 8],
+        [28, 36, 36],
+        [31, 32, 16],
+        [32, 28, 4],
+        [33, 36, 20],
+        [36, 60, 1],
+        [64, 64, 64],
+        [68, 100, 3],
     ]; // [m, n, k]
     for (i, size) in sizes.into_iter().enumerate() {
         for (j, [a, b]) in [[false, false], [false, true], [true, false], [true, true]].into_iter().enumerate() {
@@ -100,8 +139,16 @@ fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
             products.push(Product { size: [m, 66, 17], transposed: [a, b], bias, accumulate, loose, precision });
         }
     }
+    for m in [6, 36] {
+        for bits in 0..32 {
+            let [a, b, bias, accumulate, loose] = [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
+            products.push(Product { size: [m, 36, 8], transposed: [a, b], bias, accumulate, loose, precision });
+        }
+    }
     // More tiles of rows than one dimension of workgroups has.
     products.push(Product { size: [65_535 * 8 + 9, 1, 1], loose: true, ..plain });
+    products.push(Product { size: [65_535 * 32 + 36, 4, 1], transposed: [true, false], ..plain });
+    products.push(Product { size: [65_535 * 8 + 9, 4, 4], ..plain });
 
     let mut rng = Rng::seed(1);
     for (i, product) in products.into_iter().enumerate() {
@@ -117,15 +164,18 @@ fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
         for (at, value) in expected.iter_mut().enumerate() {
             *value += bias.as_ref().map_or(0.0, |bias| bias[at % n].into()) + c.as_ref().map_or(0.0, |c| c[at].into());
         }
-        cases.run(product.name(), |run| {
-            let c = product.launch(run, &a, &b, bias.as_deref(), c.as_deref())?;
-            run.near_window("c", &c, &expected, TIGHT)
-        })?;
+        for kernel in product.kernels(cases.device)? {
+            cases.run(product.name(kernel), |run| {
+                let c = product.launch(run, kernel, [&a, &b], bias.as_deref(), c.as_deref())?;
+                run.near_window("c", &c, &expected, TIGHT)
+            })?;
+        }
     }
 
     // One NaN in A, B, bias or C reaches its row, its column, its column, its place.
-    let (m, n, k) = (9, 70, 5);
-    for transposed in [[false, false], [true, true]] {
+    for ([m, n, k], transposed) in
+        [([9, 70, 5], [false; 2]), ([9, 70, 5], [true; 2]), ([36, 36, 8], [false; 2]), ([36, 36, 5], [true, false])]
+    {
         for part in 0..4 {
             let product = Product { size: [m, n, k], transposed, bias: true, accumulate: true, ..plain };
             let [mut a, mut b] = [normal(&mut rng, m * k), normal(&mut rng, k * n)];
@@ -139,14 +189,16 @@ fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
                 2 => bias[column] = NAN,
                 _ => c[row * n + column] = NAN,
             }
-            cases.run(format!("NaN in {}", ["A", "B", "bias", "C"][part]), |run| {
-                let c = product.launch(run, &a, &b, Some(&bias), Some(&c))?;
-                run.nan("c", &c.tensor, |at| match part {
-                    0 => at / n == row,
-                    1 | 2 => at % n == column,
-                    _ => at == row * n + column,
-                })
-            })?;
+            for kernel in product.kernels(cases.device)? {
+                cases.run(format!("NaN in {}, {}", ["A", "B", "bias", "C"][part], product.name(kernel)), |run| {
+                    let c = product.launch(run, kernel, [&a, &b], Some(&bias), Some(&c))?;
+                    run.nan("c", &c.tensor, |at| match part {
+                        0 => at / n == row,
+                        1 | 2 => at % n == column,
+                        _ => at == row * n + column,
+                    })
+                })?;
+            }
         }
     }
     Ok(())

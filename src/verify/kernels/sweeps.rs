@@ -223,6 +223,14 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
         // There, enough work for threads: which share the rows, and the units.
         [4, 13, 130],
         [4, 5, 272],
+        // On a GPU with subgroups of 8 a tile has 16 or 32 rows and 32 units, all in fours.
+        [2, 7, 4],
+        [3, 15, 28],
+        [2, 16, 32],
+        [3, 17, 36],
+        [2, 31, 12],
+        [2, 32, 64],
+        [3, 33, 68],
     ]; // [T, B, H]; on a GPU a tile has 4 rows and 64 units, in backward 256
     lstm_sweeps(cases, ForcedSweep::Step, &mut rng, &sizes, 65_535 * 4 + 5)
 }
