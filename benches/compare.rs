@@ -10,7 +10,8 @@
 //! A program gets the case in `BENCH_ONLY` (`lstm_100_32_256_256`: cell, T, B, I, H) and `BENCH_MODES` (`infer,train`), reads the
 //! weights of the file of that name in `BENCH_REF`, and prints the lines of `gatefold bench --json`: first `"mode": "check"` with the
 //! largest relative error of each output, then `ms_median`, `ms_min` and `other_cpu` of each mode. What it cannot do is a line with
-//! an `error`. One program runs at a time, case by case; a wrong answer is not timed. More of the environment: `gatefold bench --help`.
+//! an `error`. One program runs at a time, case by case; a wrong answer is not timed, and one
+//! that checks none (as does the one that wrote the references) is named. More of the environment: `gatefold bench --help`.
 
 mod common;
 
@@ -99,6 +100,7 @@ fn main() -> Result<()> {
     };
     let texts = given.split(['\n', ';']).map(str::trim).filter(|text| !text.is_empty());
     let peers: Vec<Peer> = texts.map(Peer::parse).collect::<Result<_>>()?;
+    ensure!(!peers.is_empty(), "GATEFOLD_PEERS names no program");
     ensure!(std::env::var_os("BENCH_REF").is_some(), "BENCH_REF names no folder of references: no answer could be checked");
     let absent: Vec<&str> = KNOWN.into_iter().filter(|known| peers.iter().all(|peer| peer.name != *known)).collect();
     println!("not in GATEFOLD_PEERS: {}", if absent.is_empty() { "none of those known".to_owned() } else { absent.join(", ") });
@@ -152,6 +154,7 @@ fn main() -> Result<()> {
     for (note, cases) in notes {
         println!("{note} ({})", cases.join(", "));
     }
+    ensure!(!ratios.is_empty(), "no program of GATEFOLD_PEERS could be compared");
     draw(&args.out.join("compare.svg"), &peers, &ratios)
 }
 

@@ -56,7 +56,7 @@ fn a_at(row: u32) -> u32 { return params.a_offset + min(row, params.m - 1u) * pa
 fn rows(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let row = (group.z * groups.y + group.y) * TILE; // rows go on in z where y is full
     let column = group.x * TILE + COLUMNS * lane;
@@ -86,7 +86,7 @@ fn rows(
 fn rows_8(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let row = (group.z * groups.y + group.y) * 8u;
     let column = group.x * TILE + COLUMNS * lane;
@@ -111,7 +111,7 @@ fn rows_8(
 fn columns(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let row = (group.z * groups.y + group.y) * TILE;
     let column = group.x * TILE + COLUMNS * lane;

@@ -163,7 +163,7 @@ fn backward(
                 }
             }
         }
-        if sums && is_unit { add_sums(row / tile, unit, dunit, clipped); }
+        if sums && is_unit && row < params.rows { add_sums(row / tile, unit, dunit, clipped); }
         if PRODUCT {
             for (var i = 0u; i < tile * UNITS; i++) { sum_of[i] = 0.0; }
             workgroupBarrier();

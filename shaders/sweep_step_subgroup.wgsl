@@ -39,7 +39,7 @@ fn multiply(sums: ptr<function, Rows>, d: f32, w: vec4<f32>) {
 fn forward_subgroup(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let H = params.hidden;
     let unit = group.x * TILE_UNITS + 4u * lane;
@@ -82,7 +82,7 @@ fn forward_subgroup(
 fn backward_subgroup(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let H = params.hidden;
     let unit = group.x * TILE_UNITS + 4u * lane;

@@ -271,11 +271,12 @@ impl Device {
     }
 
     /// Runs `work` and all that it queues up, and says which kernels took how long by the GPU's own clock, in the order of their first
-    /// launch. Launches then run one by one, with nothing between them overlapping, so that the sum may be more than the work takes
-    /// by itself.
+    /// launch. Each row of launches of one kernel has a pass of its own then, so that the sum may be more than the work takes by
+    /// itself. What other threads queue up meanwhile is counted too.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] on the native CPU, and where the adapter has no clock (TIMESTAMP_QUERY); those of `work`; as
+    /// [`ErrorKind::Unsupported`] on the native CPU, where the adapter has no clock (TIMESTAMP_QUERY), and inside of `work`; those of
+    /// `work`; as
     /// [`Device::synchronize`].
     pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<KernelTime>> {
         let Backend::Gpu(gpu) = self.backend() else {
@@ -331,8 +332,8 @@ impl Device {
     /// batch, its padding and the row's place in it. Every product then sums in one order. Without it the same agrees within
     /// rounding. This holds for outputs and states; gradients agree within rounding in either mode.
     ///
-    /// On a GPU, whose products sum in one order always, it costs the scans over time of cells that have one, and the loop over time
-    /// inside a kernel. So do the products of the CPU, which has neither: there it costs nothing.
+    /// On a GPU it costs the scans over time of cells that have one, the loop over time inside a kernel, and what is chosen by the
+    /// number of rows. On the native CPU, whose products sum in one order always, it costs nothing.
     pub fn set_batch_invariant(&self, on: bool) {
         self.inner.batch_invariant.store(on, Ordering::Relaxed);
     }

@@ -1369,13 +1369,13 @@ fn checkpoint_files() -> Result<()> {
     let good = r#"{"seed":0,"step":7}"#;
     let control = |dtype, words| Parts::from([("optimizer.control", (dtype, vec![words]))]);
     let cases = [
-        (control(Dtype::U32, 12), "{}", "gatefold.trainer is {}: .."),
-        (control(Dtype::U32, 12), r#"{"seed":-1,"step":7}"#, "gatefold.trainer is {\"seed\":-1,\"step\":7}: .."),
+        (control(Dtype::U32, 14), "{}", "gatefold.trainer is {}: .."),
+        (control(Dtype::U32, 14), r#"{"seed":-1,"step":7}"#, "gatefold.trainer is {\"seed\":-1,\"step\":7}: .."),
         (Parts::new(), good, "optimizer.control is missing"),
-        (control(Dtype::U32, 7), good, "optimizer.control is U32 [7], expected U32 [12]"),
-        (control(f32s, 12), good, "optimizer.control is F32 [12], expected U32 [12]"),
+        (control(Dtype::U32, 7), good, "optimizer.control is U32 [7], expected U32 [14]"),
+        (control(f32s, 12), good, "optimizer.control is F32 [12], expected U32 [14]"),
         (
-            control(Dtype::U32, 12),
+            control(Dtype::U32, 14),
             good,
             "0.weight is missing; 0.bias is missing; optimizer.first.0.weight is missing; optimizer.first.0.bias is missing",
         ),

@@ -718,7 +718,8 @@ fn half_precision_halves_the_scale_until_gradients_fit_and_resumes() -> Result<(
         let (expected, losses) = (run(&mut whole, &batches)?, run(&mut resumed, &batches)?);
         assert_eq!(bits(&losses), bits(&expected), "{device:?}: losses");
         assert_eq!(bits(&weights(resumed.model())?), bits(&weights(whole.model())?), "{device:?}: weights");
-        assert_eq!(resumed.stats()?, whole.stats()?, "{device:?}");
+        // As text: the norm of a gradient that did not fit is NaN.
+        assert_eq!(format!("{:?}", resumed.stats()?), format!("{:?}", whole.stats()?), "{device:?}");
         // It has grown and halved again.
         ensure!(whole.stats()?.skipped > skipped && expected[8] < loss, "{device:?}: {:?}", whole.stats()?);
     }

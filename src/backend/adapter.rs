@@ -23,13 +23,12 @@ const NEEDED: [Need; 6] = [
 ];
 
 /// Taken where the adapter offers it: what kernels may ask for, and the clock of their bench.
-const WANTED: wgpu::Features = wgpu::Features::SUBGROUP.union(wgpu::Features::SHADER_F16).union(wgpu::Features::TIMESTAMP_QUERY);
+const WANTED: wgpu::Features = wgpu::Features::SUBGROUP.union(wgpu::Features::TIMESTAMP_QUERY);
 
 /// wgpu's name for what a kernel asks for.
 pub(crate) fn feature(feature: Feature) -> wgpu::Features {
     match feature {
         Feature::Subgroups => wgpu::Features::SUBGROUP,
-        Feature::ShaderF16 => wgpu::Features::SHADER_F16,
     }
 }
 
@@ -66,11 +65,14 @@ fn instance() -> wgpu::Instance {
     wgpu::Instance::new(descriptor)
 }
 
-/// Every adapter of the machine that can compute, best first.
+/// What an adapter must be able to do: compute, and read pairs of f16 in a word.
+const FLAGS: wgpu::DownlevelFlags = wgpu::DownlevelFlags::COMPUTE_SHADERS.union(wgpu::DownlevelFlags::SHADER_F16_IN_F32);
+
+/// Every adapter of the machine that can run the kernels, best first.
 pub(crate) fn all() -> Vec<Adapter> {
     let mut adapters: Vec<Adapter> = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()))
         .into_iter()
-        .filter(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS))
+        .filter(|adapter| adapter.get_downlevel_capabilities().flags.contains(FLAGS))
         .map(|adapter| Adapter { info: adapter.get_info(), adapter })
         .collect();
     adapters.sort_by_key(|a| rank(&a.info));

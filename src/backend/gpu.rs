@@ -516,11 +516,25 @@ impl Gpu {
 
     /// Runs `work` and what it records, one pass a launch command: the kernel, the launches and the time of each.
     pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<(&'static str, usize, Duration)>> {
+        /// Stops the clocks, also where `work` panics.
+        struct Running<'a>(&'a Gpu);
+        impl Drop for Running<'_> {
+            fn drop(&mut self) {
+                self.0.state.lock().clocks = None;
+            }
+        }
         self.synchronize()?;
-        self.state.lock().clocks = Some(Vec::new());
-        let done = work().and_then(|()| self.synchronize());
+        let mut state = self.state.lock();
+        if state.clocks.is_some() {
+            return Err(Error::unsupported("device.profile", "a profile is being taken already"));
+        }
+        state.clocks = Some(Vec::new());
+        drop(state);
+        let running = Running(self);
+        work()?;
+        self.synchronize()?;
         let clocks = self.state.lock().clocks.take().unwrap_or_default();
-        done?;
+        drop(running);
         let mut times = Vec::new();
         for clock in clocks {
             let (buffer, size) = (clock.resolved.clone(), clock.resolved.size());

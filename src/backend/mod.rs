@@ -47,10 +47,8 @@ pub struct Kernel {
 /// What some adapters offer beyond what every kernel may take for granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {
-    /// `enable subgroups;`
+    /// Operations among the lanes of a subgroup.
     Subgroups,
-    /// `enable f16;`
-    ShaderF16,
 }
 
 /// Declares a kernel's uniform struct (32-bit scalars only) together with the layout that a test checks.

@@ -29,7 +29,7 @@ static POOL: Mutex<Pool> = Mutex::new(Pool { blocks: VecDeque::new(), lines: 0 }
 impl Pool {
     /// Smaller blocks are left to the allocator, which keeps them itself.
     const LEAST: usize = (64 << 10) / size_of::<Line>();
-    /// Kept at most; beyond it the oldest blocks go back to the system.
+    /// Kept at most, of single blocks too; beyond it the oldest blocks go back to the system.
     const MOST: usize = (256 << 20) / size_of::<Line>();
 
     /// The smallest block of at least `lines` lines, and of no more than a quarter beyond.
@@ -41,14 +41,21 @@ impl Pool {
         Some(block)
     }
 
-    fn give(&mut self, block: Vec<Line>) {
+    /// Takes a block in; gives what has to go, for the caller to free without the lock.
+    fn give(&mut self, block: Vec<Line>) -> Vec<Vec<Line>> {
+        if block.len() > Self::MOST {
+            return vec![block];
+        }
         self.lines += block.len();
         self.blocks.push_back(block);
+        let mut gone = Vec::new();
         while self.lines > Self::MOST
             && let Some(oldest) = self.blocks.pop_front()
         {
             self.lines -= oldest.len();
+            gone.push(oldest);
         }
+        gone
     }
 }
 
@@ -61,7 +68,8 @@ fn lines(len: usize) -> std::result::Result<Vec<Line>, usize> {
 
 fn give_back(lines: Vec<Line>) {
     if lines.len() >= Pool::LEAST {
-        POOL.lock().give(lines);
+        let gone = POOL.lock().give(lines);
+        drop(gone);
     }
 }
 
@@ -156,8 +164,11 @@ pub(crate) fn for_parts(rows: usize, parts: usize, work: impl Fn(usize, usize) +
     };
     match rayon::current_thread_index() {
         None => run(),
+        // Where the system gives no thread, all work is done here.
         Some(_) => std::thread::scope(|scope| {
-            scope.spawn(run);
+            if std::thread::Builder::new().spawn_scoped(scope, run).is_err() {
+                work(0, rows);
+            }
         }),
     }
 }

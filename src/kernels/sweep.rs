@@ -34,8 +34,8 @@ pub(crate) struct Plan<'a> {
     pub key: MaskKey,
     /// Steps of the sequence before step 0, for the masks.
     pub start: usize,
-    /// Steps of the sequence that this is a window of: what is worth threads for the whole is for each window, so that the
-    /// bits are the same.
+    /// Steps of the sequence that this is a window of: the sweep that suits the whole is taken for each window, so that the bits are
+    /// the same.
     pub total: usize,
     /// Whether zoneout draws, as in training, or takes its mean.
     pub random: bool,

@@ -1,7 +1,8 @@
 //! The sweep over time on the CPU, for any cell: the twin of `shaders/sweep_step.wgsl`.
 //!
 //! ```text
-//!   forward: 16 units with all their gates are a panel of W_hh     backward: up to 64 columns of W_hh are a panel
+//!   forward: 16 or more units with all their gates, up to 64       backward: up to 64 columns of W_hh are a panel
+//!   columns, are a panel of W_hh
 //!
 //!   step t     panel 0   panel 1 | panel 2   panel 3     A panel times h of all rows: sums in the first cache, on which
 //!   -----------thread 0----------|------thread 1------   the cell goes to work at once.

@@ -69,7 +69,8 @@ pub(crate) use resident_kernels;
 const WIDTH: usize = 128;
 const DEPTH: usize = 64;
 const ROWS: usize = 2;
-/// Steps of a launch: so many take a GPU some 10 ms, and an operating system resets one that answers for seconds to nothing else.
+/// Steps of a launch: an estimate of what takes a GPU some 10 ms. An operating system resets one that answers for seconds to
+/// nothing else.
 const RUN: usize = 2048;
 
 /// From so many steps on it is worth to load the weights.

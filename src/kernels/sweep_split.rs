@@ -125,8 +125,8 @@ fn multiply<C: CellKernel>(
     gates(slots_of::<C>(plan, buffers, step, gated.slot(), 1), all - 1, 1)
 }
 
-/// As [`sweep_step::backward`], but `weights`, W_hh `[GATES * H, R]` in runs of H, stand for [`Buffers::weights`], and the initial state's gradient is whole: in `dstates`, or, that of o, in
-/// [`OutputProduct::carried`].
+/// As [`sweep_step::backward`], but `weights`, W_hh `[GATES * H, R]` in runs of H, stand for [`Buffers::weights`], and the initial
+/// state's gradient is whole: in `dstates`, or, that of o, in [`OutputProduct::carried`].
 pub(crate) fn backward<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,

@@ -13,7 +13,7 @@ mod timing;
 
 use std::io::Write;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use gatefold::Device;
 use gatefold::verify::ForcedSweep;
 use serde_json::{Value, json};
@@ -159,6 +159,8 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
         return startup::run(args, out);
     }
     let device = crate::device(args.device.as_deref())?;
+    let native = device.info().backend == "native";
+    ensure!(args.sweep.is_none() || !native, "--sweep chooses among the sweeps of a GPU; {} has one", device.info());
     device.force_sweep(args.sweep.map(Into::into));
     match (args.kernels, args.profile) {
         (true, _) => kernels::run(args, &policy, &device, out),

@@ -1329,7 +1329,7 @@ impl<C: Cell> Recurrent<C> {
         Ok(())
     }
 
-    /// Room for the sums of each layer and direction over a batch, zeros: see [`Plan::sums_at`]; empty where there are none.
+    /// Room for the sums of each layer and direction over a batch, zeros: see [`Plan::sums_len`]; empty where there are none.
     fn new_sums(&self, rows: usize) -> Result<Vec<Tensor>> {
         let plan = self.plan([1, rows], Window { start: 0, total: 1 }, 0, None, None);
         match plan.sums_len(&self.config.cell) {

@@ -8,12 +8,14 @@ use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Lengths, Tensor};
 use crate::verify::{Comparison, Report};
 
-const INPUT: usize = 5;
+const INPUT: usize = 8;
 const HIDDEN: usize = 19;
 
 pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     let lstm = || LstmConfig::new(INPUT, HIDDEN);
     check(cases, "lstm", lstm())?;
+    // For kernels that load vectors, and more units than a resident sweep has.
+    check(cases, "lstm_wide", LstmConfig::new(INPUT, 132))?;
     check(cases, "lstm_masks", lstm().layers(2).dropout(0.3).zoneout(0.2, 0.1).weight_dropout(0.3))?;
     check(cases, "lstm_sums", lstm().layers(2).peepholes(true).gradient_clip(0.05))?;
     check(cases, "lstm_projection", lstm().layers(2).projection(INPUT).residual(true))?;

@@ -14,7 +14,8 @@ use crate::verify::oracle;
 /// Outputs and gradients of recurrent layers beside the rounding oracle: f32 and f64 may round a number that lies by a midpoint to
 /// different sides, and a step hands that on to the next.
 ///
-/// Narrower than what rounding changes, so that a product which does not round fails.
+/// Narrower than what rounding changes in a whole network, so that one which rounds nothing fails; single products are compared
+/// in `gemm_half` and `half_linear`, with the bounds of single precision.
 const ROUNDED: [f64; 2] = [1.5e-4, 4e-4];
 /// Beside the oracle that rounds nothing: what half precision costs.
 const UNROUNDED: [f64; 2] = [1.5e-3, 3e-3];
