@@ -147,6 +147,9 @@ impl Rule {
 /// norms, limits and rates mean what they mean without it. A gradient that is not finite changes nothing, is counted in
 /// [`Stats::skipped`], and halves the scale, not below 1; after an interval of steps without one the scale doubles, not beyond 2^24. The
 /// scale lives on the device, and in a trainer's checkpoint.
+///
+/// Until a step, [`Param::grad`] holds scaled gradients, and what [`Param::accumulate`] adds to them is unscaled with them: it has to be
+/// scaled too ([`Optimizer::scale_loss`]).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LossScale {

@@ -28,6 +28,8 @@ pub fn control() -> Layout {
             ("values_low", offset_of!(Control, values_low)),
             ("values_high", offset_of!(Control, values_high)),
             ("value_steps", offset_of!(Control, value_steps)),
+            ("loss_scale", offset_of!(Control, loss_scale)),
+            ("good_steps", offset_of!(Control, good_steps)),
         ],
     }
 }
