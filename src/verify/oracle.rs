@@ -215,7 +215,7 @@ pub struct Recurrent {
     pub merge: Merge,
     /// A layer whose input is as wide as its output adds it to its output, after the output's dropout.
     pub residual: bool,
-    /// Whether the factors of every product, forward and backward, are rounded to [`half`] precision.
+    /// Whether the factors of every product, forward and backward, are rounded to [`half()`] precision.
     pub half: bool,
 }
 
