@@ -3,7 +3,7 @@
 // Such a driver turns a load into a loop over the lanes, whatever they read, and arithmetic into vector instructions. So each
 // loaded number has to feed many multiply-adds: a tile has 32 rows and 32 columns, 4 columns a lane. A's numbers are loaded by
 // the lane that stands for their row and spread from there. The accumulators of a tile are more than the registers, but
-// a spilled one costs a plain move. No workgroup memory, no barriers: they are slow there.
+// a spilled one costs a plain move. No workgroup memory, no barriers: they are slow there. Composed with subgroup_rows.wgsl.
 //
 // All is loaded and stored as vectors: n, the rows of B and C, and where they start, are multiples of 4; so are k and A's rows in
 // `rows`, m and A's columns in `columns`.
@@ -26,20 +26,6 @@ struct Gemm {
 const LANES = 8u;
 const TILE = 32u;  // rows and columns of a tile
 const COLUMNS = 4u; // of a lane
-
-alias Rows = array<vec4<f32>, 8>; // a lane's columns of 8 rows
-
-// Adds the product of a column of 8 numbers, one a lane, and a row of B.
-fn multiply(sums: ptr<function, Rows>, column: f32, row: vec4<f32>) {
-    (*sums)[0] += subgroupBroadcast(column, 0u) * row;
-    (*sums)[1] += subgroupBroadcast(column, 1u) * row;
-    (*sums)[2] += subgroupBroadcast(column, 2u) * row;
-    (*sums)[3] += subgroupBroadcast(column, 3u) * row;
-    (*sums)[4] += subgroupBroadcast(column, 4u) * row;
-    (*sums)[5] += subgroupBroadcast(column, 5u) * row;
-    (*sums)[6] += subgroupBroadcast(column, 6u) * row;
-    (*sums)[7] += subgroupBroadcast(column, 7u) * row;
-}
 
 // Without a bias nothing may be read in its place.
 fn bias_at(column: u32) -> vec4<f32> {

@@ -1,6 +1,6 @@
 // The steps of sweep_step.wgsl, which this file is composed with, for software drivers whose subgroups have 8 lanes, with the
 // tiles of gemm_subgroup.wgsl and for its reasons: a workgroup is a subgroup, a lane has 4 neighbouring units, and what the
-// rows bring is loaded by the lane that stands for the row and spread. H is a multiple of 4.
+// rows bring is loaded by the lane that stands for the row and spread. H is a multiple of 4. Composed with subgroup_rows.wgsl.
 
 @group(0) @binding(3) var<storage, read> weight_vectors: array<vec4<f32>>;
 
@@ -9,10 +9,9 @@ const TILE_UNITS = 32u; // of a workgroup
 const FORWARD_ROWS = 16u;
 const BACKWARD_ROWS = 32u;
 
-alias Rows = array<vec4<f32>, 8>; // a lane's units of 8 rows
 alias GateRows = array<Rows, GATES>;
 
-// Adds the product of 8 rows' numbers, one a lane, and the weights of a gate.
+// As `multiply` of subgroup_rows.wgsl, for the sums of one gate: WGSL passes no pointer to an element.
 fn multiply_gate(sums: ptr<function, GateRows>, g: u32, h: f32, w: vec4<f32>) {
     (*sums)[g][0] += subgroupBroadcast(h, 0u) * w;
     (*sums)[g][1] += subgroupBroadcast(h, 1u) * w;
@@ -22,17 +21,6 @@ fn multiply_gate(sums: ptr<function, GateRows>, g: u32, h: f32, w: vec4<f32>) {
     (*sums)[g][5] += subgroupBroadcast(h, 5u) * w;
     (*sums)[g][6] += subgroupBroadcast(h, 6u) * w;
     (*sums)[g][7] += subgroupBroadcast(h, 7u) * w;
-}
-
-fn multiply(sums: ptr<function, Rows>, d: f32, w: vec4<f32>) {
-    (*sums)[0] += subgroupBroadcast(d, 0u) * w;
-    (*sums)[1] += subgroupBroadcast(d, 1u) * w;
-    (*sums)[2] += subgroupBroadcast(d, 2u) * w;
-    (*sums)[3] += subgroupBroadcast(d, 3u) * w;
-    (*sums)[4] += subgroupBroadcast(d, 4u) * w;
-    (*sums)[5] += subgroupBroadcast(d, 5u) * w;
-    (*sums)[6] += subgroupBroadcast(d, 6u) * w;
-    (*sums)[7] += subgroupBroadcast(d, 7u) * w;
 }
 
 @compute @workgroup_size(SUBGROUP)

@@ -276,8 +276,7 @@ impl Device {
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] on the native CPU, where the adapter has no clock (TIMESTAMP_QUERY), and inside of `work`; those of
-    /// `work`; as
-    /// [`Device::synchronize`].
+    /// `work`; as [`Device::synchronize`].
     pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<KernelTime>> {
         let Backend::Gpu(gpu) = self.backend() else {
             return Err(Error::unsupported("device.profile", "the native CPU has no clock of kernels"));

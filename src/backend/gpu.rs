@@ -435,11 +435,6 @@ impl Gpu {
         Class::of(&self.info)
     }
 
-    /// Whether the adapter is a program on the CPU.
-    pub fn is_software(&self) -> bool {
-        self.info.device_type == wgpu::DeviceType::Cpu
-    }
-
     /// Lanes of every subgroup, where they are of one size and kernels may use them.
     pub fn subgroup_size(&self) -> Option<u32> {
         let (least, most) = (self.info.subgroup_min_size, self.info.subgroup_max_size);

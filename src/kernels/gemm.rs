@@ -2,7 +2,7 @@
 
 use super::choice;
 use super::product::multiply;
-use super::{MAX_GROUPS, READ, READ_WRITE};
+use super::{MAX_GROUPS, READ, READ_WRITE, tiles};
 use crate::backend::gpu::Gpu;
 use crate::backend::{Feature, Kernel, native, params};
 use crate::device::Backend;
@@ -35,7 +35,7 @@ const GEMM_KERNEL: Kernel = Kernel {
 /// The same for subgroups of 8 lanes and aligned operands: a kernel for each layout of A.
 const SUBGROUP: Kernel = Kernel {
     name: "gemm_subgroup_rows",
-    source: include_str!("../../shaders/gemm_subgroup.wgsl"),
+    source: concat!(include_str!("../../shaders/gemm_subgroup.wgsl"), include_str!("../../shaders/subgroup_rows.wgsl")),
     entry: "rows",
     workgroup: 8,
     features: &[Feature::Subgroups],
@@ -97,9 +97,7 @@ impl ProductKernel {
 
     fn groups(self, m: usize, n: usize) -> [u32; 3] {
         let [rows, columns] = self.tile();
-        let tiles = m.div_ceil(rows);
-        let y = tiles.min(MAX_GROUPS);
-        [n.div_ceil(columns).min(MAX_GROUPS) as u32, y as u32, tiles.div_ceil(y) as u32]
+        tiles(n.div_ceil(columns).min(MAX_GROUPS), m.div_ceil(rows))
     }
 }
 

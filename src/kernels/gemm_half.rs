@@ -2,7 +2,7 @@
 
 use super::gemm::{Matrix, gemm};
 use super::half::{Factor, Precision};
-use super::{MAX_GROUPS, READ, READ_WRITE};
+use super::{MAX_GROUPS, READ, READ_WRITE, tiles};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
 use crate::error::Result;
@@ -62,10 +62,7 @@ pub(crate) fn product(a: Matrix<'_>, b: &Factor, bias: Option<&Tensor>, c: Matri
                 accumulate: accumulate.into(),
                 biased: bias.is_some().into(),
             };
-            let tiles = m.div_ceil(ROWS);
-            let y = tiles.min(MAX_GROUPS);
-            let x = n.div_ceil(COLUMNS).div_ceil(LANES).min(MAX_GROUPS);
-            let groups = [x as u32, y as u32, tiles.div_ceil(y) as u32];
+            let groups = tiles(n.div_ceil(COLUMNS).div_ceil(LANES).min(MAX_GROUPS), m.div_ceil(ROWS));
             // Without a bias, something must still be bound in its place.
             let bias = bias.unwrap_or(&a.words);
             gpu.launch(&GEMM_HALF, &params, &[a.words.range(), b.words.range(), bias.range(), c.tensor.range()], groups)

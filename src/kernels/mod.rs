@@ -61,6 +61,13 @@ fn grid(count: usize) -> [u32; 3] {
     [count.div_ceil(64).min(MAX_GROUPS) as u32, 1, 1]
 }
 
+/// Workgroups in `columns` columns, and in rows that go on in z where y is full: as many as `tiles`, or some more, which the shader
+/// lets go.
+fn tiles(columns: usize, tiles: usize) -> [u32; 3] {
+    let y = tiles.min(MAX_GROUPS);
+    [columns as u32, y as u32, tiles.div_ceil(y) as u32]
+}
+
 /// Every kernel, for the tests that need no GPU.
 #[cfg(feature = "verify")]
 pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {

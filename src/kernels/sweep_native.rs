@@ -34,6 +34,8 @@ const MEETING: usize = 1 << 19;
 const GATE: usize = 32;
 /// Numbers of W_hh that stay in a core's cache beside the rest: half a megabyte of them.
 const RESIDENT: usize = 1 << 17;
+/// Fewer numbers of W_hh than this are copied into panels by one thread.
+const PARALLEL_COPY: usize = 1 << 17;
 /// Units that [`Lanes`] hold.
 const LANES: usize = Lanes::COUNT;
 /// Tells zoneout's draws from others under one key, as in the shader.
@@ -108,7 +110,7 @@ pub(super) fn pack<C: CellKernel>(weights: &Tensor, hidden: usize) -> Result<Ten
     let packed = Tensor::uninitialized(weights.device(), [panels, hidden, width])?;
     let (weights, mut numbers) = (weights.native::<f32>(), packed.native_mut::<f32>());
     let (weights, target) = (&*weights, &Shared::new(&mut numbers));
-    let parts = if gates * hidden * hidden < RESIDENT { 1 } else { threads() };
+    let parts = if gates * hidden * hidden < PARALLEL_COPY { 1 } else { threads() };
     for_parts(panels, parts, |first, count| {
         for panel in first..first + count {
             // SAFETY: a panel of this part alone.
@@ -187,18 +189,17 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
                     for row in 0..count {
                         for block in 0..units / LANES {
                             let at = panel * units + block * LANES;
+                            if at >= hidden {
+                                break;
+                            }
                             let r = match recurrent {
                                 Recurrent::Nothing => (&[][..], 0),
                                 Recurrent::Weights(_) => (&sums.0[row * width + block * gates * LANES..], LANES),
-                                Recurrent::Product(product) if at < hidden => {
-                                    (&product[(first + row) * gates * hidden + at..], hidden)
-                                }
-                                Recurrent::Product(_) => break,
+                                Recurrent::Product(product) => (&product[(first + row) * gates * hidden + at..], hidden),
                             };
                             // The width of full blocks is a constant in the inlined call: their loads and stores are single
                             // instructions.
-                            match hidden.saturating_sub(at) {
-                                0 => break,
+                            match hidden - at {
                                 LANES.. => self.units(*step, (first + row, at, LANES), r),
                                 width => self.units(*step, (first + row, at, width), r),
                             }
@@ -367,7 +368,10 @@ impl<C: CellKernel> pulp::WithSimd for BackwardSweep<'_, C> {
                     }
                 }
             }
-            member.wait();
+            // Without products units never meet.
+            if self.products {
+                member.wait();
+            }
         }
     }
 }
@@ -506,7 +510,7 @@ pub(super) fn backward<C: CellKernel>(
     let mut packed = Scratch::new(if products { panels * gates * columns } else { 0 });
     if products {
         let (weights, packed) = (&*weights, &Shared::new(packed.numbers()));
-        for_parts(panels, if gates * hidden < RESIDENT { 1 } else { threads() }, |first, count| {
+        for_parts(panels, if gates * hidden < PARALLEL_COPY { 1 } else { threads() }, |first, count| {
             for panel in first..first + count {
                 // SAFETY: a panel of this part alone.
                 let target = unsafe { packed.slice(panel * gates * columns, gates * columns) };

@@ -3,11 +3,12 @@
 //!
 //! On the CPU it is the step sweep, whose product is as fast and whose steps cost no launch.
 
-use super::MAX_GROUPS;
 use super::cell_contract::CellKernel;
 use super::sweep::{Buffers, Plan};
 use super::sweep_step::{self, Sweep};
+use super::tiles;
 use crate::backend::Kernel;
+use crate::backend::adapter::Class;
 use crate::backend::gpu::{Gpu, Range};
 use crate::device::Backend;
 use crate::error::Result;
@@ -84,10 +85,10 @@ pub(crate) fn fits<C: CellKernel>(plan: &Plan<'_>) -> bool {
 /// Whether it is faster than a launch a step. A software adapter pays for every launch and every load of a weight, and, without
 /// subgroups of eight, for every load of h. Of hardware nothing was measured: only what surely stays in its registers.
 pub(crate) fn pays<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> bool {
-    let most = match (gpu.is_software(), gpu.subgroup_size()) {
-        (true, Some(8)) => WIDTH,
-        (true, _) => 64,
-        (false, _) => 32,
+    let most = match (gpu.class(), gpu.subgroup_size()) {
+        (Class::Software, Some(8)) => WIDTH,
+        (Class::Software, _) => 64,
+        _ => 32,
     };
     plan.total >= STEPS && (!C::PRODUCT || plan.hidden <= most)
 }
@@ -109,9 +110,7 @@ fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, plan: &Plan<'_>, depth: usize, bin
     let mut constants = plan.constants(cell, backward);
     constants.extend([("width", width), ("parts", parts), ("tile", rows)].map(|(name, value)| (name, value as f64)));
     let columns = if C::PRODUCT { 1 } else { plan.hidden.div_ceil(width) };
-    let tiles = plan.rows.div_ceil(rows);
-    let y = tiles.min(MAX_GROUPS);
-    let groups = [columns as u32, y as u32, tiles.div_ceil(y) as u32];
+    let groups = tiles(columns, plan.rows.div_ceil(rows));
     let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
     let runs = (0..plan.steps).step_by(RUN).map(|first| {
         let steps = RUN.min(plan.steps - first);

@@ -2,10 +2,10 @@
 //!
 //! On the CPU it is the step sweep: a scan does more work to do it at once, and rows and units fill a CPU's vectors already.
 
-use super::MAX_GROUPS;
 use super::cell_contract::CellKernel;
 use super::sweep::{Buffers, Plan};
 use super::sweep_step;
+use super::tiles;
 use crate::backend::{Kernel, params};
 use crate::device::{Backend, Device};
 use crate::error::Result;
@@ -189,7 +189,5 @@ fn carries(device: &Device, plan: &Plan<'_>) -> Result<Tensor> {
 
 /// A lane for each unit of each row and block.
 fn groups(plan: &Plan<'_>, blocks: usize) -> [u32; 3] {
-    let lines = plan.rows * blocks;
-    let y = lines.min(MAX_GROUPS);
-    [plan.hidden.div_ceil(WORKGROUP) as u32, y as u32, lines.div_ceil(y) as u32]
+    tiles(plan.hidden.div_ceil(WORKGROUP), plan.rows * blocks)
 }

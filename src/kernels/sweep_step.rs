@@ -1,11 +1,9 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
 
-use super::MAX_GROUPS;
 use super::cell_contract::{Block, CellKernel};
 use super::choice;
 use super::sweep::{Buffers, Plan, Step};
-use super::sweep_native;
-use super::transpose;
+use super::{sweep_native, tiles, transpose};
 use crate::backend::gpu::Gpu;
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
@@ -62,7 +60,7 @@ macro_rules! step_kernels {
         // For cells with a recurrent product.
         const FORWARD_SUBGROUP: Kernel = Kernel {
             name: concat!($name, "_step_forward_subgroup"),
-            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl", "sweep_step_subgroup.wgsl"], $($cell),+),
+            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl", "sweep_step_subgroup.wgsl", "subgroup_rows.wgsl"], $($cell),+),
             entry: "forward_subgroup",
             workgroup: 8,
             features: &[crate::backend::Feature::Subgroups],
@@ -161,9 +159,7 @@ impl Plan<'_> {
 
     /// For workgroups of `rows` rows and `units` units each.
     fn groups(&self, [rows, units]: [usize; 2]) -> [u32; 3] {
-        let tiles = self.rows.div_ceil(rows);
-        let y = tiles.min(MAX_GROUPS);
-        [self.hidden.div_ceil(units) as u32, y as u32, tiles.div_ceil(y) as u32]
+        tiles(self.hidden.div_ceil(units), self.rows.div_ceil(rows))
     }
 }
 
