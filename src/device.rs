@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-#[cfg(feature = "verify")]
 use parking_lot::Mutex;
 
 use crate::backend::adapter::{self, Adapter};
 use crate::backend::gpu::Gpu;
 use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::choice::{KernelChoice, KernelOverride};
 
 /// The environment variable that [`Device::new`] obeys.
 const VARIABLE: &str = "GATEFOLD_DEVICE";
@@ -30,20 +30,11 @@ struct Inner {
     held: AtomicU64,
     peak: AtomicU64,
     batch_invariant: AtomicBool,
+    kernels: Mutex<KernelOverride>,
+    /// Inside of [`Device::explain`], the choices so far.
+    choices: Mutex<Option<Vec<KernelChoice>>>,
     #[cfg(feature = "verify")]
     poison: AtomicBool,
-    #[cfg(feature = "verify")]
-    sweep: Mutex<Option<ForcedSweep>>,
-}
-
-/// A sweep that tests and benches ask for; where it cannot run, there is a launch a step.
-#[cfg(feature = "verify")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ForcedSweep {
-    /// A launch a step.
-    Step,
-    /// The loop over time inside the kernel.
-    Resident,
 }
 
 /// The two kinds of device; kernels match on it.
@@ -227,10 +218,10 @@ impl Device {
                 held: AtomicU64::new(0),
                 peak: AtomicU64::new(0),
                 batch_invariant: AtomicBool::new(false),
+                kernels: Mutex::new(KernelOverride::default()),
+                choices: Mutex::new(None),
                 #[cfg(feature = "verify")]
                 poison: AtomicBool::new(false),
-                #[cfg(feature = "verify")]
-                sweep: Mutex::new(None),
             }),
         }
     }
@@ -342,6 +333,68 @@ impl Device {
         self.inner.batch_invariant.load(Ordering::Relaxed)
     }
 
+    /// From now on, on this device and all clones of it, these kernels are used for all that they can do, and those of the tables
+    /// in `kernels::choice` for the rest: to test and to tune. Other kernels give other bits: [`Trainer::save`](crate::Trainer::save)
+    /// keeps the override, and [`Trainer::load`](crate::Trainer::load) refuses a file that was written under another one.
+    ///
+    /// ```
+    /// # fn main() -> gatefold::Result<()> {
+    /// use gatefold::{Device, KernelOverride, SweepKernel};
+    /// let device = Device::new()?;
+    /// if !device.is_cpu() {
+    ///     device.override_kernels(KernelOverride::default().sweep(SweepKernel::Resident))?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for a kernel that the adapter cannot run, and on the native CPU, which has nothing to choose.
+    pub fn override_kernels(&self, kernels: KernelOverride) -> Result<()> {
+        match self.backend() {
+            Backend::Native if kernels == KernelOverride::default() => {}
+            Backend::Native => {
+                let what = format!("{kernels}: the native CPU has no kernels to choose from");
+                return Err(Error::unsupported("device.override_kernels", what));
+            }
+            Backend::Gpu(gpu) => kernels.check(gpu, self)?,
+        }
+        *self.inner.kernels.lock() = kernels;
+        Ok(())
+    }
+
+    /// What [`Device::override_kernels`] set; nothing at first.
+    pub fn kernel_override(&self) -> KernelOverride {
+        *self.inner.kernels.lock()
+    }
+
+    /// Runs `work` and says which kernels were chosen for it and why, each choice once, in the order of their first use; nothing on
+    /// the native CPU. What other threads choose meanwhile is listed too.
+    ///
+    /// # Errors
+    /// Those of `work`; [`ErrorKind::Unsupported`] inside of it.
+    pub fn explain(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<KernelChoice>> {
+        {
+            let mut choices = self.inner.choices.lock();
+            if choices.is_some() {
+                return Err(Error::unsupported("device.explain", "the device explains other work already"));
+            }
+            *choices = Some(Vec::new());
+        }
+        let done = work();
+        let choices = self.inner.choices.lock().take().unwrap_or_default();
+        done.map(|()| choices)
+    }
+
+    /// Keeps a choice for [`Device::explain`].
+    pub(crate) fn note(&self, choice: impl FnOnce() -> KernelChoice) {
+        if let Some(choices) = &mut *self.inner.choices.lock() {
+            let choice = choice();
+            if !choices.contains(&choice) {
+                choices.push(choice);
+            }
+        }
+    }
+
     pub(crate) fn backend(&self) -> &Backend {
         &self.inner.backend
     }
@@ -369,18 +422,6 @@ impl Device {
     #[cfg(feature = "verify")]
     pub(crate) fn is_poisoned(&self) -> bool {
         self.inner.poison.load(Ordering::Relaxed)
-    }
-
-    /// From now on, on this device and all clones of it, recurrent layers run this sweep over time where it can do what they ask for,
-    /// and otherwise a launch a step; with `None` as they choose. To test and to measure sweeps.
-    #[cfg(feature = "verify")]
-    pub fn force_sweep(&self, sweep: Option<ForcedSweep>) {
-        *self.inner.sweep.lock() = sweep;
-    }
-
-    #[cfg(feature = "verify")]
-    pub(crate) fn forced_sweep(&self) -> Option<ForcedSweep> {
-        *self.inner.sweep.lock()
     }
 
     /// Destroys the device under its owner, as a driver reset would: to test what follows.

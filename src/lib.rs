@@ -91,6 +91,10 @@ pub mod verify;
 
 pub use device::{Device, DeviceInfo, KernelTime, MemoryUse};
 pub use error::{Error, ErrorKind, Result};
+pub use kernels::choice::{KernelChoice, KernelOverride};
+pub use kernels::gemm::ProductKernel;
+pub use kernels::sweep::SweepKernel;
+pub use kernels::sweep_step::StepKernel;
 pub use loss::{CrossEntropy, Loss, MeanSquaredError};
 pub use rng::{MaskKey, Rng};
 pub use tensor::{Ids, Lengths, Shape, Tensor};

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, Entry, Metadata};
 use crate::error::{Error, Result};
+use crate::kernels::choice::KernelOverride;
 use crate::kernels::optimizer::CONTROL_WORDS;
 use crate::loss::Loss;
 use crate::nn::{Cell, EncoderDecoder, EncoderDecoderTape, Input, Module, Sequential, SequentialTape, State, Value};
@@ -212,6 +213,7 @@ struct Progress {
 /// The texts that [`Trainer::save`] writes for itself.
 const PROGRESS: &str = "gatefold.trainer";
 const RULE: &str = "gatefold.optimizer";
+const KERNELS: &str = "gatefold.kernels";
 const CONTROL: &str = "optimizer.control";
 
 impl<L: Loss, M: Model> Trainer<L, M> {
@@ -352,14 +354,23 @@ impl<L: Loss, M: Model> Trainer<L, M> {
         let mut metadata = metadata.clone();
         metadata.insert(PROGRESS.into(), serde_json::json!(self.progress).to_string());
         metadata.insert(RULE.into(), self.optimizer.rule().name().into());
+        let kernels = self.optimizer.device().kernel_override();
+        if kernels != KernelOverride::default() {
+            metadata.insert(KERNELS.into(), kernels.to_string());
+        }
         checkpoint::write("Trainer.save", path.as_ref(), &entries, &metadata)
     }
 
     /// Continues where [`Trainer::save`] stopped; gives the caller's texts. The model and the optimizer must be of the
     /// same kind and shape. On an error nothing has changed.
     ///
+    /// Other kernels give other bits, so a GPU must have the [override](crate::Device::override_kernels) that the file was written
+    /// under, or none where that had none; who means to change it does so after loading. The native CPU, which has nothing to choose,
+    /// takes any file.
+    ///
     /// # Errors
-    /// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Format`] with every missing, unexpected and misshapen tensor.
+    /// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Format`] with every missing, unexpected and misshapen tensor, and for
+    /// another override of kernels.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<Metadata> {
         let (op, path) = ("Trainer.load", path.as_ref());
         let mut file = checkpoint::read(op, path)?;
@@ -370,6 +381,13 @@ impl<L: Loss, M: Model> Trainer<L, M> {
         let (rule, expected) = (file.metadata.remove(RULE).unwrap_or_default(), self.optimizer.rule().name());
         if rule != expected {
             return Err(wrong(format!("the optimizer is {rule:?}, expected {expected:?}")));
+        }
+        let device = self.optimizer.device();
+        let none = KernelOverride::default().to_string();
+        let (given, expected) = (file.metadata.remove(KERNELS).unwrap_or(none), device.kernel_override().to_string());
+        if !device.is_cpu() && given != expected {
+            let what = format!("the override of kernels is {given:?}, expected that of the device: {expected:?}");
+            return Err(wrong(what));
         }
         let control = file.entries.remove(CONTROL).ok_or_else(|| wrong(format!("{CONTROL} is missing")))?;
         if (control.dtype, &control.shape[..]) != (Dtype::U32, &[CONTROL_WORDS]) {

@@ -1,62 +1,297 @@
-//! Which kernel forms products and steps on which class of device: the tables, each line with what it rests on. The first match
-//! wins. Which sweep runs is decided in [`super::sweep`].
+//! Which kernel forms products, steps and sweeps on which class of device: the tables, each row with what it rests on. Of the rows
+//! that match the first counts whose kernel can do the work. [`KernelOverride`] goes before them all.
+//!
+//! `gatefold bench --tune` measures rows for the adapter at hand, `gatefold bench --explain` says which ones are used.
 
+use std::fmt;
 use std::ops::RangeInclusive;
+
+use serde::Serialize;
 
 use super::cell_contract::CellKernel;
 use super::gemm::{Matrix, ProductKernel};
+use super::sweep::{Plan, SweepKernel};
 use super::sweep_step::StepKernel;
 use crate::backend::adapter::Class;
 use crate::backend::gpu::Gpu;
 use crate::device::Device;
+use crate::error::{Error, Result};
 
-/// A line of the table of products.
-pub(crate) struct ProductChoice {
-    pub classes: &'static [Class],
-    /// Rows of A.
-    pub rows: RangeInclusive<usize>,
-    /// The first one that takes the product is used.
-    pub kernels: &'static [ProductKernel],
+/// Which kernel is taken for what: rows, and what is left for any device that no row names.
+pub(crate) struct Table<S: 'static, K: 'static> {
+    /// What is chosen, for people.
+    pub name: &'static str,
+    pub rows: &'static [Row<S, K>],
+    pub otherwise: K,
 }
 
-/// A line of the table of step sweeps.
-pub(crate) struct StepChoice {
+/// A row of a table.
+pub(crate) struct Row<S: 'static, K: 'static> {
     pub classes: &'static [Class],
-    /// The first one that takes the sweep is used.
-    pub kernels: &'static [StepKernel],
+    /// Sizes that all lie within these bounds.
+    pub limits: &'static [(S, RangeInclusive<usize>)],
+    /// The first one that can do the work is used.
+    pub kernels: &'static [K],
+    /// What was measured, or why it is thought to be so.
+    pub reason: &'static str,
 }
 
-use Class::{Amd, Apple, Intel, Nvidia, Other, Software};
+/// What limits a row of [`PRODUCTS`]: `C [M, N] = A [M, K] . B [K, N]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ProductSize {
+    M,
+}
+
+/// What limits a row of [`STEPS`] or [`SWEEPS`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SweepSize {
+    /// Steps of the whole sequence.
+    T,
+    /// Units that see each other through the product of a step: 0 for a cell without one.
+    H,
+    /// Units of all rows.
+    BxH,
+    /// Lanes of every subgroup; 0: they vary, or may not be used.
+    Lanes,
+}
+
+use Class::Software;
 use ProductKernel::{General, SubgroupColumns, SubgroupRows, SubgroupRows8};
+use ProductSize::M;
+use SweepSize::{BxH, H, Lanes, T};
+
+const ALL: &[Class] = &[Software, Class::Nvidia, Class::Amd, Class::Intel, Class::Apple, Class::Other];
+const HARDWARE: &[Class] = &[Class::Nvidia, Class::Amd, Class::Intel, Class::Apple, Class::Other];
 
 /// Columns count through what a kernel takes: its layouts and alignment.
-pub(crate) static PRODUCTS: [ProductChoice; 3] = [
-    // llvmpipe (Mesa 22.3, 2 busy cores), 8 x 512 x 512: 3.4 to 4.1 times as fast as the general one
-    ProductChoice { classes: &[Software], rows: 1..=8, kernels: &[SubgroupRows8, General] },
-    // The same, 512 x 512 x 512: rows 4.0 to 5.1 times; columns take as long as rows
-    ProductChoice { classes: &[Software], rows: 9..=usize::MAX, kernels: &[SubgroupRows, SubgroupColumns, General] },
-    // Not measured: the one that any device takes.
-    ProductChoice { classes: &[Nvidia, Amd, Intel, Apple, Other], rows: 1..=usize::MAX, kernels: &[General] },
-];
+pub(crate) static PRODUCTS: Table<ProductSize, ProductKernel> = Table {
+    name: "product",
+    rows: &[
+        Row {
+            classes: &[Software],
+            limits: &[(M, 1..=8)],
+            kernels: &[SubgroupRows8],
+            reason: "llvmpipe (Mesa 22.3, 2 busy cores), 8 x 512 x 512: 3.4 to 4.1 times as fast as the general one",
+        },
+        Row {
+            classes: &[Software],
+            limits: &[(M, 9..=usize::MAX)],
+            kernels: &[SubgroupRows, SubgroupColumns],
+            reason: "llvmpipe (Mesa 22.3, 2 busy cores), 512 x 512 x 512: rows 4.0 to 5.1 times as fast as the general one; columns take \
+                     as long as rows",
+        },
+    ],
+    otherwise: General,
+};
+
+/// Rows of the batch and steps play no part, so that they do not show in the bits.
+pub(crate) static STEPS: Table<SweepSize, StepKernel> = Table {
+    name: "step",
+    rows: &[Row {
+        classes: &[Software],
+        limits: &[],
+        kernels: &[StepKernel::Subgroup],
+        reason: "llvmpipe (Mesa 22.3, 2 busy cores), LSTM with 512 units, 64 rows, 10 steps, products included: 3.7 times as fast \
+                 forward as the general one, 2.5 in training",
+    }],
+    otherwise: StepKernel::General,
+};
+
+/// Choices hang on the length of the whole sequence and not of a window of it, so that windows give the bits of the whole.
+pub(crate) static SWEEPS: Table<SweepSize, SweepKernel> = Table {
+    name: "sweep",
+    rows: &[
+        Row {
+            classes: ALL,
+            // Two blocks, which run at once.
+            limits: &[(T, 64..=usize::MAX), (BxH, 0..=1 << 18)],
+            kernels: &[SweepKernel::Scan],
+            reason: "an estimate: a step of so many units moves some 8 MB, which takes a GPU of 1 TB/s about as long as a launch, and a \
+                     scan moves up to one and a half times as much",
+        },
+        Row {
+            classes: &[Software],
+            limits: &[(T, 5..=usize::MAX), (H, 0..=128), (Lanes, 8..=8)],
+            kernels: &[SweepKernel::Resident],
+            reason: "a software adapter pays for every launch and for every load of a weight",
+        },
+        Row {
+            classes: &[Software],
+            limits: &[(T, 5..=usize::MAX), (H, 0..=64)],
+            kernels: &[SweepKernel::Resident],
+            reason: "the same; without subgroups of eight it also pays for every load of h",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[(T, 5..=usize::MAX), (H, 0..=32)],
+            kernels: &[SweepKernel::Resident],
+            reason: "not measured: only weights that surely stay in registers",
+        },
+    ],
+    otherwise: SweepKernel::Step,
+};
+
+/// Kernels that a device uses in place of those of its tables, for whatever they can do: to test and to tune
+/// ([`Device::override_kernels`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct KernelOverride {
+    /// Of matrix products in single precision.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub product: Option<ProductKernel>,
+    /// Of a step, in sweeps that launch each step by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<StepKernel>,
+    /// Of a sweep over time; not on a device that is batch invariant ([`Device::set_batch_invariant`]), which takes steps, and not
+    /// where something comes between the product and the cell (layer normalization, masks, an output product).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<SweepKernel>,
+}
+
+impl KernelOverride {
+    /// With this kernel, or that of the tables.
+    pub fn product(self, product: impl Into<Option<ProductKernel>>) -> Self {
+        Self { product: product.into(), ..self }
+    }
+
+    /// With this kernel, or that of the tables.
+    pub fn step(self, step: impl Into<Option<StepKernel>>) -> Self {
+        Self { step: step.into(), ..self }
+    }
+
+    /// With this sweep, or that of the tables.
+    pub fn sweep(self, sweep: impl Into<Option<SweepKernel>>) -> Self {
+        Self { sweep: sweep.into(), ..self }
+    }
+
+    /// Each kernel's table and name.
+    fn names(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let product = self.product.map(|kernel| (PRODUCTS.name, name(&kernel)));
+        let step = self.step.map(|kernel| (STEPS.name, name(&kernel)));
+        let sweep = self.sweep.map(|kernel| (SWEEPS.name, name(&kernel)));
+        [product, step, sweep].into_iter().flatten()
+    }
+
+    /// `device.override_kernels: ..` for a kernel that `gpu` cannot run at all.
+    pub(crate) fn check(&self, gpu: &Gpu, device: &Device) -> Result<()> {
+        let product = self.product.filter(|kernel| !kernel.runs_on(gpu)).map(|kernel| (PRODUCTS.name, name(&kernel)));
+        let step = self.step.filter(|kernel| !kernel.runs_on(gpu)).map(|kernel| (STEPS.name, name(&kernel)));
+        match product.or(step) {
+            None => Ok(()),
+            Some((table, kernel)) => {
+                let what = format!("{} cannot run the {table} kernel {kernel}", device.info());
+                Err(Error::unsupported("device.override_kernels", what))
+            }
+        }
+    }
+}
+
+impl fmt::Display for KernelOverride {
+    /// `product general, sweep resident`, or `none`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.names().map(|(table, kernel)| format!("{table} {kernel}")).collect();
+        f.write_str(if names.is_empty() { "none".to_owned() } else { names.join(", ") }.as_str())
+    }
+}
+
+/// A kernel's name in words, as serde knows it.
+fn name(kernel: &impl Serialize) -> String {
+    serde_json::to_value(kernel).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
+}
 
 /// The kernel for `C = A . B`. On a device that is batch invariant the number of rows plays no part.
 pub(crate) fn product(device: &Device, gpu: &Gpu, a: &Matrix<'_>, b: &Matrix<'_>, c: &Matrix<'_>) -> ProductKernel {
-    let rows = if device.is_batch_invariant() { usize::MAX } else { a.rows };
-    let choices = PRODUCTS.iter().filter(|choice| choice.classes.contains(&gpu.class()) && choice.rows.contains(&rows));
-    let mut kernels = choices.flat_map(|choice| choice.kernels).copied();
-    kernels.find(|kernel| kernel.takes(gpu, a, b, c)).unwrap_or(General)
+    let size = |size| match size {
+        M if device.is_batch_invariant() => usize::MAX,
+        M => a.rows,
+    };
+    let takes = |kernel: ProductKernel| kernel.takes(gpu, a, b, c);
+    let work = || format!("{}x{}x{}{}", a.rows, b.cols, a.cols, if a.col == 1 { "" } else { " of A transposed" });
+    choose(&PRODUCTS, device, gpu, device.kernel_override().product, size, takes, work)
 }
 
-pub(crate) static STEPS: [StepChoice; 2] = [
-    // llvmpipe (Mesa 22.3, 2 busy cores), LSTM with 512 units, 64 rows, 10 steps, products included: 3.7 times as fast forward, 2.5 in training
-    StepChoice { classes: &[Software], kernels: &[StepKernel::Subgroup, StepKernel::General] },
-    // Not measured: the one that any device takes.
-    StepChoice { classes: &[Nvidia, Amd, Intel, Apple, Other], kernels: &[StepKernel::General] },
-];
+/// The kernel of a sweep by steps.
+pub(crate) fn step<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> StepKernel {
+    let takes = |kernel: StepKernel| kernel.takes::<C>(gpu, plan.hidden);
+    choose(&STEPS, device, gpu, device.kernel_override().step, sizes::<C>(gpu, plan), takes, || work(plan))
+}
 
-/// The kernel of a sweep by steps. Rows and steps play no part, so that they do not show in the bits.
-pub(crate) fn step<C: CellKernel>(gpu: &Gpu, hidden: usize) -> StepKernel {
-    let choices = STEPS.iter().filter(|choice| choice.classes.contains(&gpu.class()));
-    let mut kernels = choices.flat_map(|choice| choice.kernels).copied();
-    kernels.find(|kernel| kernel.takes::<C>(gpu, hidden)).unwrap_or(StepKernel::General)
+/// The kernel of a sweep of whole steps. A device that is batch invariant has one order for any T and B.
+pub(crate) fn sweep<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> SweepKernel {
+    let invariant = device.is_batch_invariant();
+    let takes = |kernel: SweepKernel| if invariant { kernel == SweepKernel::Step } else { kernel.takes::<C>(plan) };
+    choose(&SWEEPS, device, gpu, device.kernel_override().sweep, sizes::<C>(gpu, plan), takes, || work(plan))
+}
+
+fn sizes<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usize {
+    let (steps, rows, hidden) = (plan.total, plan.rows, plan.hidden);
+    let lanes = gpu.subgroup_size().unwrap_or(0) as usize;
+    move |size| match size {
+        T => steps,
+        H if C::PRODUCT => hidden,
+        H => 0,
+        BxH => rows * hidden,
+        Lanes => lanes,
+    }
+}
+
+fn work(plan: &Plan<'_>) -> String {
+    format!("{} steps, {} rows, {} units", plan.steps, plan.rows, plan.hidden)
+}
+
+/// The override where it can do the work, else by the table. `work` says for people what it is for.
+fn choose<S: Copy + fmt::Debug, K: Copy + Serialize>(
+    table: &'static Table<S, K>,
+    device: &Device,
+    gpu: &Gpu,
+    wanted: Option<K>,
+    size: impl Fn(S) -> usize,
+    takes: impl Fn(K) -> bool,
+    work: impl FnOnce() -> String,
+) -> K {
+    let matches = |row: &&'static Row<S, K>| {
+        row.classes.contains(&gpu.class()) && row.limits.iter().all(|(limited, bounds)| bounds.contains(&size(*limited)))
+    };
+    let in_row = |row: &'static Row<S, K>| row.kernels.iter().find(|kernel| takes(**kernel)).map(|kernel| (*kernel, Some(row)));
+    let by_override = wanted.filter(|kernel| takes(*kernel)).map(|kernel| (kernel, None));
+    let chosen = by_override.or_else(|| table.rows.iter().filter(matches).find_map(in_row));
+    device.note(|| {
+        let (row, reason) = match &chosen {
+            Some((_, Some(row))) => (Some(row.to_string()), row.reason),
+            Some((_, None)) => (None, "Device::override_kernels"),
+            None => (None, "the one that any device takes"),
+        };
+        let kernel = name(&chosen.map_or(table.otherwise, |(kernel, _)| kernel));
+        KernelChoice { table: table.name, work: work(), kernel, row, reason }
+    });
+    chosen.map_or(table.otherwise, |(kernel, _)| kernel)
+}
+
+impl<S: fmt::Debug, K> fmt::Display for Row<S, K> {
+    /// `Software, M 1..=8`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let classes: Vec<String> = self.classes.iter().map(|class| format!("{class:?}")).collect();
+        f.write_str(&classes.join(" "))?;
+        self.limits.iter().try_for_each(|(size, bounds)| match (bounds.start(), bounds.end()) {
+            (least, &usize::MAX) => write!(f, ", {size:?} {least}.."),
+            (least, most) => write!(f, ", {size:?} {least}..={most}"),
+        })
+    }
+}
+
+/// A choice that a device made: see [`Device::explain`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KernelChoice {
+    /// Of what: `product`, `step` or `sweep`.
+    pub table: &'static str,
+    /// The sizes of the work.
+    pub work: String,
+    /// The kernel that was taken.
+    pub kernel: String,
+    /// The row of the table, as device classes and bounds of sizes; `None` where the kernel comes from
+    /// [`Device::override_kernels`] or is the one that any device takes.
+    pub row: Option<String>,
+    /// What the choice rests on.
+    pub reason: &'static str,
 }

@@ -1,5 +1,7 @@
 //! Matrix product: `C = A . B (+ bias) (+ C)` on strided windows, every transposition by strides.
 
+use serde::{Deserialize, Serialize};
+
 use super::choice;
 use super::product::multiply;
 use super::{MAX_GROUPS, READ, READ_WRITE, tiles};
@@ -46,8 +48,10 @@ pub(crate) static SUBGROUP_ROWS_8: Kernel = Kernel { name: "gemm_subgroup_rows_8
 pub(crate) static SUBGROUP_COLUMNS: Kernel = Kernel { name: "gemm_subgroup_columns", entry: "columns", ..SUBGROUP };
 
 /// A way to compute a product on a GPU; `kernels::choice` picks one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ProductKernel {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ProductKernel {
     /// Any device, any strides: a lane has 8 rows of 4 columns.
     General,
     /// Subgroups of 8 lanes, tiles of 32 x 32, everything in fours; A's k lie side by side.
@@ -60,7 +64,6 @@ pub(crate) enum ProductKernel {
 
 impl ProductKernel {
     /// All of them.
-    #[cfg(feature = "verify")]
     pub const ALL: [Self; 4] = [Self::General, Self::SubgroupRows, Self::SubgroupRows8, Self::SubgroupColumns];
 
     fn kernel(self) -> &'static Kernel {
@@ -81,10 +84,15 @@ impl ProductKernel {
         }
     }
 
+    /// Whether the device has what the kernel asks for.
+    pub(crate) fn runs_on(self, gpu: &Gpu) -> bool {
+        gpu.offers(self.kernel()) && (self == Self::General || gpu.subgroup_size() == Some(8))
+    }
+
     /// Whether the kernel can do this product on this device.
-    pub fn takes(self, gpu: &Gpu, a: &Matrix<'_>, b: &Matrix<'_>, c: &Matrix<'_>) -> bool {
+    pub(crate) fn takes(self, gpu: &Gpu, a: &Matrix<'_>, b: &Matrix<'_>, c: &Matrix<'_>) -> bool {
         let aligned = |words: &[usize]| words.iter().all(|words| words.is_multiple_of(4));
-        let subgroups = gpu.subgroup_size() == Some(8)
+        let subgroups = self.runs_on(gpu)
             && b.col == 1
             && aligned(&[b.cols, b.offset, b.row, c.offset, c.row])
             && b.cols <= MAX_GROUPS * self.tile()[1];

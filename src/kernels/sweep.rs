@@ -1,12 +1,13 @@
 //! What all sweeps over time share: the plan of one direction of one layer, and its buffers.
 
+use serde::{Deserialize, Serialize};
+
 use super::cell_contract::{Block, CellKernel};
+use super::choice;
 use super::sweep_resident;
 use super::sweep_scan::{self, ScanKernels};
 use crate::backend::gpu::Range;
 use crate::backend::native::threads;
-#[cfg(feature = "verify")]
-use crate::device::ForcedSweep;
 use crate::device::{Backend, Device};
 use crate::rng::MaskKey;
 use crate::tensor::{Lengths, Tensor};
@@ -66,6 +67,33 @@ pub(crate) struct Buffers<'a> {
     pub y: &'a Tensor,
 }
 
+/// A sweep of whole steps on a GPU; `kernels::choice` picks one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum SweepKernel {
+    /// All steps at once, for cells that are linear in their state.
+    Scan,
+    /// The loop over time inside the kernel, for few units.
+    Resident,
+    /// A launch a step.
+    Step,
+}
+
+impl SweepKernel {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Scan, Self::Resident, Self::Step];
+
+    /// Whether the sweep can do this.
+    pub(crate) fn takes<C: CellKernel>(self, plan: &Plan<'_>) -> bool {
+        match self {
+            Self::Scan => C::SCAN.is_some() && sweep_scan::fits(plan),
+            Self::Resident => sweep_resident::fits::<C>(plan),
+            Self::Step => true,
+        }
+    }
+}
+
 /// The sweeps, from one launch to many.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Sweep {
@@ -79,29 +107,16 @@ pub(crate) enum Sweep {
     Split,
 }
 
-/// Which sweep runs: the only place that decides. `split`: something comes between the product and the cell, or after the cell.
-///
-/// Choices hang on the length of the whole sequence and not of a window of it, so that windows give the bits of the whole. A device that is
-/// batch invariant has one order for any T and B.
+/// Which sweep runs. `split`: something comes between the product and the cell, or after the cell.
 pub(crate) fn choose<C: CellKernel>(device: &Device, plan: &Plan<'_>, split: bool) -> Sweep {
-    let Backend::Gpu(gpu) = device.backend() else { return if split { Sweep::Split } else { Sweep::Step } };
-    if split {
-        return Sweep::Split;
-    }
-    let resident = sweep_resident::fits::<C>(plan);
-    #[cfg(feature = "verify")]
-    match device.forced_sweep() {
-        Some(ForcedSweep::Resident) if resident => return Sweep::Resident,
-        Some(_) => return Sweep::Step,
-        None => {}
-    }
-    if device.is_batch_invariant() {
-        return Sweep::Step;
-    }
-    match C::SCAN.filter(|_| sweep_scan::pays(plan)) {
-        Some(kernels) => Sweep::Scan(kernels),
-        None if resident && sweep_resident::pays::<C>(gpu, plan) => Sweep::Resident,
-        None => Sweep::Step,
+    match (device.backend(), split) {
+        (_, true) => Sweep::Split,
+        (Backend::Native, false) => Sweep::Step,
+        (Backend::Gpu(gpu), false) => match choice::sweep::<C>(device, gpu, plan) {
+            SweepKernel::Scan => C::SCAN.map_or(Sweep::Step, Sweep::Scan),
+            SweepKernel::Resident => Sweep::Resident,
+            SweepKernel::Step => Sweep::Step,
+        },
     }
 }
 

@@ -8,7 +8,6 @@ use super::sweep::{Buffers, Plan};
 use super::sweep_step::{self, Sweep};
 use super::tiles;
 use crate::backend::Kernel;
-use crate::backend::adapter::Class;
 use crate::backend::gpu::{Gpu, Range};
 use crate::device::Backend;
 use crate::error::Result;
@@ -74,23 +73,9 @@ const ROWS: usize = 2;
 /// nothing else.
 const RUN: usize = 2048;
 
-/// From so many steps on it is worth to load the weights.
-const STEPS: usize = 5;
-
 /// Whether the sweep can run this at all: all units of a cell with a product fit in a workgroup.
 pub(crate) fn fits<C: CellKernel>(plan: &Plan<'_>) -> bool {
     !C::PRODUCT || plan.hidden <= WIDTH
-}
-
-/// Whether it is faster than a launch a step. A software adapter pays for every launch and every load of a weight, and, without
-/// subgroups of eight, for every load of h. Of hardware nothing was measured: only what surely stays in its registers.
-pub(crate) fn pays<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> bool {
-    let most = match (gpu.class(), gpu.subgroup_size()) {
-        (Class::Software, Some(8)) => WIDTH,
-        (Class::Software, _) => 64,
-        _ => 32,
-    };
-    plan.total >= STEPS && (!C::PRODUCT || plan.hidden <= most)
 }
 
 /// How a sweep is cut into workgroups: the units of one, the parts of a unit's product, and the rows.

@@ -97,19 +97,12 @@ pub(crate) use scan_kernels;
 /// Lanes of a workgroup and steps of a block, as in the shader.
 const WORKGROUP: usize = 64;
 const BLOCK: usize = 32;
-/// From so many steps on there are blocks enough to run at once.
-const STEPS: usize = 2 * BLOCK;
-/// Up to so many units of all rows a step is small beside its launch. An estimate: a step of so many moves some 8 MB, which takes a
-/// GPU of 1 TB/s about as long as a launch, and a scan moves up to one and a half times as much.
-const UNITS: usize = 1 << 18;
 
-/// Whether a cell that has a scan takes it: long sequences and few units of all rows. Zoneout and the clip of the gradient act
-/// between steps, and an output product after each: they take steps. So do single steps, the windows of a bounded back-propagation,
-/// and who asks for the gradients of all states.
-pub(crate) fn pays(plan: &Plan<'_>) -> bool {
+/// Whether a scan can do this. Zoneout and the clip of the gradient act between steps, and an output product after each: they take
+/// steps. So do the windows of a bounded back-propagation, and who asks for the gradients of all states.
+pub(crate) fn fits(plan: &Plan<'_>) -> bool {
     let linear = plan.zoneout == [0.0; 2] && plan.clip == 0.0 && plan.output && !plan.flow;
-    let whole = plan.start == 0 && plan.steps == plan.total;
-    linear && whole && plan.steps >= STEPS && plan.rows * plan.hidden <= UNITS
+    linear && plan.start == 0 && plan.steps == plan.total
 }
 
 /// As [`sweep_step::forward`], which it is on the CPU.

@@ -1,5 +1,7 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
 
+use serde::{Deserialize, Serialize};
+
 use super::cell_contract::{Block, CellKernel};
 use super::choice;
 use super::sweep::{Buffers, Plan, Step};
@@ -98,8 +100,10 @@ const ROWS: usize = 4;
 const UNITS: usize = 4;
 
 /// How a step is computed on a GPU; `kernels::choice` picks one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum StepKernel {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum StepKernel {
     /// Any device: a lane has 4 rows, of one unit, in backward of 4.
     General,
     /// Subgroups of 8 lanes: tiles of 16 rows, in backward 32, and 32 units.
@@ -107,9 +111,17 @@ pub(crate) enum StepKernel {
 }
 
 impl StepKernel {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::General, Self::Subgroup];
+
+    /// Whether the device has what the kernel asks for.
+    pub(crate) fn runs_on(self, gpu: &Gpu) -> bool {
+        self == Self::General || gpu.subgroup_size() == Some(8)
+    }
+
     /// Whether the kernel can do this sweep on this device.
-    pub fn takes<C: CellKernel>(self, gpu: &Gpu, hidden: usize) -> bool {
-        self == Self::General || (C::PRODUCT && hidden.is_multiple_of(4) && gpu.subgroup_size() == Some(8))
+    pub(crate) fn takes<C: CellKernel>(self, gpu: &Gpu, hidden: usize) -> bool {
+        self == Self::General || (self.runs_on(gpu) && C::PRODUCT && hidden.is_multiple_of(4))
     }
 
     fn forward<C: CellKernel>(self) -> (&'static Kernel, [usize; 2]) {
@@ -185,7 +197,7 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let (kernel, tile) = choice::step::<C>(gpu, plan.hidden).forward::<C>();
+            let (kernel, tile) = choice::step::<C>(buffers.slots.device(), gpu, plan).forward::<C>();
             let steps = plan.order(depth).map(|(t, ..)| (plan.params(depth, t), plan.groups(tile)));
             gpu.launch_each(kernel, &plan.constants(cell, false), &buffers.bindings(plan), steps)
         }
@@ -226,7 +238,7 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffe
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let (kernel, tile) = choice::step::<C>(gpu, plan.hidden).backward::<C>();
+            let (kernel, tile) = choice::step::<C>(buffers.slots.device(), gpu, plan).backward::<C>();
             let mut later = None;
             let mut params = |t: usize, finish: bool| {
                 let recurrent = u32::from(later.is_some());

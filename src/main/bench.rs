@@ -2,6 +2,8 @@
 //! that their lines can be put side by side (`benches/compare.rs`, `benches/record`); single kernels against the peaks of the
 //! device; and the start of a program.
 
+#[path = "bench/choices.rs"]
+mod choices;
 #[path = "bench/kernels.rs"]
 mod kernels;
 #[path = "bench/layer.rs"]
@@ -13,9 +15,8 @@ mod timing;
 
 use std::io::Write;
 
-use anyhow::{Context, Result, bail, ensure};
-use gatefold::Device;
-use gatefold::verify::ForcedSweep;
+use anyhow::{Context, Result, bail};
+use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
 use serde_json::{Value, json};
 
 use layer::{Spec, Work};
@@ -51,9 +52,15 @@ pub struct Args {
     /// Only one of these [default: infer and train]
     #[arg(long)]
     mode: Option<Mode>,
-    /// The sweep over time of all shapes that it can do [default: as layers choose]
-    #[arg(long)]
-    sweep: Option<Sweep>,
+    /// The sweep over time of all layers that it can do, in place of the tables' [scan, resident, step]
+    #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<SweepKernel>)]
+    sweep: Option<SweepKernel>,
+    /// The kernel of single steps, likewise [general, subgroup]
+    #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<StepKernel>)]
+    step_kernel: Option<StepKernel>,
+    /// The kernel of products, likewise [general, subgroup_rows, ..]
+    #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<ProductKernel>)]
+    product_kernel: Option<ProductKernel>,
     /// Time each kernel of a layer's training step by itself, against a copy and a multiply-add loop on the same device
     #[arg(long, conflicts_with_all = ["mode", "layers"])]
     kernels: bool,
@@ -63,26 +70,15 @@ pub struct Args {
     /// Time what comes before the second step of a program: opening the device, making pipelines
     #[arg(long, conflicts_with_all = ["mode", "kernels", "profile"])]
     startup: bool,
+    /// Say which kernels a training step on a GPU takes, by which row of the tables, and why
+    #[arg(long, conflicts_with_all = ["kernels", "profile", "startup"])]
+    explain: bool,
+    /// Measure the kernels that a GPU can take against each other, and print rows for the tables in kernels/choice.rs
+    #[arg(long, conflicts_with_all = ["mode", "layers", "shape", "kernels", "profile", "startup", "explain", "sweep", "step_kernel", "product_kernel"])]
+    tune: bool,
     /// One JSON object a line
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Sweep {
-    /// One launch a step
-    Step,
-    /// The loop over time inside the kernel
-    Resident,
-}
-
-impl From<Sweep> for ForcedSweep {
-    fn from(sweep: Sweep) -> Self {
-        match sweep {
-            Sweep::Step => Self::Step,
-            Sweep::Resident => Self::Resident,
-        }
-    }
 }
 
 /// A cell that can be timed.
@@ -158,15 +154,22 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
     if args.startup {
         return startup::run(args, out);
     }
-    let device = crate::device(args.device.as_deref())?;
-    let native = device.info().backend == "native";
-    ensure!(args.sweep.is_none() || !native, "--sweep chooses among the sweeps of a GPU; {} has one", device.info());
-    device.force_sweep(args.sweep.map(Into::into));
-    match (args.kernels, args.profile) {
-        (true, _) => kernels::run(args, &policy, &device, out),
-        (_, true) => kernels::profile(args, &device, out),
+    let device = open(args)?;
+    match args {
+        Args { kernels: true, .. } => kernels::run(args, &policy, &device, out),
+        Args { profile: true, .. } => kernels::profile(args, &device, out),
+        Args { explain: true, .. } => choices::explain(args, &device, out),
+        Args { tune: true, .. } => choices::tune(args, &policy, &device, out),
         _ => layers(args, &policy, &device, out),
     }
+}
+
+/// The device with the kernels that the arguments name.
+fn open(args: &Args) -> Result<Device> {
+    let device = crate::device(args.device.as_deref())?;
+    let kernels = KernelOverride::default().product(args.product_kernel).step(args.step_kernel).sweep(args.sweep);
+    device.override_kernels(kernels).context("--sweep, --step-kernel, --product-kernel")?;
+    Ok(device)
 }
 
 /// Every cell with every shape that is asked for, or with those of `default`.

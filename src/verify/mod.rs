@@ -12,5 +12,4 @@ pub mod oracle;
 pub mod shaders;
 pub mod workloads;
 
-pub use crate::device::ForcedSweep;
 pub use compare::{Comparison, Report};

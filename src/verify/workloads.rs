@@ -7,7 +7,7 @@ use crate::device::{Backend, Device};
 use crate::error::Result;
 use crate::kernels::gemm::{Matrix, gemm};
 use crate::kernels::{column_sum, elementwise, gather, peak};
-use crate::nn::{Cell, GruConfig, LstmConfig, Module, Recurrent, RnnConfig, SweepAlone};
+use crate::nn::{Cell, GruConfig, LstmConfig, MinGruConfig, Module, Recurrent, RnnConfig, SweepAlone};
 use crate::optim::{AdamW, Optimizer};
 use crate::rng::Rng;
 use crate::tensor::{Ids, Tensor};
@@ -46,9 +46,17 @@ impl Workload {
     /// # Errors
     /// What the device reports.
     pub fn time(&self) -> Result<Duration> {
+        self.time_by(clock(&self.device))
+    }
+
+    /// The time of one run by this clock. That of the GPU does not count what lies between launches.
+    ///
+    /// # Errors
+    /// What the device reports; [`crate::ErrorKind::Unsupported`] for a clock that it has not.
+    pub fn time_by(&self, clock: Clock) -> Result<Duration> {
         (self.prepare)()?;
         self.device.synchronize()?;
-        if clock(&self.device) == Clock::Gpu {
+        if clock == Clock::Gpu {
             return Ok(self.device.profile(|| (self.run)())?.iter().map(|kernel| kernel.time).sum());
         }
         let start = Instant::now();
@@ -106,7 +114,26 @@ pub fn layer(device: &Device, cell: &str, shape: [usize; 4]) -> Result<Option<Ve
     }
 }
 
-fn of_layer<C: Cell + 'static>(mut layer: Recurrent<C>, [t, b, i, h]: [usize; 4], rng: &mut Rng) -> Result<Vec<Workload>> {
+/// `C [m, n] = A [m, k] . B [k, n]`, with A lying transposed in memory or as it is.
+///
+/// # Errors
+/// What the device reports.
+pub fn product(device: &Device, name: &'static str, [m, n, k]: [usize; 3], a_t: bool) -> Result<Workload> {
+    let mut rng = Rng::seed(3);
+    let mut draw = |count: usize| -> Result<Tensor> {
+        let values: Vec<f32> = (0..count).map(|_| 0.1 * rng.normal()).collect();
+        Tensor::from_slice(device, &values, [count])
+    };
+    let (a, b, c) = (draw(m * k)?, draw(k * n)?, draw(m * n)?);
+    let numbers = (m * k + k * n + m * n) as f64;
+    Ok(Workload::new(device, name, &[m, n, k], [2.0 * (m * n * k) as f64, numbers], move || {
+        let a = if a_t { Matrix::new(&a, k, m).t() } else { Matrix::new(&a, m, k) };
+        gemm(a, Matrix::new(&b, k, n), None, Matrix::new(&c, m, n), false)
+    }))
+}
+
+fn of_layer<C: Cell + 'static>(mut layer: Recurrent<C>, shape: [usize; 4], rng: &mut Rng) -> Result<Vec<Workload>> {
+    let [t, b, i, h] = shape;
     let device = layer.params()[0].1.value().device().clone();
     let device = &device;
     let (lines, gates) = (t * b, C::GATES.len() * h);
@@ -116,24 +143,16 @@ fn of_layer<C: Cell + 'static>(mut layer: Recurrent<C>, [t, b, i, h]: [usize; 4]
     };
     let mut loads = Vec::new();
 
-    // [m, n, k], and which of A and B lie transposed.
+    // [m, n, k], and whether A lies transposed.
     let products = [
-        ("product x.W_ih^T", [lines, gates, i], [false, false]),
-        ("product dg.W_ih", [lines, i, gates], [false, false]),
-        ("product dg^T.x", [gates, i, lines], [true, false]),
-        ("product dg^T.h", [gates, h, lines], [true, false]),
-        ("product of a step", [b, gates, h], [false, false]),
+        ("product x.W_ih^T", [lines, gates, i], false),
+        ("product dg.W_ih", [lines, i, gates], false),
+        ("product dg^T.x", [gates, i, lines], true),
+        ("product dg^T.h", [gates, h, lines], true),
+        ("product of a step", [b, gates, h], false),
     ];
-    for (name, [m, n, k], [a_t, b_t]) in products {
-        let (a, b, c) = (draw(&[m * k])?, draw(&[k * n])?, draw(&[m * n])?);
-        let numbers = (m * k + k * n + m * n) as f64;
-        loads.push(Workload::new(device, name, &[m, n, k], [2.0 * (m * n * k) as f64, numbers], move || {
-            let matrix = |tensor, rows, cols, turned| match turned {
-                true => Matrix::new(tensor, cols, rows).t(),
-                false => Matrix::new(tensor, rows, cols),
-            };
-            gemm(matrix(&a, m, k, a_t), matrix(&b, k, n, b_t), None, Matrix::new(&c, m, n), false)
-        }));
+    for (name, size, a_t) in products {
+        loads.push(product(device, name, size, a_t)?);
     }
 
     let dg = draw(&[lines, gates])?;
@@ -161,22 +180,52 @@ fn of_layer<C: Cell + 'static>(mut layer: Recurrent<C>, [t, b, i, h]: [usize; 4]
     let optimizer = std::cell::RefCell::new(Optimizer::new(AdamW::new(1e-3), layer.params_mut())?.clip_grad_norm(1.0));
     loads.push(Workload::new(device, "adamw", &[count], [0.0, 8.0 * count as f64], move || optimizer.borrow_mut().step()));
 
-    let (x, dy) = (draw(&[t, b, i])?, draw(&[t, b, h])?);
+    loads.extend(of_sweep(layer, shape, rng)?);
+    Ok(loads)
+}
+
+/// The forward and the backward sweep of a layer, without the products before and after it, over T steps of B rows and H units: of an
+/// LSTM or, where there is to be no recurrent product, of a minGRU.
+///
+/// # Errors
+/// What the device reports.
+pub fn sweeps(device: &Device, product: bool, [t, b, h]: [usize; 3]) -> Result<[Workload; 2]> {
+    let (shape, rng) = ([t, b, h, h], &mut Rng::seed(1));
+    match product {
+        true => of_sweep(LstmConfig::new(h, h).init(device, rng)?, shape, rng),
+        false => of_sweep(MinGruConfig::new(h, h).init(device, rng)?, shape, rng),
+    }
+}
+
+fn of_sweep<C: Cell + 'static>(layer: Recurrent<C>, [t, b, i, h]: [usize; 4], rng: &mut Rng) -> Result<[Workload; 2]> {
+    let device = layer.params()[0].1.value().device().clone();
+    let (lines, gates) = (t * b, C::GATES.len() * h);
+    let mut draw = |shape: [usize; 3]| -> Result<Tensor> {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| 0.1 * rng.normal()).collect();
+        Tensor::from_slice(&device, &values, shape)
+    };
+    let (x, dy) = (draw([t, b, i])?, draw([t, b, h])?);
     let sweep = Rc::new(SweepAlone::new(layer, &x, &dy)?);
     let [slots, states] = sweep.sizes();
     let flops = 2.0 * (lines * gates * h) as f64;
     // The slots in and out, the states, y or dy, the weights.
     let numbers = (2 * slots + states + lines * h + gates * h) as f64;
-    let [forward, backward] = [[sweep.clone(), sweep.clone()], [sweep.clone(), sweep]];
-    for (name, [prepared, run], is_forward) in [("sweep forward", forward, true), ("sweep backward", backward, false)] {
-        let load = Workload::new(device, name, &[t, b, h], [flops, numbers], move || match is_forward {
-            true => run.forward(),
-            false => run.backward(),
-        });
-        loads.push(load.after(move || match is_forward {
-            true => prepared.prepare_forward(),
-            false => prepared.prepare_backward(),
-        }));
+    let load = |name, run: fn(&SweepAlone<C>) -> Result<()>, prepare: fn(&SweepAlone<C>) -> Result<()>| {
+        let [prepared, swept] = [sweep.clone(), sweep.clone()];
+        let load = Workload::new(&device, name, &[t, b, h], [flops, numbers], move || run(&swept));
+        load.after(move || prepare(&prepared))
+    };
+    Ok([
+        load("sweep forward", SweepAlone::forward, SweepAlone::prepare_forward),
+        load("sweep backward", SweepAlone::backward, SweepAlone::prepare_backward),
+    ])
+}
+
+/// The class that the tables of `kernels::choice` know the device by, and the lanes of its subgroups where kernels use them; `None` for
+/// the native CPU.
+pub fn class(device: &Device) -> Option<(String, Option<u32>)> {
+    match device.backend() {
+        Backend::Native => None,
+        Backend::Gpu(gpu) => Some((format!("{:?}", gpu.class()), gpu.subgroup_size())),
     }
-    Ok(loads)
 }

@@ -15,8 +15,7 @@ const SHAPE: [usize; 4] = [8, 4, 32, 32];
 /// Opens the device, makes a network, and times its first steps and one more of each.
 pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
     let start = Instant::now();
-    let device = crate::device(args.device.as_deref())?;
-    device.force_sweep(args.sweep.map(Into::into));
+    let device = super::open(args)?;
     let open_ms = milliseconds(start.elapsed());
     if !args.json {
         writeln!(out, "{}\n", device.info())?;

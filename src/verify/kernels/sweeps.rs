@@ -5,12 +5,12 @@ use super::networks::{INPUT, Network, check};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
-use crate::kernels::sweep::{Buffers, Plan};
+use crate::kernels::choice::KernelOverride;
+use crate::kernels::sweep::{Buffers, Plan, SweepKernel};
 use crate::kernels::{sweep_resident, sweep_step};
 use crate::nn::{Direction, GruConfig, IndRnnConfig, RnnConfig, SLstmConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{POISON, Tensor};
-use crate::verify::ForcedSweep;
 use crate::verify::autodiff::sigmoid;
 use crate::verify::oracle::{self, Cell, Recurrent, RecurrentInput};
 
@@ -22,7 +22,7 @@ struct Sweep {
     hidden: usize,
     reverse: bool,
     /// Which of the sweeps.
-    kind: ForcedSweep,
+    kind: SweepKernel,
     lengths: Option<Vec<u32>>,
     /// Input parts `[T, B, 4, H]`, W_hh `[4H, H]`, b_hh `[4H]`, initial state `[2, B, H]`.
     x: Vec<f32>,
@@ -55,7 +55,7 @@ impl Sweep {
         let weights = scaled(4 * hidden * hidden, size.min(1.0) / (hidden as f32).sqrt());
         let (bias, initial) = (scaled(4 * hidden, 0.5), scaled(2 * rows * hidden, 1.0));
         let dlast = scaled(2 * rows * hidden, 1.0);
-        Self { steps, rows, hidden, reverse, kind: ForcedSweep::Step, lengths, x, weights, bias, initial, dy, dlast }
+        Self { steps, rows, hidden, reverse, kind: SweepKernel::Step, lengths, x, weights, bias, initial, dy, dlast }
     }
 
     fn name(&self) -> String {
@@ -152,8 +152,8 @@ impl Sweep {
         let y = run.window_of_y(self, None)?;
         let buffers = Buffers { slots: &slots, states: &states, weights: &forward_weights, unit: &unit, y: &y.tensor };
         match self.kind {
-            ForcedSweep::Step => sweep_step::forward(&LstmCell::default(), &plan, &buffers)?,
-            ForcedSweep::Resident => sweep_resident::forward(&LstmCell::default(), &plan, &buffers)?,
+            SweepKernel::Scan | SweepKernel::Step => sweep_step::forward(&LstmCell::default(), &plan, &buffers)?,
+            SweepKernel::Resident => sweep_resident::forward(&LstmCell::default(), &plan, &buffers)?,
         }
         check(run, &Launched { plan, slots: &slots, states: &states, y: &y, weights: &weights, unit: &unit })
     }
@@ -178,8 +178,8 @@ impl Launched<'_> {
         let dstates = Tensor::from_slice(run.device, &sweep.dlast, [2, sweep.rows, sweep.hidden])?;
         let buffers = Buffers { slots: self.slots, states: self.states, weights: self.weights, unit: self.unit, y: &dy.tensor };
         match sweep.kind {
-            ForcedSweep::Step => sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
-            ForcedSweep::Resident => sweep_resident::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
+            SweepKernel::Scan | SweepKernel::Step => sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
+            SweepKernel::Resident => sweep_resident::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
         }
         Ok(dstates)
     }
@@ -232,7 +232,7 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
         [2, 32, 64],
         [3, 33, 68],
     ]; // [T, B, H]; on a GPU a tile has 4 rows and 64 units, in backward 256
-    lstm_sweeps(cases, ForcedSweep::Step, &mut rng, &sizes, 65_535 * 4 + 5)
+    lstm_sweeps(cases, SweepKernel::Step, &mut rng, &sizes, 65_535 * 4 + 5)
 }
 
 pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
@@ -241,7 +241,7 @@ pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
     let rows = [1, 2, 3, 5];
     let mut sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[7, 1, 2][i % 3], rows[i % 4], hidden]).collect();
     sizes.extend([[3, 1, 128], [3, 9, 64], [4, 8, 31], [2049, 1, 5]]);
-    lstm_sweeps(cases, ForcedSweep::Resident, &mut Rng::seed(13), &sizes, 65_535 * 2 + 3)
+    lstm_sweeps(cases, SweepKernel::Resident, &mut Rng::seed(13), &sizes, 65_535 * 2 + 3)
 }
 
 /// Cells of one, three and four gates, of one and four states, with a product and without, at widths of each kind, and what acts between steps.
@@ -253,7 +253,9 @@ pub(super) fn resident_cells(cases: &mut Cases<'_>) -> Result<()> {
         backend => Device::by_name(&format!("{backend}:{}", info.name))?,
     };
     device.poison();
-    device.force_sweep(Some(ForcedSweep::Resident));
+    if !device.is_cpu() {
+        device.override_kernels(KernelOverride::default().sweep(SweepKernel::Resident))?;
+    }
     let mut own = Cases { device: &device, reports: Vec::new() };
     for hidden in [33, 100, 128] {
         let plain = |cell| Recurrent::new(cell, INPUT, hidden);
@@ -271,7 +273,7 @@ pub(super) fn resident_cells(cases: &mut Cases<'_>) -> Result<()> {
     Ok(())
 }
 
-fn lstm_sweeps(cases: &mut Cases<'_>, kind: ForcedSweep, rng: &mut Rng, sizes: &[[usize; 3]], many: usize) -> Result<()> {
+fn lstm_sweeps(cases: &mut Cases<'_>, kind: SweepKernel, rng: &mut Rng, sizes: &[[usize; 3]], many: usize) -> Result<()> {
     for (i, &[steps, rows, hidden]) in sizes.iter().enumerate() {
         for (reverse, is_ragged) in [(false, false), (true, false), (false, true), (true, true)] {
             let size = [1.0, 0.1, 30.0][i % 3];

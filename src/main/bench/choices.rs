@@ -1,0 +1,254 @@
+//! `gatefold bench --explain`: which kernels are chosen, and why. `--tune`: which ones should be, as rows of the tables in
+//! `kernels/choice.rs`.
+
+use std::io::Write;
+
+use anyhow::{Context, Result};
+use gatefold::verify::workloads::{self, Clock, Workload};
+use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
+use serde_json::{Value, json};
+
+use super::timing::Policy;
+use super::{Args, CellName, Mode, line, specs};
+
+/// What must be gained on the general kernel to be worth a row.
+const GAIN: f64 = 1.05;
+
+/// A kernel by its name.
+pub fn kernel<K: serde::de::DeserializeOwned>(name: &str) -> Result<K, String> {
+    serde_json::from_value(Value::String(name.to_owned())).map_err(|error| error.to_string())
+}
+
+/// The choices for a step of every shape that is asked for: in training, unless a mode is given.
+pub fn explain(args: &Args, device: &Device, out: &mut impl Write) -> Result<()> {
+    if !args.json {
+        writeln!(out, "{}, override: {}", device.info(), device.kernel_override())?;
+    }
+    for spec in specs(args, device, CellName::shapes) {
+        let mut work = spec.build(None)?;
+        let choices = device.explain(|| work.run(args.mode.unwrap_or(Mode::Train)))?;
+        if !args.json {
+            let none = if choices.is_empty() { ": nothing to choose" } else { "" };
+            writeln!(out, "\n{}{none}", spec.name())?;
+        }
+        for choice in choices {
+            let (table, work, kernel, row, reason) = (choice.table, choice.work, choice.kernel, choice.row, choice.reason);
+            if args.json {
+                let fields =
+                    json!({"mode": "explain", "table": table, "work": work, "kernel": kernel, "row": row, "reason": reason});
+                writeln!(out, "{}", line(&spec, &fields))?;
+            } else {
+                writeln!(out, "{table:8} {work:36} {kernel:16} {}", row.as_deref().unwrap_or("-"))?;
+                writeln!(out, "{:8} {reason}", "")?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Measurements and rows, printed as they come.
+struct Tuner<'a, W> {
+    device: &'a Device,
+    class: String,
+    policy: Policy,
+    json: bool,
+    out: &'a mut W,
+}
+
+/// How often as fast as the general kernel one is, or `None` where it cannot do the work.
+type Gains<K> = Vec<(K, Option<f64>)>;
+
+/// Measures every table's kernels, and prints the rows that follow.
+pub fn tune(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write) -> Result<()> {
+    let (class, lanes) = workloads::class(device).with_context(|| format!("{} has no kernels to choose from", device.info()))?;
+    if !args.json {
+        let lanes = lanes.map_or("no subgroups of one size".to_owned(), |lanes| format!("subgroups of {lanes} lanes"));
+        writeln!(out, "{}: {class}, {lanes}; how often as fast as the general kernel", device.info())?;
+    }
+    // A few dozen measurements, each of a part of a case.
+    let mut tuner = Tuner { device, class, policy: policy.shared(8.0), json: args.json, out };
+    tuner.products()?;
+    tuner.steps()?;
+    tuner.sweeps()?;
+    Ok(device.override_kernels(KernelOverride::default())?)
+}
+
+impl<W: Write> Tuner<'_, W> {
+    /// By rows of A; the best kernel for each layout of A.
+    fn products(&mut self) -> Result<()> {
+        const ROWS: [usize; 6] = [1, 8, 16, 64, 256, 512];
+        const WIDTH: usize = 512;
+        // Rows from which on these kernels are best, and what they gained.
+        let mut bands: Vec<(usize, Vec<ProductKernel>, Vec<String>)> = Vec::new();
+        for m in ROWS {
+            let (mut best, mut gained) = (Vec::new(), Vec::new());
+            for (name, a_t) in [("A by rows", false), ("A by columns", true)] {
+                let load = [workloads::product(self.device, name, [m, WIDTH, WIDTH], a_t)?];
+                let gains = self.gains("product", &ProductKernel::ALL, ProductKernel::General, &load, |kernel| {
+                    KernelOverride::default().product(kernel)
+                })?;
+                if let Some((kernel, gain)) = fastest(&gains) {
+                    best.push(kernel);
+                    gained.push(format!("{m} x {WIDTH} x {WIDTH}, {name}: {gain:.1}"));
+                }
+            }
+            match bands.last_mut() {
+                Some((_, kernels, all)) if *kernels == best => all.extend(gained),
+                _ => bands.push((m, best, gained)),
+            }
+        }
+        for (i, (first, kernels, gained)) in bands.iter().enumerate() {
+            let least = if i == 0 { 1 } else { *first };
+            let most = bands.get(i + 1).map_or("usize::MAX".to_owned(), |(next, ..)| (next - 1).to_string());
+            let kernels: Vec<String> = kernels.iter().map(|kernel| format!("ProductKernel::{kernel:?}")).collect();
+            self.row(&format!("(M, {least}..={most})"), &kernels, gained)?;
+        }
+        Ok(())
+    }
+
+    /// One kernel for all sizes.
+    fn steps(&mut self) -> Result<()> {
+        let mut all = Vec::new();
+        for (rows, hidden) in [(1, 128), (16, 128), (64, 128), (1, 512), (16, 512), (64, 512)] {
+            let loads = workloads::sweeps(self.device, true, [10, rows, hidden])?;
+            let gains = self.gains("step", &StepKernel::ALL, StepKernel::General, &loads, |kernel| {
+                KernelOverride::default().sweep(SweepKernel::Step).step(kernel)
+            })?;
+            all.push((format!("B={rows} H={hidden}"), gains));
+        }
+        let mean = |kernel: StepKernel| mean(all.iter().filter_map(|(_, gains)| gain_of(gains, kernel)));
+        let means: Gains<_> = StepKernel::ALL.into_iter().map(|kernel| (kernel, mean(kernel))).collect();
+        if let Some((best, _)) = fastest(&means) {
+            let gained: Vec<String> =
+                all.iter().filter_map(|(size, gains)| Some(format!("{size}: {:.1}", gain_of(gains, best)?))).collect();
+            self.row("", &[format!("StepKernel::{best:?}")], &gained)?;
+        }
+        Ok(())
+    }
+
+    /// By the size that a sweep is chosen by: up to which it gains on steps, and from how many steps on.
+    fn sweeps(&mut self) -> Result<()> {
+        const LONG: usize = 64;
+        let by = |kernel| KernelOverride::default().sweep(kernel);
+        for (product, size) in [(false, "BxH"), (true, "H")] {
+            let mut all: Vec<(usize, [usize; 2], Gains<SweepKernel>)> = Vec::new();
+            for hidden in [32, 64, 128, 256, 512] {
+                for rows in [1, 16, 64] {
+                    let loads = workloads::sweeps(self.device, product, [LONG, rows, hidden])?;
+                    let gains = self.gains("sweep", &SweepKernel::ALL, SweepKernel::Step, &loads, by)?;
+                    all.push((if product { hidden } else { rows * hidden }, [rows, hidden], gains));
+                }
+            }
+            all.sort_by_key(|(size, ..)| *size);
+            let mut short = Vec::new();
+            for steps in [2, 4, 8, 16, 32] {
+                let loads = workloads::sweeps(self.device, product, [steps, 16, 32])?;
+                short.push((steps, self.gains("sweep", &SweepKernel::ALL, SweepKernel::Step, &loads, by)?));
+            }
+            for kernel in SweepKernel::ALL.into_iter().filter(|kernel| *kernel != SweepKernel::Step) {
+                let pays = |gain: Option<f64>| gain.is_some_and(|gain| gain >= GAIN);
+                let at = |limit: usize| {
+                    mean(all.iter().filter(|(size, ..)| *size == limit).filter_map(|(.., gains)| gain_of(gains, kernel)))
+                };
+                let Some(most) = all.iter().map(|(size, ..)| *size).take_while(|size| pays(at(*size))).last() else { continue };
+                let from = short.iter().rev().take_while(|(_, gains)| pays(gain_of(gains, kernel))).last();
+                let least = from.map_or(LONG, |(steps, _)| *steps);
+                let within = all.iter().filter(|(size, ..)| *size <= most);
+                let gained: Vec<String> = within
+                    .filter_map(|(_, [rows, hidden], gains)| Some(format!("B={rows} H={hidden}: {:.1}", gain_of(gains, kernel)?)))
+                    .collect();
+                let limits = format!("(T, {least}..=usize::MAX), ({size}, 0..={most})");
+                self.row(&limits, &[format!("SweepKernel::{kernel:?}")], &gained)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The gain of every kernel on `general`, which can do anything; all loads together count.
+    fn gains<K: Copy + PartialEq + serde::Serialize>(
+        &mut self,
+        table: &str,
+        kernels: &[K],
+        general: K,
+        loads: &[Workload],
+        by: impl Fn(K) -> KernelOverride,
+    ) -> Result<Gains<K>> {
+        let mut times = Vec::new();
+        for &kernel in kernels {
+            times.push((kernel, self.time(table, kernel, loads, by(kernel))?));
+        }
+        let whole = times.iter().find(|(kernel, _)| *kernel == general).and_then(|(_, ms)| *ms);
+        let whole = whole.with_context(|| format!("{table}: the general kernel was not chosen"))?;
+        let gains: Gains<K> = times.iter().map(|(kernel, ms)| (*kernel, ms.map(|ms| whole / ms))).collect();
+        let (work, size) = (loads[0].name.split(' ').next().unwrap_or_default(), &loads[0].size);
+        if !self.json {
+            write!(self.out, "{table:8} {:12} {size:16}", if table == "product" { loads[0].name } else { work })?;
+        }
+        for ((kernel, ms), (_, gain)) in times.iter().zip(&gains) {
+            let name = serde_json::to_value(kernel)?;
+            match (ms, gain) {
+                (Some(ms), Some(gain)) if self.json => {
+                    let fields = json!({"peer": "gatefold", "mode": "tune", "table": table, "work": loads[0].name, "size": size,
+                        "kernel": name, "ms_min": ms, "gain": gain, "device": self.device.info().to_string()});
+                    writeln!(self.out, "{fields}")?;
+                }
+                (Some(_), Some(gain)) => write!(self.out, "  {} {gain:.2}", name.as_str().unwrap_or_default())?,
+                _ => {}
+            }
+        }
+        if !self.json {
+            writeln!(self.out)?;
+        }
+        Ok(gains)
+    }
+
+    /// Milliseconds of all loads together by the host's clock, or `None` where the kernel cannot do them.
+    fn time<K: serde::Serialize>(&self, table: &str, kernel: K, loads: &[Workload], by: KernelOverride) -> Result<Option<f64>> {
+        let name = serde_json::to_value(kernel)?;
+        if self.device.override_kernels(by).is_err() {
+            return Ok(None);
+        }
+        let mut whole = 0.0;
+        for load in loads {
+            let choices = self.device.explain(|| load.time_by(Clock::Host).map(|_| ()))?;
+            if choices.iter().any(|choice| choice.table == table && Some(choice.kernel.as_str()) != name.as_str()) {
+                return Ok(None);
+            }
+            whole += self.policy.time(|| Ok((load.time_by(Clock::Host)?, None)))?.ms_min;
+        }
+        Ok(Some(whole))
+    }
+
+    /// A row as it stands in the tables.
+    fn row(&mut self, limits: &str, kernels: &[String], gained: &[String]) -> Result<()> {
+        if kernels.is_empty() {
+            return Ok(());
+        }
+        let Self { device, class, .. } = self;
+        let (kernels, gained) = (kernels.join(", "), gained.join("; "));
+        let reason = format!("{}, times as fast as the general one: {gained}", device.info());
+        let row =
+            format!("Row {{ classes: &[Class::{class}], limits: &[{limits}], kernels: &[{kernels}], reason: {reason:?} }},");
+        match self.json {
+            true => writeln!(self.out, "{}", json!({"peer": "gatefold", "mode": "row", "row": row}))?,
+            false => writeln!(self.out, "{row}")?,
+        }
+        Ok(())
+    }
+}
+
+/// The kernel that gains most, if it gains anything worth a row.
+fn fastest<K: Copy>(gains: &Gains<K>) -> Option<(K, f64)> {
+    let gains = gains.iter().filter_map(|(kernel, gain)| gain.map(|gain| (*kernel, gain)));
+    gains.filter(|(_, gain)| *gain >= GAIN).max_by(|(_, a), (_, b)| a.total_cmp(b))
+}
+
+fn gain_of<K: Copy + PartialEq>(gains: &Gains<K>, kernel: K) -> Option<f64> {
+    gains.iter().find(|(known, _)| *known == kernel).and_then(|(_, gain)| *gain)
+}
+
+/// The geometric mean, of at least one number.
+fn mean(numbers: impl Iterator<Item = f64>) -> Option<f64> {
+    let logarithms: Vec<f64> = numbers.map(f64::ln).collect();
+    (!logarithms.is_empty()).then(|| (logarithms.iter().sum::<f64>() / logarithms.len() as f64).exp())
+}
