@@ -17,6 +17,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -106,7 +107,10 @@ fn main() -> Result<()> {
     println!("not in GATEFOLD_PEERS: {}", if absent.is_empty() { "none of those known".to_owned() } else { absent.join(", ") });
 
     fs::create_dir_all(&args.out)?;
-    let (mut ratios, mut lines, mut notes) = (Vec::new(), Vec::new(), BTreeMap::<String, Vec<&str>>::new());
+    // Written as it comes: what was measured stays if the rest is lost.
+    let file = args.out.join("compare.jsonl");
+    let mut file = fs::File::create(&file).with_context(|| format!("writing {}", file.display()))?;
+    let (mut ratios, mut notes) = (Vec::new(), BTreeMap::<String, Vec<&str>>::new());
     let cases: Vec<&str> = CASES.into_iter().filter(|case| args.only.iter().any(|text| case.contains(text.as_str()))).collect();
     ensure!(!cases.is_empty(), "--only leaves no case of {CASES:?}");
     for case in &cases {
@@ -141,15 +145,14 @@ fn main() -> Result<()> {
                     let (median, min) = ratio.values();
                     let line = json!({"mode": "ratio", "case": case, "of": theirs.mode, "peer": peer.name, "device": peer.device,
                         "ratio_median": median, "ratio_min": min, "disturbed": ratio.ours.mark() != "" || ratio.theirs.mark() != ""});
-                    lines.push(line.to_string());
+                    writeln!(file, "{line}")?;
                     ratios.push(ratio);
                 }
             }
-            lines.extend(printed.lines);
+            printed.lines.iter().try_for_each(|line| writeln!(file, "{line}"))?;
         }
-        lines.extend(ours.into_values().flat_map(|printed| printed.lines));
+        ours.values().flat_map(|printed| &printed.lines).try_for_each(|line| writeln!(file, "{line}"))?;
     }
-    fs::write(args.out.join("compare.jsonl"), lines.join("\n") + "\n")?;
     table(&peers, &cases, &args.modes, &ratios);
     for (note, cases) in notes {
         println!("{note} ({})", cases.join(", "));

@@ -51,10 +51,11 @@ struct Line {
 }
 
 impl Line {
-    fn new(label: &'static str, sizes: &[usize], figures: &[Figure], mode: &str, of: impl Fn(&Figure) -> f64) -> Self {
-        let figures = figures.iter().filter(|figure| figure.mode == mode);
-        let points = sizes.iter().zip(figures.clone()).map(|(size, figure)| (*size as f64, of(figure)));
-        Self { label, points: points.filter(|point| point.1.is_finite()).collect(), marks: figures.map(Figure::mark).collect() }
+    /// Of the figures in this mode, each with its size.
+    fn new(label: &'static str, figures: &[(usize, Figure)], mode: &str, of: impl Fn(&Figure) -> f64) -> Self {
+        let figures = figures.iter().filter(|(_, figure)| figure.mode == mode && of(figure).is_finite());
+        let points = figures.clone().map(|(size, figure)| (*size as f64, of(figure))).collect();
+        Self { label, points, marks: figures.map(|(_, figure)| figure.mark()).collect() }
     }
 
     /// The slopes of log y over log x: of the line of least squares, and between the last two points.
@@ -95,16 +96,16 @@ fn main() -> Result<()> {
             let printed = common::run(command.env("BENCH_MODES", "infer,train").env_remove("BENCH_REF"))?;
             ensure!(printed.errors.is_empty(), "{}", printed.errors.join("; "));
             lines.extend(printed.lines);
-            figures.extend(printed.figures);
+            figures.extend(printed.figures.into_iter().map(|figure| (*value, figure)));
         }
         let ms = |figure: &Figure| figure.number("ms_median");
-        let times = vec![Line::new("infer", values, &figures, "infer", ms), Line::new("train", values, &figures, "train", ms)];
+        let times = vec![Line::new("infer", &figures, "infer", ms), Line::new("train", &figures, "train", ms)];
         panels.push((size, "ms", times));
         let megabytes = |figure: &Figure| figure.number("peak_bytes") / 1e6;
-        let memory = Line::new("train", values, &figures, "train", megabytes);
-        panels.push((size, "MB at most", vec![Line::new("infer", values, &figures, "infer", megabytes), memory]));
+        let memory = Line::new("train", &figures, "train", megabytes);
+        panels.push((size, "MB at most", vec![Line::new("infer", &figures, "infer", megabytes), memory]));
         let share = |figure: &Figure| 100.0 * figure.number("host_ms") / figure.number("ms_median");
-        let host = Line::new("host's share of train", values, &figures, "train", share);
+        let host = Line::new("host's share of train", &figures, "train", share);
         if !host.points.is_empty() {
             panels.push((size, "% of the step", vec![host]));
         }

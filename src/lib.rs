@@ -43,7 +43,8 @@
 //!   when something is read back, on [`Device::submit`], or at the end of a trainer's step. `native` is memory of the CPU.
 //! - [`Device`], [`Tensor`]: a GPU or the native CPU as one type; shapes over its memory.
 //! - `kernels`: one file a family (`gemm`, `gather`, `cross_entropy`, ..): its contract, its uniform struct, its launch,
-//!   its CPU twin. `shaders/` has a file of the same name. `choice` says which one runs on which class of GPU.
+//!   its CPU twin. `shaders/` has a file of the same name. `choice` has the tables that say which one runs on
+//!   which class of GPU, and what goes before them ([`KernelOverride`]).
 //!   `half` has the factors of products in either precision, and `gemm_half` the product of two in half precision.
 //! - `arithmetic`: [`Tensor::add`] and its like, on top of the kernels.
 //! - [`nn`]: layers, each with `forward`, `forward_train`, `backward`. [`nn::Recurrent`] is the core of every recurrent
@@ -64,7 +65,7 @@
 //! Four sweeps: `sweep_step`, one launch a step, product and cell in one; `sweep_resident`, the loop over time inside the kernel,
 //! with the weights close to the lanes, for few units; `sweep_split`, a step as a row of launches, for what comes between the
 //! product and the cell or after the cell (masks, layer normalisation, a gated product, an output product); `sweep_scan`, in
-//! parallel over time, for cells that are linear in their state. `kernels::sweep` chooses. On the CPU all but `sweep_split` are
+//! parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On the CPU all but `sweep_split` are
 //! `sweep_native`, whose threads share the units or the rows.
 //!
 //! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward

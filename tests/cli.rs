@@ -139,6 +139,13 @@ fn bench_prints_lines_of_the_common_schema() {
         assert!(line["peak_bytes"].as_u64().unwrap() > 0 && line["host_ms"].is_null(), "{line}");
     }
 
+    let half = self::lines(
+        &["bench", "--device", "cpu", "--precision", "half", "--shape", "3,2,4,5"],
+        &[("BENCH_MODES", "infer,train,step")],
+    );
+    assert!(half.iter().all(|line| line["precision"] == "half") && half.len() == 3, "{half:?}");
+    assert!(lines.iter().all(|line| line["precision"] == "single"), "{lines:?}");
+
     let table = gatefold(&["bench", "--device", "cpu", "--shape", "3,2,4,5", "--mode", "train"], &[]);
     expect(&table, 0, "GFLOP/s");
     assert!(table.out.contains("train") && !table.out.contains("infer"), "{}", table.out);
@@ -157,12 +164,16 @@ fn bench_counts_memory_by_steps_and_layers() {
     assert!(1.5 * long < deep && deep < 4.0 * long, "three layers: {long} and {deep} bytes");
 }
 
-/// The first software or hardware Vulkan adapter; tests/kernels.rs demands that there is an adapter.
-const ADAPTER: &str = "vulkan:";
+/// The best adapter of the machine, hardware or software.
+fn adapter() -> String {
+    let adapter = gatefold::Device::list().into_iter().find(|info| info.backend != "native");
+    let info = adapter.expect("this test needs a wgpu adapter and found none: apt-get install mesa-vulkan-drivers");
+    format!("{}:{}", info.backend, info.name)
+}
 
 #[test]
 fn bench_times_kernels_against_the_peaks_of_the_device() {
-    for device in ["cpu", ADAPTER] {
+    for device in ["cpu", &adapter()] {
         let lines = lines(&["bench", "--kernels", "--device", device, "--cell", "gru", "--shape", "3,2,4,5"], &[]);
         let number = |line: &Value, name: &str| line[name].as_f64().unwrap();
         let [peak, kernels @ ..] = &lines[..] else { panic!("no line") };
@@ -188,7 +199,7 @@ fn bench_times_kernels_against_the_peaks_of_the_device() {
 
 #[test]
 fn bench_profiles_a_training_step() {
-    let lines = lines(&["bench", "--profile", "--device", ADAPTER, "--shape", "3,2,4,5"], &[]);
+    let lines = lines(&["bench", "--profile", "--device", &adapter(), "--shape", "3,2,4,5"], &[]);
     let launches = |part: &str| -> u64 {
         let found = lines.iter().filter(|line| line["kernel"].as_str().unwrap().contains(part));
         found.map(|line| line["launches"].as_u64().unwrap()).sum()
@@ -212,6 +223,44 @@ fn bench_tells_what_a_start_takes() {
         assert!((ms("startup_ms") - sum).abs() < 1e-9 && ms("train_again_ms") > 0.0, "{line}");
     }
     expect(&gatefold(&["bench", "--startup", "--device", "cpu"], &[]), 0, "together");
+}
+
+#[test]
+fn bench_says_which_kernels_run_and_why() {
+    let device = adapter();
+    let explain =
+        |more: &[&str]| lines(&[&["bench", "--explain", "--device", &device, "--shape", "6,2,4,8"], more].concat(), &[]);
+    let sweep = |lines: &[Value]| lines.iter().find(|line| line["table"] == "sweep").unwrap().clone();
+    let (by_table, by_override) = (explain(&[]), explain(&["--sweep", "step", "--product-kernel", "general"]));
+    // 8 units stay in the registers of any device.
+    let line = sweep(&by_table);
+    assert_eq!((&line["kernel"], &line["mode"], &line["H"]), (&"resident".into(), &"explain".into(), &8.into()), "{line}");
+    assert!(line["row"].as_str().unwrap().contains("T 5.., H 0..="), "{line}");
+    assert!(!by_table.iter().any(|line| line["table"] == "step"), "{by_table:?}");
+    let line = sweep(&by_override);
+    assert_eq!((&line["kernel"], &line["reason"]), (&"step".into(), &"Device::override_kernels".into()), "{line}");
+    assert!(by_override.iter().any(|line| line["table"] == "step"), "{by_override:?}");
+    let mut products = by_override.iter().filter(|line| line["table"] == "product").peekable();
+    assert!(products.peek().is_some() && products.all(|line| line["kernel"] == "general"), "{by_override:?}");
+
+    expect(
+        &gatefold(&["bench", "--explain", "--device", "cpu", "--shape", "6,2,4,8"], &[]),
+        0,
+        "lstm_6_2_4_8: nothing to choose",
+    );
+    let refused = gatefold(&["bench", "--device", "cpu", "--sweep", "resident"], &[]);
+    expect(&refused, 1, "device.override_kernels: sweep resident: the native CPU has no kernels to choose from");
+    expect(&gatefold(&["bench", "--sweep", "fast"], &[]), 2, "expected one of `scan`, `resident`, `step`");
+    expect(&gatefold(&["bench", "--tune", "--device", "cpu"], &[]), 1, "has no kernels to choose from");
+}
+
+#[test]
+fn bench_tunes_the_step() {
+    let lines = lines(&["bench", "--tune", "--device", &adapter()], &[("BENCH_ONLY", "step"), ("BENCH_MIN_RUNS", "1")]);
+    let general: Vec<&Value> = lines.iter().filter(|line| line["kernel"] == "general").collect();
+    assert!(general.len() == 6 && general.iter().all(|line| line["gain"] == 1.0 && line["table"] == "step"), "{lines:?}");
+    let rows: Vec<&str> = lines.iter().filter_map(|line| line["row"].as_str()).collect();
+    assert!(rows.len() <= 1 && rows.iter().all(|row| row.starts_with("Row { classes: &[Class::")), "{rows:?}");
 }
 
 #[test]
@@ -258,6 +307,10 @@ fn wrong_arguments_are_told() {
     expect(&absent, 1, "absent: ");
     assert_eq!(absent.err.matches("os error").count(), 1, "{}", absent.err);
     expect(&gatefold(&["bench"], &[("BENCH_BUDGET", "long")]), 1, "BENCH_BUDGET is \"long\", expected a number from 0");
+    let unknown = gatefold(&["bench", "--device", "cpu"], &[("BENCH_MODES", "infer,trian")]);
+    expect(&unknown, 1, "BENCH_MODES names \"trian\", expected some of: infer, train, step");
+    let unknown = gatefold(&["bench", "--device", "cpu"], &[("BENCH_ONLY", "lstm_7")]);
+    expect(&unknown, 1, "BENCH_ONLY names \"lstm_7\", expected some of: lstm_100_1_128_128, ");
     for command in ["verify", "bench"] {
         let unknown = gatefold(&[command, "--device", "nonesuch"], &[]);
         expect(&unknown, 1, "no device is named \"nonesuch\", expected one of: cpu");

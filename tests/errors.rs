@@ -17,7 +17,10 @@ use gatefold::nn::{
 };
 use gatefold::onnx::{Inputs, Kind, Operator};
 use gatefold::optim::{AdamW, LossScale, Optimizer, Rule, Sgd};
-use gatefold::{Batch, CrossEntropy, Device, ErrorKind, Ids, Lengths, Loss, MaskKey, MeanSquaredError, Rng, Tensor, Trainer};
+use gatefold::{
+    Batch, CrossEntropy, Device, ErrorKind, Ids, KernelOverride, Lengths, Loss, MaskKey, MeanSquaredError, ProductKernel, Rng,
+    StepKernel, SweepKernel, Tensor, Trainer,
+};
 use safetensors::{Dtype, tensor::TensorView};
 
 /// Calls and the errors that they must give; all that differ are reported at once.
@@ -1217,6 +1220,78 @@ fn a_lost_device() -> Result<()> {
         assert_eq!((trainer.steps(), trainer.stats()?.steps), (1, 1));
     }
     Device::cpu().lose();
+    Ok(())
+}
+
+#[test]
+fn overrides_of_kernels() -> Result<()> {
+    let [none, steps] = [KernelOverride::default(), KernelOverride::default().sweep(SweepKernel::Step)];
+    let cpu = Device::cpu();
+    let mut t = Table::new("cpu");
+    let text = "device.override_kernels: product general, step subgroup: the native CPU has no kernels to choose from";
+    let given = none.product(ProductKernel::General).step(StepKernel::Subgroup);
+    t.row(|| cpu.override_kernels(given), Unsupported, text);
+    t.finish();
+    cpu.override_kernels(none)?;
+
+    let folder = tempfile::tempdir()?;
+    let [under, without] = ["under", "without"].map(|name| folder.path().join(name));
+    let make = |device: &Device| -> gatefold::Result<_> {
+        let model = Sequential::new().push(LstmConfig::new(2, 8).init(device, &mut Rng::seed(1))?);
+        Trainer::new(model, MeanSquaredError, Sgd::new(0.1))
+    };
+    for (device, info) in adapters()?.iter().zip(Device::list().iter().skip(1)) {
+        let mut t = Table::new(format!("{device:?}"));
+        let limit = |name: &str| info.limits.iter().find(|(given, _)| given == name).map(|(_, value)| *value);
+        let eights = limit("subgroup_min_size") == Some(8) && limit("subgroup_max_size") == Some(8);
+        for (given, kernel) in [
+            (none.product(ProductKernel::SubgroupRows8), "product kernel subgroup_rows8"),
+            (none.step(StepKernel::Subgroup), "step kernel subgroup"),
+        ] {
+            if eights && info.features.iter().any(|feature| feature == "SUBGROUP") {
+                device.override_kernels(given)?;
+            } else {
+                let text = format!("device.override_kernels: {} cannot run the {kernel}", device.info());
+                t.row(|| device.override_kernels(given), Unsupported, text);
+            }
+        }
+
+        // What runs is what was asked for.
+        let lstm = LstmConfig::new(2, 8).init(device, &mut Rng::seed(1))?;
+        let x = zeros(device, [6, 3, 2])?;
+        let sweep = || -> Result<String> {
+            let choices = device.explain(|| lstm.forward(&x, None).map(|_| ()))?;
+            Ok(choices.into_iter().find(|choice| choice.table == "sweep").context("no sweep was chosen")?.kernel)
+        };
+        for (given, expected) in [(none, "resident"), (steps, "step"), (none.sweep(SweepKernel::Scan), "resident")] {
+            device.override_kernels(given)?;
+            assert_eq!(sweep()?, expected, "{device:?}: {given}");
+        }
+        device.override_kernels(none.sweep(SweepKernel::Resident))?;
+        device.set_batch_invariant(true);
+        assert_eq!(sweep()?, "step", "{device:?}: batch invariant");
+        device.set_batch_invariant(false);
+        let text = "device.explain: the device explains other work already";
+        t.row(|| device.explain(|| device.explain(|| Ok(())).map(|_| ())), Unsupported, text);
+
+        // A run goes on with the kernels that it had.
+        let mut trainer = make(device)?;
+        device.override_kernels(steps)?;
+        trainer.save(&under)?;
+        device.override_kernels(none)?;
+        trainer.save(&without)?;
+        let text = |path: &std::path::Path, given: &str, expected: &str| {
+            let path = path.display();
+            format!("Trainer.load: {path}: the override of kernels is {given:?}, expected that of the device: {expected:?}")
+        };
+        t.row(|| trainer.load(&under), Format, text(&under, "sweep step", "none"));
+        trainer.load(&without)?;
+        device.override_kernels(steps)?;
+        t.row(|| trainer.load(&without), Format, text(&without, "none", "sweep step"));
+        assert!(trainer.load(&under)?.is_empty(), "the override is no text of the caller's");
+        make(&cpu)?.load(&under)?;
+        t.finish();
+    }
     Ok(())
 }
 

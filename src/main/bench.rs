@@ -16,6 +16,7 @@ mod timing;
 use std::io::Write;
 
 use anyhow::{Context, Result, bail};
+use gatefold::nn::Precision;
 use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
 use serde_json::{Value, json};
 
@@ -33,7 +34,7 @@ const OTHER_SHAPES: [[usize; 4]; 2] = [[100, 32, 256, 256], [100, 64, 512, 512]]
   BENCH_WARM        seconds of warm-up for a case [0.5]
   BENCH_MIN_RUNS    timed runs at least [5]
   BENCH_QUIET_WAIT  seconds to wait at most for other processes to leave the processor alone (Linux) [0]
-  BENCH_ONLY        of the default shapes, those with one of these texts in their name: lstm_100_32,lstm_512
+  BENCH_ONLY        of the default shapes, those with one of these texts in their name: lstm_100_32,lstm_512; of --tune, the tables
   BENCH_MODES       infer,train,step: what --mode overrides [infer,train]
   BENCH_REF         a folder of reference weights, inputs and answers (lstm_T_B_I_H.bin), to check before timing")]
 pub struct Args {
@@ -52,6 +53,9 @@ pub struct Args {
     /// Only one of these [default: infer and train]
     #[arg(long)]
     mode: Option<Mode>,
+    /// Of the products of layers
+    #[arg(long, value_enum, default_value = "single")]
+    precision: PrecisionName,
     /// The sweep over time of all layers that it can do, in place of the tables' [scan, resident, step]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<SweepKernel>)]
     sweep: Option<SweepKernel>,
@@ -79,6 +83,33 @@ pub struct Args {
     /// One JSON object a line
     #[arg(long)]
     json: bool,
+}
+
+/// A precision that can be timed.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PrecisionName {
+    /// f32
+    Single,
+    /// Factors of products in f16, sums in f32
+    Half,
+}
+
+impl PrecisionName {
+    fn name(self) -> &'static str {
+        match self {
+            PrecisionName::Single => "single",
+            PrecisionName::Half => "half",
+        }
+    }
+}
+
+impl From<PrecisionName> for Precision {
+    fn from(name: PrecisionName) -> Self {
+        match name {
+            PrecisionName::Single => Precision::Single,
+            PrecisionName::Half => Precision::Half,
+        }
+    }
 }
 
 /// A cell that can be timed.
@@ -173,46 +204,64 @@ fn open(args: &Args) -> Result<Device> {
 }
 
 /// Every cell with every shape that is asked for, or with those of `default`.
-fn specs<'a>(args: &Args, device: &'a Device, default: impl Fn(CellName) -> &'static [[usize; 4]]) -> Vec<Spec<'a>> {
-    let only = std::env::var("BENCH_ONLY").unwrap_or_default();
-    let wanted = |spec: &Spec<'_>| only.is_empty() || only.split(',').any(|text| spec.name().contains(text));
-    let mut specs = Vec::new();
-    for cell in &args.cell {
-        let spec = |shape: &[usize; 4]| Spec { device, cell: *cell, shape: *shape, layers: args.layers.into() };
-        match args.shape.is_empty() {
-            true => specs.extend(default(*cell).iter().map(spec).filter(wanted)),
-            false => specs.extend(args.shape.iter().map(spec)),
-        }
-    }
-    specs
+fn specs<'a>(args: &Args, device: &'a Device, default: impl Fn(CellName) -> &'static [[usize; 4]]) -> Result<Vec<Spec<'a>>> {
+    let spec = |(cell, shape)| Spec { device, cell, shape, layers: args.layers.into(), precision: args.precision };
+    Ok(shapes(args, default)?.into_iter().map(spec).collect())
 }
 
-/// Other programs of the comparison know more modes than these, so others are left out.
-fn modes(args: &Args) -> Vec<Mode> {
-    match args.mode {
-        Some(mode) => vec![mode],
-        None => {
-            let wanted = std::env::var("BENCH_MODES").unwrap_or_else(|_| "infer,train".to_owned());
-            let named = |mode: &Mode| wanted.split(',').any(|text| text == mode.name());
-            [Mode::Infer, Mode::Train, Mode::Step].into_iter().filter(named).collect()
-        }
+fn shapes(args: &Args, default: impl Fn(CellName) -> &'static [[usize; 4]]) -> Result<Vec<(CellName, [usize; 4])>> {
+    let of = |cell: CellName, shapes: &[[usize; 4]]| shapes.iter().map(|shape| (cell, *shape)).collect::<Vec<_>>();
+    if !args.shape.is_empty() {
+        return Ok(args.cell.iter().flat_map(|cell| of(*cell, &args.shape)).collect());
     }
+    let all: Vec<_> = args.cell.iter().flat_map(|cell| of(*cell, default(*cell))).collect();
+    let names: Vec<String> = all.iter().map(|(cell, shape)| layer::name(*cell, *shape)).collect();
+    let wanted = wanted("BENCH_ONLY", &names, |name, text| name.contains(text))?;
+    Ok(all.into_iter().zip(wanted).filter(|(_, wanted)| *wanted).map(|(shape, _)| shape).collect())
+}
+
+/// Which of `names` an environment variable asks for, by texts between commas: all of them where it is not set. A text that fits none
+/// is an error.
+fn wanted(variable: &str, names: &[impl AsRef<str>], fits: impl Fn(&str, &str) -> bool) -> Result<Vec<bool>> {
+    let texts = std::env::var(variable).unwrap_or_default();
+    if texts.is_empty() {
+        return Ok(vec![true; names.len()]);
+    }
+    let texts: Vec<&str> = texts.split(',').map(str::trim).collect();
+    if let Some(none) = texts.iter().find(|text| !names.iter().any(|name| fits(name.as_ref(), text))) {
+        let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
+        bail!("{variable} names {none:?}, expected some of: {}", names.join(", "));
+    }
+    Ok(names.iter().map(|name| texts.iter().any(|text| fits(name.as_ref(), text))).collect())
+}
+
+fn modes(args: &Args) -> Result<Vec<Mode>> {
+    if let Some(mode) = args.mode {
+        return Ok(vec![mode]);
+    }
+    if std::env::var_os("BENCH_MODES").is_none_or(|modes| modes.is_empty()) {
+        return Ok(vec![Mode::Infer, Mode::Train]);
+    }
+    let all = [Mode::Infer, Mode::Train, Mode::Step];
+    let wanted = wanted("BENCH_MODES", &all.map(Mode::name), |name, text| name == text)?;
+    Ok(all.into_iter().zip(wanted).filter(|(_, wanted)| *wanted).map(|(mode, _)| mode).collect())
 }
 
 /// Every shape in every mode.
 fn layers(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write) -> Result<()> {
     let reference = std::env::var_os("BENCH_REF");
     if !args.json {
-        writeln!(out, "{}\n", device.info())?;
+        writeln!(out, "{}, {} precision\n", device.info(), args.precision.name())?;
         let head = ("T", "B", "I", "H", "mode", "ms median", "ms min", "GFLOP/s", "host ms", "peak MB", "runs", "first ms");
         let (t, b, i, h, mode, median, min, rate, host, peak, runs, first) = head;
         write!(out, "cell {t:>5} {b:>5} {i:>5} {h:>5}  {mode:5} {median:>10} {min:>10} ")?;
         writeln!(out, "{rate:>8} {host:>8} {peak:>8} {runs:>5} {first:>9}")?;
     }
-    for spec in specs(args, device, CellName::shapes) {
+    let modes = modes(args)?;
+    for spec in specs(args, device, CellName::shapes)? {
         let name = spec.name();
         let mut work = spec.build(reference.as_deref().map(std::path::Path::new)).with_context(|| name.clone())?;
-        for mode in modes(args) {
+        for &mode in &modes {
             time(args, policy, &spec, work.as_mut(), mode, out).with_context(|| format!("{name} {}", mode.name()))?;
         }
     }
@@ -223,7 +272,8 @@ fn layers(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write) -
 fn line(spec: &Spec<'_>, fields: &Value) -> Value {
     let [t, b, i, h] = spec.shape;
     let cell = spec.cell.name();
-    let mut line = json!({"peer": "gatefold", "cell": cell, "T": t, "B": b, "I": i, "H": h, "layers": spec.layers});
+    let mut line = json!({"peer": "gatefold", "cell": cell, "T": t, "B": b, "I": i, "H": h, "layers": spec.layers,
+        "precision": spec.precision.name()});
     line.as_object_mut().into_iter().zip(fields.as_object()).for_each(|(line, fields)| line.extend(fields.clone()));
     line["device"] = spec.device.info().to_string().into();
     line

@@ -9,7 +9,7 @@ use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
 use serde_json::{Value, json};
 
 use super::timing::Policy;
-use super::{Args, CellName, Mode, line, specs};
+use super::{Args, CellName, Mode, line, specs, wanted};
 
 /// What must be gained on the general kernel to be worth a row.
 const GAIN: f64 = 1.05;
@@ -24,7 +24,7 @@ pub fn explain(args: &Args, device: &Device, out: &mut impl Write) -> Result<()>
     if !args.json {
         writeln!(out, "{}, override: {}", device.info(), device.kernel_override())?;
     }
-    for spec in specs(args, device, CellName::shapes) {
+    for spec in specs(args, device, CellName::shapes)? {
         let mut work = spec.build(None)?;
         let choices = device.explain(|| work.run(args.mode.unwrap_or(Mode::Train)))?;
         if !args.json {
@@ -67,9 +67,14 @@ pub fn tune(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write)
     }
     // A few dozen measurements, each of a part of a case.
     let mut tuner = Tuner { device, class, policy: policy.shared(8.0), json: args.json, out };
-    tuner.products()?;
-    tuner.steps()?;
-    tuner.sweeps()?;
+    let wanted = wanted("BENCH_ONLY", &["product", "step", "sweep"], |name, text| name == text)?;
+    for (table, _) in wanted.iter().enumerate().filter(|(_, wanted)| **wanted) {
+        match table {
+            0 => tuner.products()?,
+            1 => tuner.steps()?,
+            _ => tuner.sweeps()?,
+        }
+    }
     Ok(device.override_kernels(KernelOverride::default())?)
 }
 

@@ -59,7 +59,7 @@ pub fn run(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write) 
         writeln!(out, "{}, by {clock}", device.info())?;
         writeln!(out, "peaks: copy {copy:.1} GB/s, multiply-add {multiply_add:.1} GFLOP/s")?;
     }
-    for spec in specs(args, device, CellName::shapes) {
+    for spec in specs(args, device, CellName::shapes)? {
         if !args.json {
             let head = ("size", "ms median", "ms min", "GFLOP/s", "GB/s", "of roof");
             let (size, median, min, flops, bytes, share) = head;
@@ -94,7 +94,7 @@ pub fn profile(args: &Args, device: &Device, out: &mut impl Write) -> Result<()>
     if !args.json {
         writeln!(out, "{}", device.info())?;
     }
-    for spec in specs(args, device, CellName::shapes) {
+    for spec in specs(args, device, CellName::shapes)? {
         let mut work = spec.build(None)?;
         // The first step makes pipelines and buffers.
         work.run(Mode::Train)?;

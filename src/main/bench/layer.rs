@@ -8,10 +8,16 @@ use gatefold::nn::{Cell, CellState, GruConfig, LstmConfig, Module, Recurrent, Rn
 use gatefold::verify::Comparison;
 use gatefold::{Device, Rng, Tensor};
 
-use super::{CellName, Mode};
+use super::{CellName, Mode, PrecisionName};
 
-/// An answer further from the reference than this is wrong: there is no point in timing it.
-const TOLERANCE: f64 = 1e-4;
+/// An answer further from the reference than this is wrong: there is no point in timing it. In half precision each factor is rounded to
+/// 2^-11 of itself.
+fn tolerance(precision: PrecisionName) -> f64 {
+    match precision {
+        PrecisionName::Single => 1e-4,
+        PrecisionName::Half => 1e-2,
+    }
+}
 
 /// A network of any cell.
 pub trait Work {
@@ -27,22 +33,33 @@ pub struct Spec<'a> {
     pub cell: CellName,
     pub shape: [usize; 4],
     pub layers: usize,
+    pub precision: PrecisionName,
+}
+
+/// `lstm_100_32_256_256`: the cell, T, B, I, H.
+pub fn name(cell: CellName, [t, b, i, h]: [usize; 4]) -> String {
+    format!("{}_{t}_{b}_{i}_{h}", cell.name())
 }
 
 impl Spec<'_> {
     pub fn name(&self) -> String {
-        let [t, b, i, h] = self.shape;
-        format!("{}_{t}_{b}_{i}_{h}", self.cell.name())
+        name(self.cell, self.shape)
     }
 
     /// With random weights, or those of the reference file in `folder`.
     pub fn build(&self, folder: Option<&Path>) -> Result<Box<dyn Work>> {
         let [_, _, i, h] = self.shape;
-        let (device, rng) = (self.device, &mut Rng::seed(1));
+        let (device, precision, rng) = (self.device, self.precision.into(), &mut Rng::seed(1));
         Ok(match self.cell {
-            CellName::Lstm => self.with(LstmConfig::new(i, h).layers(self.layers).init(device, rng)?, folder)?,
-            CellName::Gru => self.with(GruConfig::new(i, h).layers(self.layers).init(device, rng)?, folder)?,
-            CellName::Rnn => self.with(RnnConfig::new(i, h).layers(self.layers).init(device, rng)?, folder)?,
+            CellName::Lstm => {
+                self.with(LstmConfig::new(i, h).layers(self.layers).precision(precision).init(device, rng)?, folder)?
+            }
+            CellName::Gru => {
+                self.with(GruConfig::new(i, h).layers(self.layers).precision(precision).init(device, rng)?, folder)?
+            }
+            CellName::Rnn => {
+                self.with(RnnConfig::new(i, h).layers(self.layers).precision(precision).init(device, rng)?, folder)?
+            }
         })
     }
 
@@ -61,7 +78,8 @@ impl Spec<'_> {
             x.chunks_exact(b * i).map(|x| Tensor::from_slice(self.device, x, [b, i])).collect::<Result<_, _>>()?;
         let x = Tensor::from_slice(self.device, &x, [t, b, i])?;
         let dy = Tensor::from_slice(self.device, &dy, [t, b, h])?;
-        Ok(Box::new(Network { net, x, steps, dy, expected, state: None }))
+        let tolerance = tolerance(self.precision);
+        Ok(Box::new(Network { net, x, steps, dy, expected, tolerance, state: None }))
     }
 
     /// Little-endian f32 without gaps: x, the four parameters, dy; then y, h (and c), dx and the parameters' gradients.
@@ -109,6 +127,7 @@ struct Network<C: Cell> {
     steps: Vec<Tensor>,
     dy: Tensor,
     expected: Option<Expected>,
+    tolerance: f64,
     /// What a stream carries from step to step.
     state: Option<C::Value>,
 }
@@ -131,7 +150,7 @@ impl<C: Cell> Work for Network<C> {
     /// Under the names that the other programs of the comparison use.
     fn check(&self, mode: Mode) -> Result<Option<Vec<Comparison>>> {
         let Some(expected) = &self.expected else { return Ok(None) };
-        let compare = |name: &str, computed: &[f32], expected: &[f64]| Comparison::new(name, computed, expected, TOLERANCE);
+        let compare = |name: &str, computed: &[f32], expected: &[f64]| Comparison::new(name, computed, expected, self.tolerance);
         let mut comparisons = Vec::new();
         let state = match mode {
             Mode::Infer => {

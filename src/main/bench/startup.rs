@@ -6,23 +6,25 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::json;
 
+use super::layer::Spec;
 use super::timing::milliseconds;
-use super::{Args, Mode, layer, line, specs};
+use super::{Args, Mode, layer, line, shapes};
 
 /// A small network, unless a shape is given: what takes long is then not its work.
 const SHAPE: [usize; 4] = [8, 4, 32, 32];
 
-/// Opens the device, makes a network, and times its first steps and one more of each.
+/// Opens the device, makes a network, and times its first steps and one more of each, for every shape that is asked for.
 pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
-    let start = Instant::now();
-    let device = super::open(args)?;
-    let open_ms = milliseconds(start.elapsed());
     if !args.json {
-        writeln!(out, "{}\n", device.info())?;
         let head = ["cell", "open ms", "build ms", "infer ms", "again ms", "train ms", "again ms", "together"];
         writeln!(out, "{}", head.map(|title| format!("{title:>9}")).join(" "))?;
     }
-    for spec in specs(args, &device, |_| &[SHAPE]) {
+    for (cell, shape) in shapes(args, |_| &[SHAPE])? {
+        // Each shape as if it were a program's only one.
+        let start = Instant::now();
+        let device = super::open(args)?;
+        let open_ms = milliseconds(start.elapsed());
+        let spec = Spec { device: &device, cell, shape, layers: args.layers.into(), precision: args.precision };
         let start = Instant::now();
         let mut work = spec.build(None)?;
         device.synchronize()?;
@@ -37,7 +39,7 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
             writeln!(out, "{}", line(&spec, &fields))?;
         } else {
             let times = [open_ms, build_ms, infer_ms, infer_again_ms, train_ms, train_again_ms, together];
-            writeln!(out, "{:>9} {}", spec.cell.name(), times.map(|ms| format!("{ms:>9.2}")).join(" "))?;
+            writeln!(out, "{:>9} {}  {}", cell.name(), times.map(|ms| format!("{ms:>9.2}")).join(" "), device.info())?;
         }
     }
     Ok(())
