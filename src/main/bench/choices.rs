@@ -1,11 +1,14 @@
 //! `gatefold bench --explain`: which kernels are chosen, and why. `--tune`: which ones should be, as rows of the tables in
 //! `kernels/choice.rs`.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 
 use anyhow::{Context, Result};
 use gatefold::verify::workloads::{self, Clock, Workload};
 use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::timing::Policy;
@@ -15,7 +18,7 @@ use super::{Args, CellName, Mode, line, specs, wanted};
 const GAIN: f64 = 1.05;
 
 /// A kernel by its name.
-pub fn kernel<K: serde::de::DeserializeOwned>(name: &str) -> Result<K, String> {
+pub fn kernel<K: DeserializeOwned>(name: &str) -> Result<K, String> {
     serde_json::from_value(Value::String(name.to_owned())).map_err(|error| error.to_string())
 }
 
@@ -55,8 +58,8 @@ struct Tuner<'a, W> {
     out: &'a mut W,
 }
 
-/// How often as fast as the general kernel one is, or `None` where it cannot do the work.
-type Gains<K> = Vec<(K, Option<f64>)>;
+/// Kernels that can do the work, and how often as fast as the general one each is.
+type Gains<K> = Vec<(K, f64)>;
 
 /// Measures every table's kernels, and prints the rows that follow.
 pub fn tune(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write) -> Result<()> {
@@ -89,12 +92,12 @@ impl<W: Write> Tuner<'_, W> {
             let (mut best, mut gained) = (Vec::new(), Vec::new());
             for (name, a_t) in [("A by rows", false), ("A by columns", true)] {
                 let load = [workloads::product(self.device, name, [m, WIDTH, WIDTH], a_t)?];
-                let gains = self.gains("product", &ProductKernel::ALL, ProductKernel::General, &load, |kernel| {
-                    KernelOverride::default().product(kernel)
-                })?;
+                let work = format!("{m}x{WIDTH}x{WIDTH} {name}");
+                let by = |kernel| KernelOverride::default().product(kernel);
+                let gains = self.gains("product", &work, &load, (&ProductKernel::ALL, ProductKernel::General), by)?;
                 if let Some((kernel, gain)) = fastest(&gains) {
                     best.push(kernel);
-                    gained.push(format!("{m} x {WIDTH} x {WIDTH}, {name}: {gain:.1}"));
+                    gained.push(format!("{work}: {gain:.1}"));
                 }
             }
             match bands.last_mut() {
@@ -116,16 +119,16 @@ impl<W: Write> Tuner<'_, W> {
         let mut all = Vec::new();
         for (rows, hidden) in [(1, 128), (16, 128), (64, 128), (1, 512), (16, 512), (64, 512)] {
             let loads = workloads::sweeps(self.device, true, [10, rows, hidden])?;
-            let gains = self.gains("step", &StepKernel::ALL, StepKernel::General, &loads, |kernel| {
-                KernelOverride::default().sweep(SweepKernel::Step).step(kernel)
-            })?;
-            all.push((format!("B={rows} H={hidden}"), gains));
+            let work = format!("LSTM B={rows} H={hidden}");
+            let by = |kernel| KernelOverride::default().sweep(SweepKernel::Step).step(kernel);
+            let gains = self.gains("step", &work, &loads, (&StepKernel::ALL, StepKernel::General), by)?;
+            all.push((work, gains));
         }
         let mean = |kernel: StepKernel| mean(all.iter().filter_map(|(_, gains)| gain_of(gains, kernel)));
-        let means: Gains<_> = StepKernel::ALL.into_iter().map(|kernel| (kernel, mean(kernel))).collect();
+        let means: Gains<_> = StepKernel::ALL.into_iter().filter_map(|kernel| Some((kernel, mean(kernel)?))).collect();
         if let Some((best, _)) = fastest(&means) {
             let gained: Vec<String> =
-                all.iter().filter_map(|(size, gains)| Some(format!("{size}: {:.1}", gain_of(gains, best)?))).collect();
+                all.iter().filter_map(|(work, gains)| Some(format!("{work}: {:.1}", gain_of(gains, best)?))).collect();
             self.row("", &[format!("StepKernel::{best:?}")], &gained)?;
         }
         Ok(())
@@ -134,34 +137,36 @@ impl<W: Write> Tuner<'_, W> {
     /// By the size that a sweep is chosen by: up to which it gains on steps, and from how many steps on.
     fn sweeps(&mut self) -> Result<()> {
         const LONG: usize = 64;
+        let kernels = (&SweepKernel::ALL[..], SweepKernel::Step);
         let by = |kernel| KernelOverride::default().sweep(kernel);
-        for (product, size) in [(false, "BxH"), (true, "H")] {
-            let mut all: Vec<(usize, [usize; 2], Gains<SweepKernel>)> = Vec::new();
+        for (cell, product, size) in [("minGRU", false, "BxH"), ("LSTM", true, "H")] {
+            let mut measure = |[steps, rows, hidden]: [usize; 3]| -> Result<(String, Gains<SweepKernel>)> {
+                let loads = workloads::sweeps(self.device, product, [steps, rows, hidden])?;
+                let work = format!("{cell} T={steps} B={rows} H={hidden}");
+                let gains = self.gains("sweep", &work, &loads, kernels, by)?;
+                Ok((work, gains))
+            };
+            let mut by_size: BTreeMap<usize, Vec<(String, Gains<SweepKernel>)>> = BTreeMap::new();
             for hidden in [32, 64, 128, 256, 512] {
                 for rows in [1, 16, 64] {
-                    let loads = workloads::sweeps(self.device, product, [LONG, rows, hidden])?;
-                    let gains = self.gains("sweep", &SweepKernel::ALL, SweepKernel::Step, &loads, by)?;
-                    all.push((if product { hidden } else { rows * hidden }, [rows, hidden], gains));
+                    let size = if product { hidden } else { rows * hidden };
+                    by_size.entry(size).or_default().push(measure([LONG, rows, hidden])?);
                 }
             }
-            all.sort_by_key(|(size, ..)| *size);
-            let mut short = Vec::new();
+            let mut by_steps = Vec::new();
             for steps in [2, 4, 8, 16, 32] {
-                let loads = workloads::sweeps(self.device, product, [steps, 16, 32])?;
-                short.push((steps, self.gains("sweep", &SweepKernel::ALL, SweepKernel::Step, &loads, by)?));
+                by_steps.push((steps, measure([steps, 16, 32])?.1));
             }
             for kernel in SweepKernel::ALL.into_iter().filter(|kernel| *kernel != SweepKernel::Step) {
                 let pays = |gain: Option<f64>| gain.is_some_and(|gain| gain >= GAIN);
-                let at = |limit: usize| {
-                    mean(all.iter().filter(|(size, ..)| *size == limit).filter_map(|(.., gains)| gain_of(gains, kernel)))
-                };
-                let Some(most) = all.iter().map(|(size, ..)| *size).take_while(|size| pays(at(*size))).last() else { continue };
-                let from = short.iter().rev().take_while(|(_, gains)| pays(gain_of(gains, kernel))).last();
-                let least = from.map_or(LONG, |(steps, _)| *steps);
-                let within = all.iter().filter(|(size, ..)| *size <= most);
-                let gained: Vec<String> = within
-                    .filter_map(|(_, [rows, hidden], gains)| Some(format!("B={rows} H={hidden}: {:.1}", gain_of(gains, kernel)?)))
-                    .collect();
+                let of = |gains: &Gains<SweepKernel>| gain_of(gains, kernel);
+                let pay = by_size.iter().take_while(|(_, works)| pays(mean(works.iter().filter_map(|(_, gains)| of(gains)))));
+                let pay: Vec<_> = pay.collect();
+                let Some((most, _)) = pay.last() else { continue };
+                let least =
+                    by_steps.iter().rev().take_while(|(_, gains)| pays(of(gains))).last().map_or(LONG, |(steps, _)| *steps);
+                let works = pay.iter().flat_map(|(_, works)| *works);
+                let gained: Vec<String> = works.filter_map(|(work, gains)| Some(format!("{work}: {:.1}", of(gains)?))).collect();
                 let limits = format!("(T, {least}..=usize::MAX), ({size}, 0..={most})");
                 self.row(&limits, &[format!("SweepKernel::{kernel:?}")], &gained)?;
             }
@@ -169,36 +174,35 @@ impl<W: Write> Tuner<'_, W> {
         Ok(())
     }
 
-    /// The gain of every kernel on `general`, which can do anything; all loads together count.
-    fn gains<K: Copy + PartialEq + serde::Serialize>(
+    /// The gain of every kernel on `general`, which can do anything; the loads of `work` count together.
+    fn gains<K: Copy + PartialEq + Serialize>(
         &mut self,
         table: &str,
-        kernels: &[K],
-        general: K,
+        work: &str,
         loads: &[Workload],
+        (kernels, general): (&[K], K),
         by: impl Fn(K) -> KernelOverride,
     ) -> Result<Gains<K>> {
         let mut times = Vec::new();
         for &kernel in kernels {
-            times.push((kernel, self.time(table, kernel, loads, by(kernel))?));
+            if let Some(ms) = self.time(table, kernel, loads, by(kernel)).with_context(|| format!("{table} {work}"))? {
+                times.push((kernel, ms));
+            }
         }
-        let whole = times.iter().find(|(kernel, _)| *kernel == general).and_then(|(_, ms)| *ms);
-        let whole = whole.with_context(|| format!("{table}: the general kernel was not chosen"))?;
-        let gains: Gains<K> = times.iter().map(|(kernel, ms)| (*kernel, ms.map(|ms| whole / ms))).collect();
-        let (work, size) = (loads[0].name.split(' ').next().unwrap_or_default(), &loads[0].size);
+        let general = times.iter().find(|(kernel, _)| *kernel == general).map(|(_, ms)| *ms);
+        let general = general.with_context(|| format!("{table} {work}: the general kernel was not chosen"))?;
+        let gains: Gains<K> = times.iter().map(|(kernel, ms)| (*kernel, general / ms)).collect();
         if !self.json {
-            write!(self.out, "{table:8} {:12} {size:16}", if table == "product" { loads[0].name } else { work })?;
+            write!(self.out, "{table:8} {work:24}")?;
         }
         for ((kernel, ms), (_, gain)) in times.iter().zip(&gains) {
-            let name = serde_json::to_value(kernel)?;
-            match (ms, gain) {
-                (Some(ms), Some(gain)) if self.json => {
-                    let fields = json!({"peer": "gatefold", "mode": "tune", "table": table, "work": loads[0].name, "size": size,
-                        "kernel": name, "ms_min": ms, "gain": gain, "device": self.device.info().to_string()});
-                    writeln!(self.out, "{fields}")?;
-                }
-                (Some(_), Some(gain)) => write!(self.out, "  {} {gain:.2}", name.as_str().unwrap_or_default())?,
-                _ => {}
+            let kernel = name(kernel)?;
+            if self.json {
+                let fields = json!({"peer": "gatefold", "mode": "tune", "table": table, "work": work, "kernel": kernel, "ms_min": ms,
+                    "gain": gain, "device": self.device.info().to_string()});
+                writeln!(self.out, "{fields}")?;
+            } else {
+                write!(self.out, "  {kernel} {gain:.2}")?;
             }
         }
         if !self.json {
@@ -208,15 +212,15 @@ impl<W: Write> Tuner<'_, W> {
     }
 
     /// Milliseconds of all loads together by the host's clock, or `None` where the kernel cannot do them.
-    fn time<K: serde::Serialize>(&self, table: &str, kernel: K, loads: &[Workload], by: KernelOverride) -> Result<Option<f64>> {
-        let name = serde_json::to_value(kernel)?;
+    fn time<K: Serialize>(&self, table: &str, kernel: K, loads: &[Workload], by: KernelOverride) -> Result<Option<f64>> {
+        let name = name(&kernel)?;
         if self.device.override_kernels(by).is_err() {
             return Ok(None);
         }
         let mut whole = 0.0;
         for load in loads {
             let choices = self.device.explain(|| load.time_by(Clock::Host).map(|_| ()))?;
-            if choices.iter().any(|choice| choice.table == table && Some(choice.kernel.as_str()) != name.as_str()) {
+            if choices.iter().any(|choice| choice.table == table && choice.kernel != name) {
                 return Ok(None);
             }
             whole += self.policy.time(|| Ok((load.time_by(Clock::Host)?, None)))?.ms_min;
@@ -242,14 +246,18 @@ impl<W: Write> Tuner<'_, W> {
     }
 }
 
+/// A kernel's name as [`kernel`] takes it.
+fn name(kernel: &impl Serialize) -> Result<String> {
+    Ok(serde_json::to_value(kernel)?.as_str().context("a kernel without a name")?.to_owned())
+}
+
 /// The kernel that gains most, if it gains anything worth a row.
 fn fastest<K: Copy>(gains: &Gains<K>) -> Option<(K, f64)> {
-    let gains = gains.iter().filter_map(|(kernel, gain)| gain.map(|gain| (*kernel, gain)));
-    gains.filter(|(_, gain)| *gain >= GAIN).max_by(|(_, a), (_, b)| a.total_cmp(b))
+    gains.iter().copied().filter(|(_, gain)| *gain >= GAIN).max_by(|(_, a), (_, b)| a.total_cmp(b))
 }
 
 fn gain_of<K: Copy + PartialEq>(gains: &Gains<K>, kernel: K) -> Option<f64> {
-    gains.iter().find(|(known, _)| *known == kernel).and_then(|(_, gain)| *gain)
+    gains.iter().find(|(known, _)| *known == kernel).map(|(_, gain)| *gain)
 }
 
 /// The geometric mean, of at least one number.
