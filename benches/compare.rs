@@ -21,7 +21,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use common::{Figure, Printed};
 use plotters::prelude::*;
@@ -30,18 +30,9 @@ use serde_json::json;
 /// Peers of the record: those that the variable leaves out are named.
 const KNOWN: [&str; 8] = ["torch-cpu", "onnxruntime", "rten", "tract", "candle-cpu", "burn-flex", "burn-ndarray", "burn-wgpu"];
 
-const CASES: [&str; 10] = [
-    "lstm_100_1_128_128",
-    "lstm_100_32_128_128",
-    "lstm_100_32_256_256",
-    "lstm_100_64_512_512",
-    "lstm_50_64_1024_1024",
-    "lstm_512_1_512_512",
-    "gru_100_32_256_256",
-    "gru_100_64_512_512",
-    "rnn_100_32_256_256",
-    "rnn_100_64_512_512",
-];
+const CELLS: [&str; 3] = ["lstm", "gru", "rnn"];
+const SHAPES: [&str; 6] =
+    ["100_1_128_128", "100_32_128_128", "100_32_256_256", "100_64_512_512", "50_64_1024_1024", "512_1_512_512"];
 
 #[derive(Parser)]
 struct Args {
@@ -78,14 +69,14 @@ impl Peer {
 }
 
 /// A case and a mode, and Gatefold's figure and a peer's.
-struct Ratio {
-    case: &'static str,
+struct Ratio<'a> {
+    case: &'a str,
     peer: usize,
     ours: Figure,
     theirs: Figure,
 }
 
-impl Ratio {
+impl Ratio<'_> {
     /// Above 1: Gatefold is faster. Of medians, and of minima.
     fn values(&self) -> (f64, f64) {
         let of = |name| self.theirs.number(name) / self.ours.number(name);
@@ -111,8 +102,12 @@ fn main() -> Result<()> {
     let file = args.out.join("compare.jsonl");
     let mut file = fs::File::create(&file).with_context(|| format!("writing {}", file.display()))?;
     let (mut ratios, mut notes) = (Vec::new(), BTreeMap::<String, Vec<&str>>::new());
-    let cases: Vec<&str> = CASES.into_iter().filter(|case| args.only.iter().any(|text| case.contains(text.as_str()))).collect();
-    ensure!(!cases.is_empty(), "--only leaves no case of {CASES:?}");
+    let all: Vec<String> = CELLS.iter().flat_map(|cell| SHAPES.map(|shape| format!("{cell}_{shape}"))).collect();
+    if let Some(none) = args.only.iter().find(|text| !all.iter().any(|case| case.contains(text.as_str()))) {
+        bail!("--only names {none:?}, expected some of: {}", all.join(", "));
+    }
+    let wanted = |case: &&str| args.only.iter().any(|text| case.contains(text.as_str()));
+    let cases: Vec<&str> = all.iter().map(String::as_str).filter(wanted).collect();
     for case in &cases {
         let mut ours = BTreeMap::<&str, Printed>::new();
         for (at, peer) in peers.iter().enumerate() {
@@ -172,7 +167,7 @@ fn measure(command: &mut Command, case: &str, args: &Args) -> Result<Printed> {
 }
 
 /// Milliseconds, and how many times faster Gatefold is: by medians, by minima. `!`: disturbed.
-fn table(peers: &[Peer], cases: &[&str], modes: &[String], ratios: &[Ratio]) {
+fn table(peers: &[Peer], cases: &[&str], modes: &[String], ratios: &[Ratio<'_>]) {
     println!("\n| case | mode |{}", peers.iter().map(|peer| format!(" {} : {} |", peer.name, peer.device)).collect::<String>());
     println!("|---|---|{}", "---|".repeat(peers.len()));
     for (case, mode) in cases.iter().flat_map(|case| modes.iter().map(move |mode| (case, mode))) {
@@ -190,9 +185,9 @@ fn table(peers: &[Peer], cases: &[&str], modes: &[String], ratios: &[Ratio]) {
 }
 
 /// Bars of the ratios of medians, on a logarithmic axis around 1.
-fn draw(file: &Path, peers: &[Peer], ratios: &[Ratio]) -> Result<()> {
+fn draw(file: &Path, peers: &[Peer], ratios: &[Ratio<'_>]) -> Result<()> {
     let mut groups: Vec<String> = Vec::new();
-    let group = |ratio: &Ratio| format!("{} {}", ratio.case.replace('_', " "), ratio.ours.mode);
+    let group = |ratio: &Ratio<'_>| format!("{} {}", ratio.case.replace('_', " "), ratio.ours.mode);
     for name in ratios.iter().map(group) {
         if !groups.contains(&name) {
             groups.push(name);

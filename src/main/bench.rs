@@ -24,9 +24,8 @@ use layer::{Spec, Work};
 use timing::{Policy, Timing, milliseconds};
 
 /// The shapes that are timed when none is given.
-const LSTM_SHAPES: [[usize; 4]; 6] =
+const SHAPES: [[usize; 4]; 6] =
     [[100, 1, 128, 128], [100, 32, 128, 128], [100, 32, 256, 256], [100, 64, 512, 512], [50, 64, 1024, 1024], [512, 1, 512, 512]];
-const OTHER_SHAPES: [[usize; 4]; 2] = [[100, 32, 256, 256], [100, 64, 512, 512]];
 
 #[derive(clap::Args)]
 #[command(after_long_help = "Environment:
@@ -44,7 +43,7 @@ pub struct Args {
     /// The cells
     #[arg(long, value_enum, value_delimiter = ',', default_value = "lstm")]
     cell: Vec<CellName>,
-    /// Steps, rows of the batch, inputs, hidden units; may be repeated [default: for an LSTM six shapes, small to large]
+    /// Steps, rows of the batch, inputs, hidden units; may be repeated [default: six shapes, small to large]
     #[arg(long, value_name = "T,B,I,H", value_parser = shape)]
     shape: Vec<[usize; 4]>,
     /// Layers on top of each other
@@ -136,10 +135,6 @@ impl CellName {
             CellName::Rnn => 1,
         }
     }
-
-    fn shapes(self) -> &'static [[usize; 4]] {
-        if self == CellName::Lstm { &LSTM_SHAPES } else { &OTHER_SHAPES }
-    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -204,17 +199,17 @@ fn open(args: &Args) -> Result<Device> {
 }
 
 /// Every cell with every shape that is asked for, or with those of `default`.
-fn specs<'a>(args: &Args, device: &'a Device, default: impl Fn(CellName) -> &'static [[usize; 4]]) -> Result<Vec<Spec<'a>>> {
+fn specs<'a>(args: &Args, device: &'a Device, default: &[[usize; 4]]) -> Result<Vec<Spec<'a>>> {
     let spec = |(cell, shape)| Spec { device, cell, shape, layers: args.layers.into(), precision: args.precision };
     Ok(shapes(args, default)?.into_iter().map(spec).collect())
 }
 
-fn shapes(args: &Args, default: impl Fn(CellName) -> &'static [[usize; 4]]) -> Result<Vec<(CellName, [usize; 4])>> {
+fn shapes(args: &Args, default: &[[usize; 4]]) -> Result<Vec<(CellName, [usize; 4])>> {
     let of = |cell: CellName, shapes: &[[usize; 4]]| shapes.iter().map(|shape| (cell, *shape)).collect::<Vec<_>>();
     if !args.shape.is_empty() {
         return Ok(args.cell.iter().flat_map(|cell| of(*cell, &args.shape)).collect());
     }
-    let all: Vec<_> = args.cell.iter().flat_map(|cell| of(*cell, default(*cell))).collect();
+    let all: Vec<_> = args.cell.iter().flat_map(|cell| of(*cell, default)).collect();
     let names: Vec<String> = all.iter().map(|(cell, shape)| layer::name(*cell, *shape)).collect();
     let wanted = wanted("BENCH_ONLY", &names, |name, text| name.contains(text))?;
     Ok(all.into_iter().zip(wanted).filter(|(_, wanted)| *wanted).map(|(shape, _)| shape).collect())
@@ -258,7 +253,7 @@ fn layers(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write) -
         writeln!(out, "{rate:>8} {host:>8} {peak:>8} {runs:>5} {first:>9}")?;
     }
     let modes = modes(args)?;
-    for spec in specs(args, device, CellName::shapes)? {
+    for spec in specs(args, device, &SHAPES)? {
         let name = spec.name();
         let mut work = spec.build(reference.as_deref().map(std::path::Path::new)).with_context(|| name.clone())?;
         for &mode in &modes {

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::timing::Policy;
-use super::{Args, CellName, Mode, line, specs, wanted};
+use super::{Args, Mode, SHAPES, line, specs, wanted};
 
 /// What must be gained on the general kernel to be worth a row.
 const GAIN: f64 = 1.05;
@@ -27,7 +27,7 @@ pub fn explain(args: &Args, device: &Device, out: &mut impl Write) -> Result<()>
     if !args.json {
         writeln!(out, "{}, override: {}", device.info(), device.kernel_override())?;
     }
-    for spec in specs(args, device, CellName::shapes)? {
+    for spec in specs(args, device, &SHAPES)? {
         let mut work = spec.build(None)?;
         let choices = device.explain(|| work.run(args.mode.unwrap_or(Mode::Train)))?;
         if !args.json {

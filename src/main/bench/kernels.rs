@@ -9,7 +9,7 @@ use gatefold::verify::workloads::{self, Clock, Workload};
 use serde_json::json;
 
 use super::timing::{Policy, Timing, milliseconds};
-use super::{Args, CellName, Mode, line, specs};
+use super::{Args, Mode, SHAPES, line, specs};
 
 /// Kernels of a layer, for the seconds that each gets.
 const KERNELS: f64 = 12.0;
@@ -59,7 +59,7 @@ pub fn run(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write) 
         writeln!(out, "{}, by {clock}", device.info())?;
         writeln!(out, "peaks: copy {copy:.1} GB/s, multiply-add {multiply_add:.1} GFLOP/s")?;
     }
-    for spec in specs(args, device, CellName::shapes)? {
+    for spec in specs(args, device, &SHAPES)? {
         if !args.json {
             let head = ("size", "ms median", "ms min", "GFLOP/s", "GB/s", "of roof");
             let (size, median, min, flops, bytes, share) = head;
@@ -94,7 +94,7 @@ pub fn profile(args: &Args, device: &Device, out: &mut impl Write) -> Result<()>
     if !args.json {
         writeln!(out, "{}", device.info())?;
     }
-    for spec in specs(args, device, CellName::shapes)? {
+    for spec in specs(args, device, &SHAPES)? {
         let mut work = spec.build(None)?;
         // The first step makes pipelines and buffers.
         work.run(Mode::Train)?;

@@ -19,7 +19,7 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
         let head = ["cell", "open ms", "build ms", "infer ms", "again ms", "train ms", "again ms", "together"];
         writeln!(out, "{}", head.map(|title| format!("{title:>9}")).join(" "))?;
     }
-    for (cell, shape) in shapes(args, |_| &[SHAPE])? {
+    for (cell, shape) in shapes(args, &[SHAPE])? {
         // Each shape as if it were a program's only one.
         let start = Instant::now();
         let device = super::open(args)?;
