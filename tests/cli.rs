@@ -235,7 +235,7 @@ fn bench_says_which_kernels_run_and_why() {
     // 8 units stay in the registers of any device.
     let line = sweep(&by_table);
     assert_eq!((&line["kernel"], &line["mode"], &line["H"]), (&"resident".into(), &"explain".into(), &8.into()), "{line}");
-    assert!(line["row"].as_str().unwrap().contains("T 5.., H 0..="), "{line}");
+    assert!(line["row"].as_str().unwrap().contains("T 5.., H "), "{line}");
     assert!(!by_table.iter().any(|line| line["table"] == "step"), "{by_table:?}");
     let line = sweep(&by_override);
     assert_eq!((&line["kernel"], &line["reason"]), (&"step".into(), &"Device::override_kernels".into()), "{line}");

@@ -2,6 +2,7 @@
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::kernels::choice::KernelOverride;
 use crate::kernels::gemm::Matrix;
 use crate::rng::Rng;
 use crate::tensor::{Ids, Lengths, POISON, Tensor};
@@ -39,6 +40,20 @@ impl Cases<'_> {
         self.reports.push(Report::new(name, comparisons));
         Ok(())
     }
+}
+
+/// The same device opened once more, with these kernels where there are any to choose: others share the given one.
+pub(super) fn overridden(device: &Device, kernels: KernelOverride) -> Result<Device> {
+    let info = device.info();
+    let device = match device.is_cpu() {
+        true => Device::cpu(),
+        false => Device::by_name(&format!("{}:{}", info.backend, info.name))?,
+    };
+    device.poison();
+    if !device.is_cpu() {
+        device.override_kernels(kernels)?;
+    }
+    Ok(device)
 }
 
 /// One run of a case.

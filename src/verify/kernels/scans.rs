@@ -1,12 +1,13 @@
 //! The scan against the step sweep, whose numbers it must give, and chosen by a layer against the oracle.
 
-use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, normal, pad, ragged, wide};
+use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, normal, overridden, pad, ragged, wide};
 use super::networks::{Given, Network, check_given};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::kernels::cell_min_gru::MinGruCell;
 use crate::kernels::cell_min_lstm::MinLstmCell;
-use crate::kernels::sweep::{Buffers, Plan};
+use crate::kernels::choice::KernelOverride;
+use crate::kernels::sweep::{Buffers, Plan, SweepKernel};
 use crate::kernels::sweep_scan;
 use crate::kernels::sweep_step;
 use crate::nn::{Cell, Direction, MinGruConfig, MinLstmConfig, RecurrentConfig};
@@ -17,8 +18,13 @@ use crate::verify::oracle;
 pub(super) fn scans(cases: &mut Cases<'_>) -> Result<()> {
     against_steps::<MinGruCell>(cases)?;
     against_steps::<MinLstmCell>(cases)?;
-    chosen(cases, "min_gru", MinGruConfig::new(5, 19), oracle::Cell::MinGru)?;
-    chosen(cases, "min_lstm", MinLstmConfig::new(5, 19), oracle::Cell::MinLstm)
+    // Where the tables would choose another sweep too.
+    let device = overridden(cases.device, KernelOverride::default().sweep(SweepKernel::Scan))?;
+    let mut own = Cases { device: &device, reports: Vec::new() };
+    chosen(&mut own, "min_gru", MinGruConfig::new(5, 19), oracle::Cell::MinGru)?;
+    chosen(&mut own, "min_lstm", MinLstmConfig::new(5, 19), oracle::Cell::MinLstm)?;
+    cases.reports.extend(own.reports);
+    Ok(())
 }
 
 /// One direction of one layer, `[T, B, .., H]`.
@@ -138,7 +144,7 @@ fn check<C: Cell>(cases: &mut Cases<'_>, given: &Sweep, depth: usize) -> Result<
     })
 }
 
-/// Layers long enough to choose the scan where there is a GPU; and what falls back to steps.
+/// Layers that take the scan where there is a GPU; and what falls back to steps.
 fn chosen<C: Cell>(cases: &mut Cases<'_>, name: &'static str, config: RecurrentConfig<C>, cell: oracle::Cell) -> Result<()> {
     let plain = oracle::Recurrent::new(cell, 5, 19);
     let stack = config.clone().layers(2).direction(Direction::Both);

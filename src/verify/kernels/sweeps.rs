@@ -1,8 +1,7 @@
 //! The recurrent sweep: one direction of one layer.
 
-use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, Window, pad, ragged, to_bits, wide, within};
+use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, Window, overridden, pad, ragged, to_bits, wide, within};
 use super::networks::{INPUT, Network, check};
-use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::choice::KernelOverride;
@@ -246,16 +245,7 @@ pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
 
 /// Cells of one, three and four gates, of one and four states, with a product and without, at widths of each kind, and what acts between steps.
 pub(super) fn resident_cells(cases: &mut Cases<'_>) -> Result<()> {
-    // A device of its own: others share the given one.
-    let info = cases.device.info();
-    let device = match info.backend.as_str() {
-        "native" => Device::cpu(),
-        backend => Device::by_name(&format!("{backend}:{}", info.name))?,
-    };
-    device.poison();
-    if !device.is_cpu() {
-        device.override_kernels(KernelOverride::default().sweep(SweepKernel::Resident))?;
-    }
+    let device = overridden(cases.device, KernelOverride::default().sweep(SweepKernel::Resident))?;
     let mut own = Cases { device: &device, reports: Vec::new() };
     for hidden in [33, 100, 128] {
         let plain = |cell| Recurrent::new(cell, INPUT, hidden);
