@@ -118,7 +118,7 @@ impl<W: Write> Tuner<'_, W> {
     fn steps(&mut self) -> Result<()> {
         let mut all = Vec::new();
         for (rows, hidden) in [(1, 128), (16, 128), (64, 128), (1, 512), (16, 512), (64, 512)] {
-            let loads = workloads::sweeps(self.device, true, [10, rows, hidden])?;
+            let loads = workloads::sweeps(self.device, true, [4, rows, hidden])?;
             let work = format!("LSTM B={rows} H={hidden}");
             let by = |kernel| KernelOverride::default().sweep(SweepKernel::Step).step(kernel);
             let gains = self.gains("step", &work, &loads, (&StepKernel::ALL, StepKernel::General), by)?;
