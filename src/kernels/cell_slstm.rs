@@ -93,11 +93,8 @@ impl CellKernel for SLstmCell {
         let own_i = (dc * z + dn) * g.i;
         let own_f = (dc * previous[1] + dn * previous[2]) * g.f;
         let pick = |a: Lanes, b: Lanes| {
-            let mut picked = a;
-            for (lane, (b, past)) in picked.0.iter_mut().zip(b.0.iter().zip(g.past.0)) {
-                *lane = if past == 1.0 { *lane } else { *b };
-            }
-            picked
+            a.zip(g.past, |a, past| if past == 1.0 { a } else { 0.0 })
+                + b.zip(g.past, |b, past| if past == 1.0 { 0.0 } else { b })
         };
         let di = pick(own_i, d[3] - own_f);
         let da = pick(d[3] - own_i, own_f);

@@ -110,40 +110,62 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     if x.is_nan() { x } else { y }
 }
 
+/// What [`Lanes`] are kept in. Not an array on x86-64: the compiler takes one to pieces, whose widths then fit no more.
+#[cfg(target_arch = "x86_64")]
+type Vector = std::arch::x86_64::__m512;
+#[cfg(not(target_arch = "x86_64"))]
+type Vector = [f32; Lanes::COUNT];
+
 /// Sixteen floats that are worked on at once: one AVX-512 register, two of AVX2, four of SSE2 or NEON.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub struct Lanes(pub [f32; Lanes::COUNT]);
+pub struct Lanes(Vector);
+
+impl std::fmt::Debug for Lanes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.to_array().fmt(f)
+    }
+}
 
 impl Lanes {
     /// How many floats there are.
     pub(crate) const COUNT: usize = 16;
 
+    #[inline(always)]
+    pub(crate) fn from_array(lanes: [f32; Self::COUNT]) -> Self {
+        Self(bytemuck::must_cast(lanes))
+    }
+
+    #[inline(always)]
+    pub(crate) fn to_array(self) -> [f32; Self::COUNT] {
+        bytemuck::must_cast(self.0)
+    }
+
     /// The same value in every lane.
     #[inline(always)]
     pub(crate) fn splat(value: f32) -> Self {
-        Self([value; Self::COUNT])
+        Self::from_array([value; Self::COUNT])
     }
 
     /// The first sixteen values of `from`; where it is shorter the rest are 0.
     #[inline(always)]
     pub(crate) fn load(from: &[f32]) -> Self {
-        match from.first_chunk() {
-            Some(full) => Self(*full),
+        Self::from_array(match from.first_chunk() {
+            Some(full) => *full,
             None => {
-                let mut lanes = Self::splat(0.0);
-                lanes.0[..from.len()].copy_from_slice(from);
+                let mut lanes = [0.0; Self::COUNT];
+                lanes[..from.len()].copy_from_slice(from);
                 lanes
             }
-        }
+        })
     }
 
     /// Writes the lanes to the start of `to`; where it is shorter only as many as it holds.
     #[inline(always)]
     pub(crate) fn store(self, to: &mut [f32]) {
         match to.first_chunk_mut() {
-            Some(full) => *full = self.0,
-            None => to.copy_from_slice(&self.0[..to.len()]),
+            Some(full) => *full = self.to_array(),
+            None => to.copy_from_slice(&self.to_array()[..to.len()]),
         }
     }
 
@@ -160,19 +182,21 @@ impl Lanes {
     }
 
     #[inline(always)]
-    pub(crate) fn map(mut self, f: impl Fn(f32) -> f32) -> Self {
-        for lane in &mut self.0 {
+    pub(crate) fn map(self, f: impl Fn(f32) -> f32) -> Self {
+        let mut lanes = self.to_array();
+        for lane in &mut lanes {
             *lane = f(*lane);
         }
-        self
+        Self::from_array(lanes)
     }
 
     #[inline(always)]
-    pub(crate) fn zip(mut self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
-        for (lane, value) in self.0.iter_mut().zip(other.0) {
+    pub(crate) fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        let mut lanes = self.to_array();
+        for (lane, value) in lanes.iter_mut().zip(other.to_array()) {
             *lane = f(*lane, value);
         }
-        self
+        Self::from_array(lanes)
     }
 }
 
@@ -322,14 +346,14 @@ mod tests {
         let mut sum = a;
         sum += b;
         for (i, &x) in values.iter().enumerate() {
-            assert_eq!((a + b).0[i], x + 1.25);
-            assert_eq!(sum.0[i], x + 1.25);
-            assert_eq!((a - b).0[i], x - 1.25);
-            assert_eq!((a * b).0[i], x * 1.25);
-            assert_eq!((b / a).0[i], 1.25 / x);
-            assert_eq!((-a).0[i], -x);
-            assert_eq!(a.tanh().0[i], tanh(x));
-            assert_eq!(a.sigmoid().0[i], sigmoid(x));
+            assert_eq!((a + b).to_array()[i], x + 1.25);
+            assert_eq!(sum.to_array()[i], x + 1.25);
+            assert_eq!((a - b).to_array()[i], x - 1.25);
+            assert_eq!((a * b).to_array()[i], x * 1.25);
+            assert_eq!((b / a).to_array()[i], 1.25 / x);
+            assert_eq!((-a).to_array()[i], -x);
+            assert_eq!(a.tanh().to_array()[i], tanh(x));
+            assert_eq!(a.sigmoid().to_array()[i], sigmoid(x));
         }
     }
 
@@ -339,8 +363,8 @@ mod tests {
         for len in [0, 1, 15, 16, 17, 20] {
             let lanes = Lanes::load(&values[..len]);
             let kept = len.min(Lanes::COUNT);
-            assert_eq!(lanes.0[..kept], values[..kept]);
-            assert!(lanes.0[kept..].iter().all(|&v| v == 0.0));
+            assert_eq!(lanes.to_array()[..kept], values[..kept]);
+            assert!(lanes.to_array()[kept..].iter().all(|&v| v == 0.0));
             let mut to = vec![-1.0; len];
             Lanes::load(&values).store(&mut to);
             assert_eq!(to[..kept], values[..kept]);

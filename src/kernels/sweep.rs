@@ -67,6 +67,19 @@ pub(crate) struct Buffers<'a> {
     pub y: &'a Tensor,
 }
 
+/// What a sweep that forms the input part of the gates itself makes it of. See [`forms_inputs`].
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    /// `[T, B, inputs]`
+    pub x: &'a Tensor,
+    /// W_ih as [`super::sweep_step::input_weights`] gives it.
+    pub weights: &'a Tensor,
+    /// b_ih `[GATES * H]`.
+    pub bias: Option<&'a Tensor>,
+    /// Whether the slots take what backward needs; else they play no part.
+    pub keep: bool,
+}
+
 /// A sweep of whole steps on a GPU; `kernels::choice` picks one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -118,6 +131,15 @@ pub(crate) fn choose<C: CellKernel>(device: &Device, plan: &Plan<'_>, split: boo
             SweepKernel::Step => Sweep::Step,
         },
     }
+}
+
+/// From so many rows on a sweep on the CPU forms the product with W_ih as well: with fewer it would read W_ih again at every step for
+/// too little.
+const INPUT_ROWS: usize = 8;
+
+/// Whether a forward sweep forms the input part of the gates itself; `split` as in [`choose`]. It shows in no bit.
+pub(crate) fn forms_inputs(device: &Device, plan: &Plan<'_>, split: bool) -> bool {
+    matches!(device.backend(), Backend::Native) && !split && plan.rows >= INPUT_ROWS
 }
 
 /// A step of a sweep: t, the slot of the state before it and the slot after it.
@@ -176,6 +198,11 @@ impl<'a> Plan<'a> {
         constants.push(("sums", f64::from(u8::from(backward && self.sums(cell)))));
         constants.push(("flow", f64::from(u8::from(backward && self.flow))));
         constants
+    }
+
+    /// Whether a forward sweep keeps what backward needs, where `states` have this depth.
+    pub(super) fn keeps(&self, depth: usize) -> bool {
+        depth > 2 || self.steps == 1
     }
 
     pub fn is_valid(&self, t: usize, row: usize) -> bool {

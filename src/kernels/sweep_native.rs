@@ -9,9 +9,12 @@
 //!   step t+1   panel 1   panel 0 | panel 3   panel 2     There and back: what was read last is read first.
 //! ```
 //!
-//! W_hh is copied into panels once for all steps. Where it is larger than a core's cache, or rows are few, threads share the units
-//! and meet after every step ([`Member::wait`]): each then reads its part of W_hh alone, which may stay in its cache. Else they
-//! share the rows, which never meet. Neither shows in the bits: every product is one chain of multiply-adds ([`super::product`]).
+//! From some rows on the sweep forms the product with W_ih as well, panel by panel: the input part of the gates, the largest tensor of a
+//! forward pass by far, then never leaves the first cache.
+//!
+//! Weights are copied into panels once for all steps. Threads share the rows, which never meet. Where rows are few, or weights larger
+//! than what the last cache surely holds, they share the units and meet after every step ([`Member::wait`]): each then reads its part
+//! of the weights alone. Neither shows in the bits: every product is one chain of multiply-adds ([`super::product`]).
 
 use std::ops::Range;
 
@@ -19,7 +22,7 @@ use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
 use super::math::Lanes;
 use super::product::{BAND, PANEL, PanelProduct, ROWS, Rows, Sums, cut, pack_panel};
-use super::sweep::{Buffers, Plan, Step};
+use super::sweep::{Buffers, Inputs, Plan, Step};
 use crate::backend::native::{Member, Scratch, Shared, for_parts, team, threads};
 use crate::error::Result;
 use crate::rng::{philox, unit as unit_f32};
@@ -32,8 +35,8 @@ const PARALLEL: usize = 1 << 22;
 const MEETING: usize = 1 << 19;
 /// What a gate's functions cost, in multiply-adds.
 const GATE: usize = 32;
-/// Numbers of W_hh that stay in a core's cache beside the rest: half a megabyte of them.
-const RESIDENT: usize = 1 << 17;
+/// Numbers of the weights that every thread may read at every step: 8 MB of them, a part of the cache that all share.
+const SHARED: usize = 1 << 21;
 /// Fewer numbers of W_hh than this are copied into panels by one thread.
 const PARALLEL_COPY: usize = 1 << 17;
 /// Units that [`Lanes`] hold.
@@ -56,7 +59,7 @@ impl Plan<'_> {
         let step = self.rows * gates * (width + GATE);
         if steps * step < PARALLEL {
             work((0, self.rows), Member::ALONE);
-        } else if !whole && gates * width <= RESIDENT && self.rows >= ROWS * threads() {
+        } else if !whole && gates * width <= SHARED && self.rows >= ROWS * threads() {
             for_parts(self.rows, threads(), |first, count| work((first, count), Member::ALONE));
         } else if step < MEETING {
             work((0, self.rows), Member::ALONE);
@@ -74,14 +77,14 @@ impl Plan<'_> {
     #[inline(always)]
     fn held(&self, site: Site, s: usize) -> Lanes {
         let probability = self.zoneout[s.min(1)];
-        let mut lanes = Lanes::splat(probability);
+        let mut lanes = [probability; LANES];
         if self.random {
-            for (lane, unit) in lanes.0.iter_mut().zip(site.unit..) {
+            for (lane, unit) in lanes.iter_mut().zip(site.unit..) {
                 let [bits, ..] = philox(site.key, [unit, site.row, site.t, HOLD + s as u32]);
                 *lane = f32::from(unit_f32(bits) < probability);
             }
         }
-        lanes
+        Lanes::from_array(lanes)
     }
 }
 
@@ -96,35 +99,35 @@ fn in_turn(own: Range<usize>, n: usize) -> impl Iterator<Item = usize> {
     (0..own.len()).map(move |i| if n.is_multiple_of(2) { own.start + i } else { own.end - 1 - i })
 }
 
-/// Numbers of what [`pack`] makes.
-pub(super) fn packed_len<C: CellKernel>(hidden: usize) -> usize {
-    hidden.next_multiple_of(panel_units::<C>()) * C::Pre::LEN * hidden
+/// Numbers of what [`pack`] makes of weights `[GATES * H, inputs]`.
+pub(super) fn packed_len<C: CellKernel>(hidden: usize, inputs: usize) -> usize {
+    hidden.next_multiple_of(panel_units::<C>()) * C::Pre::LEN * inputs
 }
 
-/// W_hh `[GATES * H, H]` as forward sweeps read it: for every panel `[H, units / 16, GATES, 16]`, with zeros for units that
-/// do not exist.
+/// W_hh `[GATES * H, H]` or W_ih `[GATES * H, inputs]` as forward sweeps read it: for every panel `[inputs, units / 16, GATES, 16]`,
+/// with zeros for units that do not exist.
 pub(super) fn pack<C: CellKernel>(weights: &Tensor, hidden: usize) -> Result<Tensor> {
     const { assert!(C::Pre::LEN * LANES <= PANEL, "the gates of a block of units fill no more than a panel") };
     let (gates, units) = (C::Pre::LEN, panel_units::<C>());
-    let (panels, width) = (hidden.div_ceil(units), gates * units);
-    let packed = Tensor::uninitialized(weights.device(), [panels, hidden, width])?;
+    let (panels, width, inputs) = (hidden.div_ceil(units), gates * units, weights.len() / (gates * hidden));
+    let packed = Tensor::uninitialized(weights.device(), [panels, inputs, width])?;
     let (weights, mut numbers) = (weights.native::<f32>(), packed.native_mut::<f32>());
     let (weights, target) = (&*weights, &Shared::new(&mut numbers));
-    let parts = if gates * hidden * hidden < PARALLEL_COPY { 1 } else { threads() };
+    let parts = if gates * hidden * inputs < PARALLEL_COPY { 1 } else { threads() };
     for_parts(panels, parts, |first, count| {
         for panel in first..first + count {
             // SAFETY: a panel of this part alone.
-            let target = unsafe { target.slice(panel * hidden * width, hidden * width) };
+            let target = unsafe { target.slice(panel * inputs * width, inputs * width) };
             // Sixteen k at a time: what is written stays in the first cache until its lines are full.
-            for from in (0..hidden).step_by(LANES) {
-                let depth = LANES.min(hidden - from);
+            for from in (0..inputs).step_by(LANES) {
+                let depth = LANES.min(inputs - from);
                 for column in 0..width {
                     let (block, gate, lane) = (column / LANES / gates, column / LANES % gates, column % LANES);
                     let unit = panel * units + block * LANES + lane;
                     let line = |k: usize| (from + k) * width + column;
                     match unit < hidden {
                         true => {
-                            let row = &weights[(gate * hidden + unit) * hidden + from..][..depth];
+                            let row = &weights[(gate * hidden + unit) * inputs + from..][..depth];
                             row.iter().enumerate().for_each(|(k, weight)| target[line(k)] = *weight);
                         }
                         false => (0..depth).for_each(|k| target[line(k)] = 0.0),
@@ -135,6 +138,25 @@ pub(super) fn pack<C: CellKernel>(weights: &Tensor, hidden: usize) -> Result<Ten
     });
     drop(numbers);
     Ok(packed)
+}
+
+/// [`pack`]'s order for a bias `[GATES * H]`.
+fn pack_bias<C: CellKernel>(bias: Option<&[f32]>, hidden: usize) -> Vec<f32> {
+    let (gates, columns) = (C::Pre::LEN, hidden.next_multiple_of(panel_units::<C>()) * C::Pre::LEN);
+    let number = |column: usize| {
+        let (unit, gate) = (column / LANES / gates * LANES + column % LANES, column / LANES % gates);
+        bias.filter(|_| unit < hidden).map_or(0.0, |bias| bias[gate * hidden + unit])
+    };
+    (0..columns).map(number).collect()
+}
+
+/// Where a forward sweep has the input part of the gates from.
+#[derive(Clone, Copy)]
+enum Input<'a> {
+    /// The slots.
+    Slots,
+    /// The product of x `[T, B, inputs]` with W_ih, from [`pack`], and the bias, from [`pack_bias`].
+    Weights { x: &'a [f32], inputs: usize, weights: &'a [f32], bias: &'a [f32] },
 }
 
 /// Where a forward sweep has the recurrent part of the gates from.
@@ -157,9 +179,13 @@ struct ForwardSweep<'a, C> {
     /// (first, count)
     rows: (usize, usize),
     member: Member<'a>,
+    input: Input<'a>,
     recurrent: Recurrent<'a>,
     unit: &'a [f32],
+    /// With or without the input part.
     slots: &'a Shared<'a>,
+    /// Whether they take what backward needs.
+    keep: bool,
     states: &'a Shared<'a>,
     y: &'a Shared<'a>,
 }
@@ -169,15 +195,23 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
-        let Self { plan, steps, rows: (first, count), member, recurrent, states, .. } = self;
+        let Self { plan, steps, rows: (first, count), member, input, recurrent, states, .. } = self;
         let (rows, hidden) = (plan.rows, plan.hidden);
         let (gates, units) = (C::Pre::LEN, panel_units::<C>());
         let width = gates * units;
-        let mut sums = Sums::ZERO;
-        for (n, step @ (_, before, _)) in steps.iter().enumerate() {
+        let (mut inputs, mut sums) = (Sums::ZERO, Sums::ZERO);
+        for (n, step @ (t, before, _)) in steps.iter().enumerate() {
             for panel in in_turn(member.share(hidden.div_ceil(units)), n) {
                 for (from, count) in cut(count, BAND) {
                     let first = first + from;
+                    if let Input::Weights { x, inputs: depth, weights, bias } = input {
+                        let bias = &bias[panel * width..][..width];
+                        inputs.0.chunks_exact_mut(width).take(count).for_each(|sums| sums.copy_from_slice(bias));
+                        let x = Rows::Apart(&x[(t * rows + first) * depth..], depth);
+                        let panel = (&weights[panel * depth * width..][..depth * width], width);
+                        let sums = (&Shared::new(&mut inputs.0), 0, width);
+                        simd.vectorize(PanelProduct { sizes: [count, width, depth], a: x, panel, sums, fresh: false });
+                    }
                     if let Recurrent::Weights(weights) = recurrent {
                         // SAFETY: nobody writes the states before this step.
                         let h = unsafe { states.read((before * rows + first) * hidden, count * hidden) };
@@ -192,16 +226,21 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
                             if at >= hidden {
                                 break;
                             }
+                            let own = row * width + block * gates * LANES;
+                            let x = match input {
+                                Input::Slots => None,
+                                Input::Weights { .. } => Some(&inputs.0[own..]),
+                            };
                             let r = match recurrent {
                                 Recurrent::Nothing => (&[][..], 0),
-                                Recurrent::Weights(_) => (&sums.0[row * width + block * gates * LANES..], LANES),
+                                Recurrent::Weights(_) => (&sums.0[own..], LANES),
                                 Recurrent::Product(product) => (&product[(first + row) * gates * hidden + at..], hidden),
                             };
                             // The width of full blocks is a constant in the inlined call: their loads and stores are single
                             // instructions.
                             match hidden - at {
-                                LANES.. => self.units(*step, (first + row, at, LANES), r),
-                                width => self.units(*step, (first + row, at, width), r),
+                                LANES.. => self.units(*step, (first + row, at, LANES), x, r),
+                                width => self.units(*step, (first + row, at, width), x, r),
                             }
                         }
                     }
@@ -222,16 +261,28 @@ fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): 
 }
 
 impl<C: CellKernel> ForwardSweep<'_, C> {
-    /// `width` units of a row from unit `at` on; `r`: their recurrent parts, gate by gate, with what lies between two gates.
+    /// `width` units of a row from unit `at` on. `x`: their input parts, sixteen of each gate, where they are not in the slots;
+    /// `r`: the recurrent ones, with what lies between two gates.
     #[inline(always)]
-    fn units(&self, (t, before, after): Step, (row, at, width): (usize, usize, usize), (r, stride): (&[f32], usize)) {
-        let Self { cell, plan, depth, unit, states, slots, y, .. } = self;
+    fn units(
+        &self,
+        (t, before, after): Step,
+        (row, at, width): (usize, usize, usize),
+        x: Option<&[f32]>,
+        (r, stride): (&[f32], usize),
+    ) {
+        let Self { cell, plan, depth, input, unit, slots, states, y, .. } = self;
         let (rows, hidden) = (plan.rows, plan.hidden);
         let state_at = |s: usize, slot: usize| ((s * depth + slot) * rows + row) * hidden + at;
         // SAFETY: here and below: units of a row that this thread owns, and no two slices overlap; the states before are read only.
         let previous = C::State::from_fn(|s| Lanes::load(unsafe { states.read(state_at(s, before), width) }));
         let line = t * rows + row;
+        // SAFETY: as above.
+        let slot = |s: usize| unsafe { slots.slice((line * C::Slots::LEN + s) * hidden + at, width) };
         if !plan.is_valid(t, row) {
+            if self.keep && !matches!(input, Input::Slots) {
+                (0..C::Slots::LEN).for_each(|s| slot(s).fill(0.0));
+            }
             if plan.output {
                 // SAFETY: as above.
                 unsafe { y.slice(line * plan.y_stride + plan.y_offset + at, width) }.fill(0.0);
@@ -242,16 +293,23 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
             }
             return;
         }
-        // SAFETY: as above.
-        let slot = |s: usize| unsafe { slots.slice((line * C::Slots::LEN + s) * hidden + at, width) };
-        let x = C::Pre::from_fn(|g| Lanes::load(slot(g)));
-        let r = C::Pre::from_fn(|g| match C::PRODUCT {
-            true => Lanes::load(&r[g * stride..][..width]),
-            false => Lanes::splat(0.0),
-        });
+        // Not by closures, which may become calls: those would hand the vectors on through memory, in pieces.
+        let mut x_part = C::Pre::from_fn(|_| Lanes::splat(0.0));
+        for (g, lanes) in x_part.lanes_mut().iter_mut().enumerate() {
+            *lanes = match x {
+                Some(x) => Lanes::load(&x[g * LANES..][..width]),
+                None => Lanes::load(slot(g)),
+            };
+        }
+        let mut r_part = C::Pre::from_fn(|_| Lanes::splat(0.0));
+        if C::PRODUCT {
+            for (g, lanes) in r_part.lanes_mut().iter_mut().enumerate() {
+                *lanes = Lanes::load(&r[g * stride..][..width]);
+            }
+        }
         let p = load_unit(cell, unit, hidden, (at, width));
         let site = plan.site(t, row, at);
-        let (mut state, saved) = cell.forward(site, x, r, previous, p);
+        let (mut state, saved) = cell.forward(site, x_part, r_part, previous, p);
         if plan.zoneout != [0.0; 2] {
             for (s, (state, previous)) in state.lanes_mut().iter_mut().zip(previous.lanes()).enumerate() {
                 let k = plan.held(site, s);
@@ -262,7 +320,7 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
             // SAFETY: as above.
             value.store(unsafe { states.slice(state_at(s, after), width) });
         }
-        for (s, value) in saved.lanes().iter().enumerate() {
+        for (s, value) in saved.lanes().iter().enumerate().filter(|_| self.keep) {
             value.store(slot(s));
         }
         if plan.output {
@@ -279,6 +337,7 @@ pub(super) fn forward<C: CellKernel>(
     buffers: &Buffers<'_>,
     depth: usize,
     steps: &[Step],
+    inputs: Option<&Inputs<'_>>,
     product: Option<&Tensor>,
 ) {
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());
@@ -288,13 +347,22 @@ pub(super) fn forward<C: CellKernel>(
         None if C::PRODUCT => Recurrent::Weights(&weights),
         None => Recurrent::Nothing,
     };
+    let bias = inputs.and_then(|inputs| inputs.bias).map(Tensor::native::<f32>);
+    let bias = inputs.map(|_| pack_bias::<C>(bias.as_deref(), plan.hidden)).unwrap_or_default();
+    let given = inputs.map(|inputs| (inputs.x.native::<f32>(), inputs.weights.native::<f32>()));
     let mut states = buffers.states.native_mut::<f32>();
     let (mut slots, mut y) = (buffers.slots.native_mut::<f32>(), buffers.y.native_mut::<f32>());
     let (slots, states, y) = (&Shared::new(&mut slots), &Shared::new(&mut states), &Shared::new(&mut y));
+    let keep = inputs.map_or(plan.keeps(depth), |inputs| inputs.keep);
+    let inputs = given.as_ref().map_or(0, |(x, _)| x.len() / (plan.steps * plan.rows));
+    let input = match &given {
+        Some((x, weights)) => Input::Weights { x, inputs, weights, bias: &bias },
+        None => Input::Slots,
+    };
     let (cell, unit, arch) = (*cell, &*unit, pulp::Arch::new());
-    let width = if matches!(recurrent, Recurrent::Weights(_)) { plan.hidden } else { 0 };
+    let width = inputs + if matches!(recurrent, Recurrent::Weights(_)) { plan.hidden } else { 0 };
     plan.spread::<C>(steps.len(), width, plan.hidden.div_ceil(panel_units::<C>()), false, |rows, member| {
-        arch.dispatch(ForwardSweep { cell, plan, depth, steps, rows, member, recurrent, unit, slots, states, y });
+        arch.dispatch(ForwardSweep { cell, plan, depth, steps, rows, member, input, recurrent, unit, slots, keep, states, y });
     });
 }
 

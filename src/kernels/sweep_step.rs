@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel};
 use super::choice;
-use super::sweep::{Buffers, Plan, Step};
+use super::sweep::{Buffers, Inputs, Plan, Step};
 use super::{sweep_native, tiles, transpose};
 use crate::backend::gpu::Gpu;
 use crate::backend::{Kernel, params};
@@ -154,7 +154,7 @@ impl Plan<'_> {
             recurrent: 0,
             finish: 0,
             ragged: self.lengths.is_some().into(),
-            keep: u32::from(depth > 2 || self.steps == 1),
+            keep: self.keeps(depth).into(),
             output: self.output.into(),
             y_stride: self.y_stride as u32,
             y_offset: self.y_offset as u32,
@@ -185,7 +185,23 @@ pub(crate) fn forward_weights<C: CellKernel>(weights: &Tensor, hidden: usize) ->
 
 /// Numbers of what [`forward_weights`] makes, at most.
 pub(crate) fn forward_weights_len<C: CellKernel>(hidden: usize) -> usize {
-    if C::PRODUCT { sweep_native::packed_len::<C>(hidden) } else { 0 }
+    if C::PRODUCT { sweep_native::packed_len::<C>(hidden, hidden) } else { 0 }
+}
+
+/// Numbers of a copy of W_ih for forward passes, at most.
+pub(crate) fn input_weights_len<C: CellKernel>(hidden: usize, inputs: usize) -> usize {
+    sweep_native::packed_len::<C>(hidden, inputs)
+}
+
+/// W_ih `[GATES * H, inputs]` as [`forward_from`] reads it.
+pub(crate) fn input_weights<C: CellKernel>(weights: &Tensor, hidden: usize) -> Result<Tensor> {
+    sweep_native::pack::<C>(weights, hidden)
+}
+
+/// As [`forward`], with the product of x formed here: only where [`super::sweep::forms_inputs`].
+pub(crate) fn forward_from<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, inputs: &Inputs<'_>) {
+    let depth = plan.depth::<C>(buffers.states);
+    sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), Some(inputs), None);
 }
 
 /// Runs the cell over all steps: fills y, the states, and what backward needs.
@@ -193,7 +209,7 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffer
     let depth = plan.depth::<C>(buffers.states);
     match buffers.slots.device().backend() {
         Backend::Native => {
-            sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None);
+            sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None, None);
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -215,7 +231,7 @@ pub(crate) fn forward_split<C: CellKernel>(
     let depth = plan.depth::<C>(buffers.states);
     match buffers.slots.device().backend() {
         Backend::Native => {
-            sweep_native::forward(cell, plan, buffers, depth, &[step], Some(product));
+            sweep_native::forward(cell, plan, buffers, depth, &[step], None, Some(product));
             Ok(())
         }
         Backend::Gpu(gpu) => {

@@ -42,7 +42,7 @@ use crate::kernels::half::{Factor, Precision};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep::{self, Buffers, Plan, Sweep};
+use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Sweep};
 use crate::kernels::sweep_resident;
 use crate::kernels::sweep_scan;
 use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
@@ -782,7 +782,13 @@ impl<C: Cell> Recurrent<C> {
     ) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
         let depth = if train { plan.steps + 1 } else { 2 };
-        let tape = self.prepare(pass, x, depth)?;
+        let from_x = self.forms_inputs(pass);
+        let slots = match (from_x, train) {
+            (false, _) => Slots::InputPart,
+            (true, true) => Slots::Empty,
+            (true, false) => Slots::None,
+        };
+        let tape = self.prepare(pass, x, depth, slots)?;
         let (first, last) = plan.ends(depth);
         for (s, state) in finals.iter().enumerate() {
             let width = self.width_of(s);
@@ -793,7 +799,7 @@ impl<C: Cell> Recurrent<C> {
             }
             debug_assert_eq!(state.len(), self.weights.len() * plan.rows * width);
         }
-        self.sweep_forward(pass, weights, &tape, y)?;
+        self.sweep_forward(pass, weights, &tape, from_x.then_some((x, train)), y)?;
         for (s, state) in finals.iter().enumerate() {
             let width = self.width_of(s);
             part(state, pass.index, plan.rows * width).copy_from(&tape.state_slot::<C>(s, last, plan, width))?;
@@ -820,7 +826,7 @@ impl<C: Cell> Recurrent<C> {
         let flat = Forced::new(plan, &self.device)?;
         let pass = Pass { plan: flat.plan(plan), teacher: None, ..*pass };
         debug_assert!(train || !pass.plan.random);
-        let tape = self.prepare(&pass, x, 2)?;
+        let tape = self.prepare(&pass, x, 2, Slots::InputPart)?;
         // What each step sees: the given state, then the targets of the steps before.
         let seen = tape.state_slot::<C>(0, 0, &pass.plan, width);
         let block = plan.rows * width;
@@ -832,17 +838,28 @@ impl<C: Cell> Recurrent<C> {
             let count = (plan.steps - 1) * block;
             seen.slice(block, [count]).copy_from(&targets.slice(0, [count]))?;
         }
-        self.sweep_forward(&pass, &self.weights[pass.index], &tape, y)?;
+        self.sweep_forward(&pass, &self.weights[pass.index], &tape, None, y)?;
         let outputs = tape.outputs.as_ref().unwrap_or(&tape.states);
         finals[0].copy_from(&gather::gather(flat.last.tensor(), outputs, width)?)?;
         Ok(tape)
     }
 
-    /// The buffers of a pass, with the input part of every gate; the states are not set.
-    fn prepare(&self, pass: &Pass<'_>, x: &Tensor, depth: usize) -> Result<PassTape> {
+    /// Whether the forward sweep forms the products of x itself.
+    fn forms_inputs(&self, pass: &Pass<'_>) -> bool {
+        let split = self.is_split(pass.key.is_some());
+        self.config.precision == Precision::Single && sweep::forms_inputs(&self.device, &pass.plan, split)
+    }
+
+    /// The buffers of a pass; the states are not set.
+    fn prepare(&self, pass: &Pass<'_>, x: &Tensor, depth: usize, slots: Slots) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
         let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
-        let slots = self.input_part(weights, x, [plan.steps, plan.rows], norms.as_ref())?;
+        let slots = match slots {
+            Slots::InputPart => self.input_part(weights, x, [plan.steps, plan.rows], norms.as_ref())?,
+            Slots::Empty => Tensor::uninitialized(&self.device, [plan.steps * plan.rows, C::Slots::LEN * plan.hidden])?,
+            // Something is still bound in their place.
+            Slots::None => Tensor::uninitialized(&self.device, [1])?,
+        };
         let states = Tensor::uninitialized(&self.device, [C::State::LEN, depth, plan.rows, plan.hidden])?;
         let outputs = match self.config.output {
             Some((width, _)) => {
@@ -924,7 +941,15 @@ impl<C: Cell> Recurrent<C> {
         dropout::dropout(weights, [0, rows, cols], self.config.weight_dropout, key.draw(draws::WEIGHTS, index))
     }
 
-    fn sweep_forward(&self, pass: &Pass<'_>, weights: &Weights, tape: &PassTape, y: &Tensor) -> Result<()> {
+    /// `x`: where [`Self::forms_inputs`], and whether backward will follow.
+    fn sweep_forward(
+        &self,
+        pass: &Pass<'_>,
+        weights: &Weights,
+        tape: &PassTape,
+        x: Option<(&Tensor, bool)>,
+        y: &Tensor,
+    ) -> Result<()> {
         let (cell, plan) = (&self.swept_cell(), &pass.plan);
         let unit = weights.unit(cell, plan.hidden)?;
         let (split, precision) = (self.is_split(pass.key.is_some()), self.config.precision);
@@ -937,6 +962,12 @@ impl<C: Cell> Recurrent<C> {
             (None, None, None) => unit.clone(),
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &words, unit: &unit, y };
+        if let Some((x, keep)) = x {
+            let packed = weights.weight_ih.packed(|weight| sweep_step::input_weights::<C>(weight, plan.hidden))?;
+            let inputs = Inputs { x, weights: &packed, bias: weights.bias_ih.as_ref().map(Param::value), keep };
+            sweep_step::forward_from(cell, plan, &buffers, &inputs);
+            return Ok(());
+        }
         match sweep::choose::<C>(&self.device, plan, split) {
             Sweep::Scan(kernels) => return sweep_scan::forward(kernels, cell, plan, &buffers),
             Sweep::Resident => return sweep_resident::forward(cell, plan, &buffers),
@@ -1382,6 +1413,16 @@ fn valid_rows(x: &Tensor, lengths: Option<&Lengths>) -> Result<Tensor> {
 /// Part number `index` of a tensor of parts of `len` numbers: a layer and direction of a state.
 fn part(tensor: &Tensor, index: usize, len: usize) -> Tensor {
     tensor.slice(index * len, [len])
+}
+
+/// What the slots of a forward pass hold before its sweep.
+enum Slots {
+    /// The input part of every gate.
+    InputPart,
+    /// Nothing: the sweep forms that itself.
+    Empty,
+    /// As before, and nothing after it either: there are none.
+    None,
 }
 
 /// What a backward pass carries from step to step.

@@ -1,6 +1,6 @@
 //! The sweep of one layer without the products before and after it, for the bench of kernels.
 
-use super::{Cell, Gradients, Pass, PassTape, Recurrent, Window};
+use super::{Cell, Gradients, Pass, PassTape, Recurrent, Slots, Window};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -24,7 +24,7 @@ impl<C: Cell> SweepAlone<C> {
         let y = Tensor::uninitialized(&layer.device, dy.shape())?;
         let (tape, gradients) = {
             let pass = pass(&layer, shape);
-            (layer.prepare(&pass, x, shape[0] + 1)?, layer.new_gradients(&pass)?)
+            (layer.prepare(&pass, x, shape[0] + 1, Slots::InputPart)?, layer.new_gradients(&pass)?)
         };
         tape.states.clear()?;
         let copy = || -> Result<Tensor> {
@@ -33,7 +33,7 @@ impl<C: Cell> SweepAlone<C> {
             Ok(copy)
         };
         let before = copy()?;
-        layer.sweep_forward(&pass(&layer, shape), &layer.weights[0], &tape, &y)?;
+        layer.sweep_forward(&pass(&layer, shape), &layer.weights[0], &tape, None, &y)?;
         let after = copy()?;
         Ok(Self { shape, tape, gradients, before, after, y, dy: dy.clone(), layer })
     }
@@ -45,7 +45,7 @@ impl<C: Cell> SweepAlone<C> {
 
     /// The forward sweep.
     pub fn forward(&self) -> Result<()> {
-        self.layer.sweep_forward(&pass(&self.layer, self.shape), &self.layer.weights[0], &self.tape, &self.y)
+        self.layer.sweep_forward(&pass(&self.layer, self.shape), &self.layer.weights[0], &self.tape, None, &self.y)
     }
 
     /// Puts what the forward sweep left back into the slots.

@@ -142,7 +142,7 @@ impl Weights {
                 len if split => len,
                 _ => sweep_step::forward_weights_len::<C>(hidden),
             };
-            return self.weight_ih.value().len() + weight_hh + len(&self.weight_hr);
+            return sweep_step::input_weights_len::<C>(hidden, self.inputs()) + weight_hh + len(&self.weight_hr);
         }
         // The matrix in runs of rows, and its transpose.
         let both = |param: &Param, run: Option<usize>| {
