@@ -1,7 +1,7 @@
 //! Column sums: the gradient of a bias.
 
 use super::gemm::Matrix;
-use super::{READ, READ_WRITE, grid};
+use super::{MAX_GROUPS, READ, READ_WRITE, tiles};
 use crate::backend::native::{Shared, for_parts, threads};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
@@ -10,7 +10,7 @@ use crate::tensor::Tensor;
 
 params! {
     /// The shader's uniform struct.
-    ColumnSum { rows: u32, columns: u32, offset: u32, row_stride: u32, first: u32, }
+    ColumnSum { rows: u32, columns: u32, offset: u32, row_stride: u32, first: u32, accumulate: u32, }
 }
 
 pub(crate) static COLUMN_SUM: Kernel = Kernel {
@@ -23,10 +23,15 @@ pub(crate) static COLUMN_SUM: Kernel = Kernel {
     features: &[],
 };
 
+/// Lanes of a workgroup, and rows of a block, as in the shader.
+const LANES: usize = 64;
+const ROWS: usize = 128;
+
 /// On the CPU, fewer numbers than this are summed by one thread.
 const PARALLEL: usize = 1 << 19;
 
-/// `sums[first ..] +=` the sum of each column of `x [rows, columns]`, whose columns are contiguous.
+/// `sums[first ..] +=` the sum of each column of `x [rows, columns]`, whose columns are contiguous. On a GPU blocks of rows are summed, and
+/// then their sums in the same way.
 pub(crate) fn column_sum(x: Matrix<'_>, first: usize, sums: &Tensor) -> Result<()> {
     debug_assert!(x.col == 1 && first + x.cols <= sums.len());
     match sums.device().backend() {
@@ -46,14 +51,22 @@ pub(crate) fn column_sum(x: Matrix<'_>, first: usize, sums: &Tensor) -> Result<(
             Ok(())
         }
         Backend::Gpu(gpu) => {
+            let blocks = x.rows.div_ceil(ROWS);
+            let (part, accumulate) = match blocks {
+                1 => (None, true),
+                _ => (Some(Tensor::uninitialized(sums.device(), [blocks, x.cols])?), false),
+            };
             let params = ColumnSum {
                 rows: x.rows as u32,
                 columns: x.cols as u32,
                 offset: x.offset as u32,
                 row_stride: x.row as u32,
-                first: first as u32,
+                first: if accumulate { first as u32 } else { 0 },
+                accumulate: accumulate.into(),
             };
-            gpu.launch(&COLUMN_SUM, &params, &[x.tensor.range(), sums.range()], grid(x.cols))
+            let groups = tiles(x.cols.div_ceil(LANES).min(MAX_GROUPS), blocks);
+            gpu.launch(&COLUMN_SUM, &params, &[x.tensor.range(), part.as_ref().unwrap_or(sums).range()], groups)?;
+            part.map_or(Ok(()), |part| column_sum(Matrix::new(&part, blocks, x.cols), first, sums))
         }
     }
 }

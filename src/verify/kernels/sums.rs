@@ -1,6 +1,6 @@
 //! Sums of columns, and of all elements.
 
-use super::harness::{Cases, MANY, NAN, TIGHT, mixed, normal, wide};
+use super::harness::{Cases, MANY, NAN, TIGHT, hundreds, mixed, normal, wide};
 use crate::error::Result;
 use crate::kernels;
 use crate::rng::Rng;
@@ -9,9 +9,19 @@ use crate::verify::oracle;
 
 pub(super) fn column_sum(cases: &mut Cases<'_>) -> Result<()> {
     let mut rng = Rng::seed(5);
-    for [rows, columns] in [[1, 1], [2, 3], [5, 63], [4, 64], [3, 65], [1000, 129], [1, MANY]] {
+    // On the GPU a block has 128 rows: one row of blocks, two, more than a block of them, more rows than a shader's loop may have rounds.
+    let sizes = [[1, 1], [2, 3], [5, 63], [4, 64], [3, 65], [127, 5], [128, 6], [129, 66], [1000, 129], [70_000, 3], [1, MANY]];
+    for [rows, columns] in sizes {
         for loose in [false, true] {
-            let (x, before) = (if loose { mixed } else { normal }(&mut rng, rows * columns), normal(&mut rng, columns));
+            // Sums of that many hundreds are exact.
+            let draw = if rows > 65_535 {
+                hundreds
+            } else if loose {
+                mixed
+            } else {
+                normal
+            };
+            let (x, before) = (draw(&mut rng, rows * columns), normal(&mut rng, columns));
             let mut expected = wide(&before);
             x.chunks_exact(columns).for_each(|row| expected.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x)));
             cases.run(format!("{rows}x{columns}{}", if loose { " windows" } else { "" }), |run| {
@@ -22,15 +32,17 @@ pub(super) fn column_sum(cases: &mut Cases<'_>) -> Result<()> {
             })?;
         }
     }
-    let (rows, columns) = (5, 70);
-    let mut x = normal(&mut rng, rows * columns);
-    x[3 * columns + 66] = NAN;
-    cases.run("NaN in x", |run| {
-        let x = run.input_window("x", [rows, columns], false, &x)?;
-        let sums = Tensor::zeros(run.device, [columns])?;
-        kernels::column_sum::column_sum(x.matrix(), 0, &sums)?;
-        run.nan("sums", &sums, |at| at == 66)
-    })
+    for (rows, columns) in [(5, 70), (300, 70)] {
+        let mut x = normal(&mut rng, rows * columns);
+        x[(rows - 2) * columns + 66] = NAN;
+        cases.run(format!("NaN in {rows} rows"), |run| {
+            let x = run.input_window("x", [rows, columns], false, &x)?;
+            let sums = Tensor::zeros(run.device, [columns])?;
+            kernels::column_sum::column_sum(x.matrix(), 0, &sums)?;
+            run.nan("sums", &sums, |at| at == 66)
+        })?;
+    }
+    Ok(())
 }
 
 pub(super) fn reduce(cases: &mut Cases<'_>) -> Result<()> {
