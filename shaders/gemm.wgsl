@@ -1,20 +1,10 @@
-// C = A . B (+ bias) (+ C): A [m, k], B [k, n], C [m, n], bias [n]; each operand a strided window of its buffer.
+// C = A . B (+ bias) (+ C) (product.wgsl), for any device and any strides.
 //
 // One lane computes ROWS rows of COLUMNS columns in registers: 12 loads feed 32 multiply-adds. Its columns lie `stride`
 // apart, so that neighbouring lanes read and write neighbouring columns, and each lane has all of its columns even where n
 // is small. The loads of A are the same for all lanes of a workgroup. No workgroup memory: tiles in it slow software
-// drivers down, and no faster variant has been measured on hardware yet.
+// drivers down.
 
-struct Gemm {
-    m: u32, n: u32, k: u32,
-    a_offset: u32, a_row: u32, a_col: u32,
-    b_offset: u32, b_row: u32, b_col: u32,
-    c_offset: u32, c_row: u32,
-    accumulate: u32, // 1: add to C
-    biased: u32,     // 1: add bias
-}
-
-@group(0) @binding(0) var<uniform> params: Gemm;
 @group(0) @binding(1) var<storage, read> a: array<f32>;
 @group(0) @binding(2) var<storage, read> b: array<f32>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;

@@ -1,20 +1,9 @@
-// C = A . B (+ bias) (+ C) as in gemm.wgsl, where A and B hold half-precision numbers in pairs along k (half.wgsl); sums, bias and C
-// are f32. The product of two such numbers is exact in f32.
+// C = A . B (+ bias) (+ C) as in gemm.wgsl, where A and B hold half-precision numbers in pairs along k (half.wgsl), B's columns
+// side by side; sums, bias and C are f32. The product of two such numbers is exact in f32.
 //
 // One lane computes ROWS rows of COLUMNS columns in registers: 12 loads feed 64 multiply-adds, twice as many as in gemm.wgsl, and read
 // as many bytes. `enable f16` would add nothing: the pairs are one load as they are, and have to become f32 for the sums.
 
-struct GemmHalf {
-    m: u32, n: u32,
-    pairs: u32, // words along k
-    a_offset: u32, a_row: u32, a_pair: u32,
-    b_offset: u32, b_pair: u32, // columns side by side
-    c_offset: u32, c_row: u32,
-    accumulate: u32, // 1: add to C
-    biased: u32,     // 1: add bias
-}
-
-@group(0) @binding(0) var<uniform> params: GemmHalf;
 @group(0) @binding(1) var<storage, read> a: array<u32>;
 @group(0) @binding(2) var<storage, read> b: array<u32>;
 @group(0) @binding(3) var<storage, read> bias: array<f32>;
@@ -51,7 +40,7 @@ fn tile(row: u32, column: u32, stride: u32) {
 
     var c0 = vec4<f32>(); var c1 = vec4<f32>(); var c2 = vec4<f32>(); var c3 = vec4<f32>();
     var c4 = vec4<f32>(); var c5 = vec4<f32>(); var c6 = vec4<f32>(); var c7 = vec4<f32>();
-    for (var pair = 0u; pair < params.pairs; pair++) {
+    for (var pair = 0u; pair < params.k; pair++) {
         let b0 = unpack2x16float(b[b_at.x]); let b1 = unpack2x16float(b[b_at.y]);
         let b2 = unpack2x16float(b[b_at.z]); let b3 = unpack2x16float(b[b_at.w]);
         let even = vec4(b0.x, b1.x, b2.x, b3.x);
@@ -64,9 +53,9 @@ fn tile(row: u32, column: u32, stride: u32) {
         c4 += a4.x * even; c5 += a5.x * even; c6 += a6.x * even; c7 += a7.x * even;
         c0 += a0.y * odd; c1 += a1.y * odd; c2 += a2.y * odd; c3 += a3.y * odd;
         c4 += a4.y * odd; c5 += a5.y * odd; c6 += a6.y * odd; c7 += a7.y * odd;
-        at0 += params.a_pair; at1 += params.a_pair; at2 += params.a_pair; at3 += params.a_pair;
-        at4 += params.a_pair; at5 += params.a_pair; at6 += params.a_pair; at7 += params.a_pair;
-        b_at += vec4(params.b_pair);
+        at0 += params.a_col; at1 += params.a_col; at2 += params.a_col; at3 += params.a_col;
+        at4 += params.a_col; at5 += params.a_col; at6 += params.a_col; at7 += params.a_col;
+        b_at += vec4(params.b_row);
     }
     store(row, column, stride, c0); store(row + 1u, column, stride, c1);
     store(row + 2u, column, stride, c2); store(row + 3u, column, stride, c3);

@@ -8,16 +8,6 @@
 // All is loaded and stored as vectors: n, the rows of B and C, and where they start, are multiples of 4; so are k and A's rows in
 // `rows`, m and A's columns in `columns`.
 
-struct Gemm {
-    m: u32, n: u32, k: u32,
-    a_offset: u32, a_row: u32, a_col: u32,
-    b_offset: u32, b_row: u32, b_col: u32,
-    c_offset: u32, c_row: u32,
-    accumulate: u32, // 1: add to C
-    biased: u32,     // 1: add bias
-}
-
-@group(0) @binding(0) var<uniform> params: Gemm;
 @group(0) @binding(1) var<storage, read> a: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> b: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read> bias: array<vec4<f32>>;

@@ -100,7 +100,10 @@ impl DeviceInfo {
     }
 
     fn of_adapter(adapter: &Adapter) -> Self {
-        let (offered, limits) = (adapter.adapter.features(), adapter.adapter.limits());
+        let (mut offered, limits) = (adapter.adapter.features(), adapter.adapter.limits());
+        if adapter::cooperative_edge(&adapter.adapter).is_none() {
+            offered.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        }
         let useful = [
             ("SUBGROUP", wgpu::Features::SUBGROUP),
             ("SHADER_F16", wgpu::Features::SHADER_F16),
@@ -201,9 +204,8 @@ impl Device {
     /// # Errors
     /// [`ErrorKind::Limit`] when the device was requested with limits that are too small.
     pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
-        let info = adapter.get_info();
-        adapter::check_limits(&info.name, &device.limits())?;
-        Ok(Self::with(Backend::Gpu(Gpu::from_wgpu(info, device, queue))))
+        adapter::check_limits(&adapter.get_info().name, &device.limits())?;
+        Ok(Self::with(Backend::Gpu(Gpu::from_wgpu(adapter, device, queue))))
     }
 
     /// Everything that [`Device::by_name`] can open: the native CPU, then all adapters, best first.

@@ -45,7 +45,8 @@
 //! - `kernels`: one file a family (`gemm`, `gather`, `cross_entropy`, ..): its contract, its uniform struct, its launch,
 //!   its CPU twin. `shaders/` has a file of the same name. `choice` has the tables that say which one runs on
 //!   which class of GPU, and what goes before them ([`KernelOverride`]).
-//!   `half` has the factors of products in either precision, and `gemm_half` the product of two in half precision.
+//!   `half` has the factors of products in either precision, and `gemm_half` the product of two. `gemm::ProductKernel` lists the ways to
+//!   form a product on a GPU; those in tiles are the shaders `gemm_tiled`, and `gemm_cooperative` on matrix units.
 //! - `arithmetic`: [`Tensor::add`] and its like, on top of the kernels.
 //! - [`nn`]: layers, each with `forward`, `forward_train`, `backward`. [`nn::Recurrent`] is the core of every recurrent
 //!   layer: the input product of all steps at once, a sweep over time, and after the backward sweep the gradients of all

@@ -84,8 +84,12 @@ fn main() {
         backend => format!("{backend}:{}", info.name),
     });
     let mut trials = Vec::new();
-    for device in names.map(Lazy::new) {
-        trials.extend(kernels::all().into_iter().map(|kernel| test(&device, kernel.name, move |device| Ok(kernel.run(device)?))));
+    for (device, info) in names.map(Lazy::new).zip(&infos) {
+        trials.extend(kernels::all().into_iter().map(|kernel| {
+            let trial = test(&device, kernel.name, move |device| Ok(kernel.run(device)?));
+            // Listed as ignored where the adapter has nothing to run it on.
+            trial.with_ignored_flag(kernel.feature.is_some_and(|feature| !info.features.iter().any(|has| has == feature)))
+        }));
         for (name, folder) in [("case_files", "cases"), ("onnx_files", "onnx")] {
             trials.push(test(&device, name, move |device| {
                 let cases = cases::read_dir(format!("{FIXTURES}/{folder}"))?;

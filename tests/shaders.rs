@@ -49,6 +49,7 @@ fn title(kernel: &Kernel) -> Result<String> {
 fn capabilities(feature: Feature) -> Capabilities {
     match feature {
         Feature::Subgroups => Capabilities::SUBGROUP,
+        Feature::CooperativeMatrices => Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16,
     }
 }
 
@@ -56,6 +57,7 @@ fn capabilities(feature: Feature) -> Capabilities {
 fn can_say(kernel: &Kernel, subgroups: bool) -> bool {
     kernel.features.iter().all(|feature| match feature {
         Feature::Subgroups => subgroups,
+        Feature::CooperativeMatrices => false,
     })
 }
 

@@ -29,7 +29,25 @@ const WANTED: wgpu::Features = wgpu::Features::SUBGROUP.union(wgpu::Features::TI
 pub(crate) fn feature(feature: Feature) -> wgpu::Features {
     match feature {
         Feature::Subgroups => wgpu::Features::SUBGROUP,
+        Feature::CooperativeMatrices => COOPERATIVE,
     }
+}
+
+/// The matrices, and the type of their elements.
+const COOPERATIVE: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
+
+/// Rows and columns of the cooperative matrices that kernels use: of f16, summed in f32. Each size is for subgroups of one size.
+pub(crate) fn cooperative_edge(adapter: &wgpu::Adapter) -> Option<u32> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let info = adapter.get_info();
+    if !adapter.features().contains(COOPERATIVE.union(wgpu::Features::SUBGROUP)) {
+        return None;
+    }
+    let offered = adapter.cooperative_matrix_properties();
+    let has =
+        |edge: u32| offered.iter().any(|p| [p.m_size, p.n_size, p.k_size] == [edge; 3] && (p.ab_type, p.cr_type) == (F16, F32));
+    let lanes = [info.subgroup_min_size, info.subgroup_max_size];
+    [(16, 32), (8, 8)].into_iter().find(|(edge, size)| lanes == [*size; 2] && has(*edge)).map(|(edge, _)| edge)
 }
 
 /// Adapters that are fast at the same things.
@@ -128,13 +146,22 @@ pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
     check_limits(&adapter.info.name, &offered)?;
     let required_limits = wgpu::Limits {
         max_storage_buffers_per_shader_stage: 8,
+        // What WebGPU grants by default; the least of `NEEDED` is a little less.
+        max_compute_workgroup_storage_size: offered.max_compute_workgroup_storage_size.min(16 << 10),
         max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
         max_buffer_size: offered.max_buffer_size,
         ..wgpu::Limits::downlevel_defaults().using_resolution(offered.clone())
     };
-    let required_features = WANTED & adapter.adapter.features();
+    let mut required_features = WANTED & adapter.adapter.features();
+    let mut experimental_features = wgpu::ExperimentalFeatures::disabled();
+    if cooperative_edge(&adapter.adapter).is_some() {
+        required_features |= COOPERATIVE;
+        // SAFETY: wgpu checks less of shaders that use cooperative matrices; all that do are this crate's own.
+        experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
+    }
     let label = Some("gatefold");
-    let descriptor = wgpu::DeviceDescriptor { label, required_limits, required_features, ..Default::default() };
+    let descriptor =
+        wgpu::DeviceDescriptor { label, required_limits, required_features, experimental_features, ..Default::default() };
     pollster::block_on(adapter.adapter.request_device(&descriptor)).map_err(|error| {
         refuse(&adapter.info.name, ErrorKind::NoDevice, format!("cannot be opened ({error})")).with_source(error)
     })

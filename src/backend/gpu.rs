@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use super::adapter::{self, Adapter, Class};
 use super::clock::Clock;
-use super::{Access, Kernel};
+use super::{Access, Feature, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes between two uniform structs: the largest alignment of dynamic offsets that WebGPU allows an adapter to ask for.
@@ -114,6 +114,8 @@ type PipelineKey = (&'static str, Vec<u64>);
 /// An open wgpu device.
 pub(crate) struct Gpu {
     pub info: wgpu::AdapterInfo,
+    /// See [`adapter::cooperative_edge`].
+    cooperative_edge: Option<u32>,
     limits: wgpu::Limits,
     features: wgpu::Features,
     device: wgpu::Device,
@@ -127,10 +129,11 @@ pub(crate) struct Gpu {
 impl Gpu {
     pub fn open(adapter: &Adapter) -> Result<Self> {
         let (device, queue) = adapter::open(adapter)?;
-        Ok(Self::from_wgpu(adapter.info.clone(), device, queue))
+        Ok(Self::from_wgpu(&adapter.adapter, device, queue))
     }
 
-    pub fn from_wgpu(info: wgpu::AdapterInfo, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+    pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let info = adapter.get_info();
         let fault = Fault::default();
         let (lost, failed) = ((fault.clone(), info.name.clone()), (fault.clone(), info.name.clone()));
         device.set_device_lost_callback(move |reason, what| {
@@ -157,6 +160,7 @@ impl Gpu {
         Self {
             limits: device.limits(),
             features: device.features(),
+            cooperative_edge: adapter::cooperative_edge(adapter),
             info,
             device,
             queue,
@@ -439,6 +443,16 @@ impl Gpu {
     pub fn subgroup_size(&self) -> Option<u32> {
         let (least, most) = (self.info.subgroup_min_size, self.info.subgroup_max_size);
         (self.features.contains(wgpu::Features::SUBGROUP) && least == most).then_some(least)
+    }
+
+    /// Rows and columns of the cooperative matrices that kernels may use, if any.
+    pub fn cooperative_edge(&self) -> Option<u32> {
+        self.cooperative_edge.filter(|_| self.features.contains(adapter::feature(Feature::CooperativeMatrices)))
+    }
+
+    /// Bytes of a workgroup's memory.
+    pub fn workgroup_memory(&self) -> u32 {
+        self.limits.max_compute_workgroup_storage_size
     }
 
     /// Builds the pipeline of `kernel` with these constants once.

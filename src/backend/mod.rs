@@ -49,6 +49,8 @@ pub struct Kernel {
 pub enum Feature {
     /// Operations among the lanes of a subgroup.
     Subgroups,
+    /// Products of small matrices of `f16` by a subgroup, summed in `f32`.
+    CooperativeMatrices,
 }
 
 /// Declares a kernel's uniform struct (32-bit scalars only) together with the layout that a test checks.

@@ -9,7 +9,8 @@ use std::ops::RangeInclusive;
 use serde::Serialize;
 
 use super::cell_contract::CellKernel;
-use super::gemm::{Matrix, ProductKernel};
+use super::gemm::{Product, ProductKernel};
+use super::half::Precision;
 use super::sweep::{Plan, SweepKernel};
 use super::sweep_step::StepKernel;
 use crate::backend::adapter::Class;
@@ -40,6 +41,9 @@ pub(crate) struct Row<S: 'static, K: 'static> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ProductSize {
     M,
+    MxN,
+    /// In half precision, words of two numbers.
+    K,
 }
 
 /// What limits a row of [`STEPS`] or [`SWEEPS`].
@@ -56,13 +60,16 @@ pub(crate) enum SweepSize {
 }
 
 use Class::Software;
-use ProductKernel::{General, SubgroupColumns, SubgroupRows, SubgroupRows8};
-use ProductSize::M;
+use ProductKernel::{
+    General, HalfCooperative16, HalfGeneral, HalfTiled64, HalfTiled64Parts, HalfTiled128, SubgroupColumns, SubgroupRows,
+    SubgroupRows8, Tiled64, Tiled64Parts, Tiled128,
+};
+use ProductSize::{K, M, MxN};
 use SweepSize::{BxH, H, Lanes, T};
 
 const HARDWARE: &[Class] = &[Class::Nvidia, Class::Amd, Class::Intel, Class::Apple, Class::Other];
 
-/// Columns count through what a kernel takes: its layouts and alignment.
+/// Columns and precision count through what a kernel takes: its layouts, alignment and factors.
 pub(crate) static PRODUCTS: Table<ProductSize, ProductKernel> = Table {
     name: "product",
     rows: &[
@@ -78,6 +85,44 @@ pub(crate) static PRODUCTS: Table<ProductSize, ProductKernel> = Table {
             kernels: &[SubgroupRows, SubgroupColumns],
             reason: "llvmpipe (Mesa 22.3, 2 busy cores), 512 x 512 x 512: rows 4.0 to 5.1 times as fast as the general one; columns take \
                      as long as rows",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[(MxN, 0..=1 << 20), (K, 512..=usize::MAX)],
+            kernels: &[Tiled64Parts, HalfTiled64Parts],
+            reason: "not measured: by its tiles alone a C of this size leaves most of a large GPU idle, and gradients of weights are long \
+                     sums",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[(M, 0..=16)],
+            kernels: &[General, HalfGeneral],
+            reason: "not measured: a tile of 64 rows would compute most of them for nothing",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[(MxN, 1 << 20..=usize::MAX)],
+            kernels: &[HalfCooperative16],
+            reason: "not measured: matrix units are so fast that a GPU is better off with few of their tiles than with many others",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[(MxN, 1 << 22..=usize::MAX)],
+            kernels: &[Tiled128, HalfTiled128],
+            reason: "not measured: large tiles read half as much, but 256 are needed, two a multiprocessor of the largest GPUs",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[],
+            kernels: &[Tiled64, HalfTiled64],
+            reason: "not measured: 4 vectors from workgroup memory feed 64 multiply-adds, where the general one has 12 loads from the \
+                     buffers for 32",
+        },
+        Row {
+            classes: ALL,
+            limits: &[],
+            kernels: &[General, HalfGeneral],
+            reason: "the one of its precision that any device takes",
         },
     ],
     otherwise: General,
@@ -156,7 +201,7 @@ pub(crate) static SWEEPS: Table<SweepSize, SweepKernel> = Table {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KernelOverride {
-    /// Of matrix products in single precision.
+    /// Of matrix products, in the kernel's precision.
     pub product: Option<ProductKernel>,
     /// Of a step, in sweeps that launch each step by itself.
     pub step: Option<StepKernel>,
@@ -216,14 +261,21 @@ fn name(kernel: &impl Serialize) -> String {
     serde_json::to_value(kernel).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// The kernel for `C = A . B`. On a device that is batch invariant the number of rows plays no part.
-pub(crate) fn product(device: &Device, gpu: &Gpu, a: &Matrix<'_>, b: &Matrix<'_>, c: &Matrix<'_>) -> ProductKernel {
+/// The kernel for a product. On a device that is batch invariant the numbers of rows and of outputs play no part.
+pub(crate) fn product(device: &Device, gpu: &Gpu, product: &Product<'_>) -> ProductKernel {
+    let [m, n, k] = [product.a.rows, product.b.cols, product.a.cols];
     let size = |size| match size {
-        M if device.is_batch_invariant() => usize::MAX,
-        M => a.rows,
+        M | MxN if device.is_batch_invariant() => usize::MAX,
+        M => m,
+        MxN => m * n,
+        K => k,
     };
-    let takes = |kernel: ProductKernel| kernel.takes(gpu, a, b, c);
-    let work = || format!("{}x{}x{}{}", a.rows, b.cols, a.cols, if a.col == 1 { "" } else { " of A transposed" });
+    let takes = |kernel: ProductKernel| kernel.takes(gpu, product);
+    let work = || {
+        let layout = if product.a.col == 1 { "" } else { " of A transposed" };
+        let pairs = if product.precision == Precision::Half { " of pairs" } else { "" };
+        format!("{m}x{n}x{k}{layout}{pairs}")
+    };
     choose(&PRODUCTS, device, gpu, device.kernel_override().product, size, takes, work)
 }
 

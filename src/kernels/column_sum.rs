@@ -2,6 +2,7 @@
 
 use super::gemm::Matrix;
 use super::{MAX_GROUPS, READ, READ_WRITE, tiles};
+use crate::backend::gpu::Gpu;
 use crate::backend::native::{Shared, for_parts, threads};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
@@ -30,8 +31,7 @@ const ROWS: usize = 128;
 /// On the CPU, fewer numbers than this are summed by one thread.
 const PARALLEL: usize = 1 << 19;
 
-/// `sums[first ..] +=` the sum of each column of `x [rows, columns]`, whose columns are contiguous. On a GPU blocks of rows are summed, and
-/// then their sums in the same way.
+/// `sums[first ..] +=` the sum of each column of `x [rows, columns]`, whose columns are contiguous.
 pub(crate) fn column_sum(x: Matrix<'_>, first: usize, sums: &Tensor) -> Result<()> {
     debug_assert!(x.col == 1 && first + x.cols <= sums.len());
     match sums.device().backend() {
@@ -50,23 +50,27 @@ pub(crate) fn column_sum(x: Matrix<'_>, first: usize, sums: &Tensor) -> Result<(
             });
             Ok(())
         }
-        Backend::Gpu(gpu) => {
-            let blocks = x.rows.div_ceil(ROWS);
-            let (part, accumulate) = match blocks {
-                1 => (None, true),
-                _ => (Some(Tensor::uninitialized(sums.device(), [blocks, x.cols])?), false),
-            };
-            let params = ColumnSum {
-                rows: x.rows as u32,
-                columns: x.cols as u32,
-                offset: x.offset as u32,
-                row_stride: x.row as u32,
-                first: if accumulate { first as u32 } else { 0 },
-                accumulate: accumulate.into(),
-            };
-            let groups = tiles(x.cols.div_ceil(LANES).min(MAX_GROUPS), blocks);
-            gpu.launch(&COLUMN_SUM, &params, &[x.tensor.range(), part.as_ref().unwrap_or(sums).range()], groups)?;
-            part.map_or(Ok(()), |part| column_sum(Matrix::new(&part, blocks, x.cols), first, sums))
-        }
+        Backend::Gpu(gpu) => sum_columns(gpu, x, first, sums, true),
     }
+}
+
+/// The same on a GPU, added to `sums`, or in their place: the sums of blocks of rows, and then their sums in the same way.
+pub(super) fn sum_columns(gpu: &Gpu, x: Matrix<'_>, first: usize, sums: &Tensor, accumulate: bool) -> Result<()> {
+    let blocks = x.rows.div_ceil(ROWS);
+    let params = ColumnSum {
+        rows: x.rows as u32,
+        columns: x.cols as u32,
+        offset: x.offset as u32,
+        row_stride: x.row as u32,
+        first: first as u32,
+        accumulate: accumulate.into(),
+    };
+    let groups = tiles(x.cols.div_ceil(LANES).min(MAX_GROUPS), blocks);
+    if blocks == 1 {
+        return gpu.launch(&COLUMN_SUM, &params, &[x.tensor.range(), sums.range()], groups);
+    }
+    let part = Tensor::uninitialized(sums.device(), [blocks, x.cols])?;
+    let params = ColumnSum { first: 0, accumulate: 0, ..params };
+    gpu.launch(&COLUMN_SUM, &params, &[x.tensor.range(), part.range()], groups)?;
+    sum_columns(gpu, Matrix::new(&part, blocks, x.cols), first, sums, accumulate)
 }

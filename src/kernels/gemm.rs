@@ -3,6 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::choice;
+use super::column_sum::sum_columns;
+use super::gemm_cooperative::{COOPERATIVE_8, COOPERATIVE_16};
+use super::gemm_half::GEMM_HALF;
+use super::gemm_tiled::{HALF_TILED_64, HALF_TILED_128, TILED_64, TILED_64_WORDS, TILED_128};
+use super::half::Precision;
 use super::product::multiply;
 use super::{MAX_GROUPS, READ, READ_WRITE, tiles};
 use crate::backend::gpu::Gpu;
@@ -12,7 +17,7 @@ use crate::error::Result;
 use crate::tensor::Tensor;
 
 params! {
-    /// The shader's uniform struct.
+    /// The uniform struct of every product's shader.
     Gemm {
         m: u32, n: u32, k: u32,
         a_offset: u32, a_row: u32, a_col: u32,
@@ -20,13 +25,15 @@ params! {
         c_offset: u32, c_row: u32,
         accumulate: u32,
         biased: u32,
+        part: u32,
+        c_part: u32,
     }
 }
 
 pub(crate) static GEMM: Kernel = GEMM_KERNEL;
-const GEMM_KERNEL: Kernel = Kernel {
+pub(super) const GEMM_KERNEL: Kernel = Kernel {
     name: "gemm",
-    source: include_str!("../../shaders/gemm.wgsl"),
+    source: concat!(include_str!("../../shaders/gemm.wgsl"), include_str!("../../shaders/product.wgsl")),
     entry: "gemm",
     params: Gemm::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE)],
@@ -37,7 +44,11 @@ const GEMM_KERNEL: Kernel = Kernel {
 /// The same for subgroups of 8 lanes and aligned operands: a kernel for each layout of A.
 const SUBGROUP: Kernel = Kernel {
     name: "gemm_subgroup_rows",
-    source: concat!(include_str!("../../shaders/gemm_subgroup.wgsl"), include_str!("../../shaders/subgroup_rows.wgsl")),
+    source: concat!(
+        include_str!("../../shaders/gemm_subgroup.wgsl"),
+        include_str!("../../shaders/product.wgsl"),
+        include_str!("../../shaders/subgroup_rows.wgsl")
+    ),
     entry: "rows",
     workgroup: 8,
     features: &[Feature::Subgroups],
@@ -46,6 +57,36 @@ const SUBGROUP: Kernel = Kernel {
 pub(crate) static SUBGROUP_ROWS: Kernel = SUBGROUP;
 pub(crate) static SUBGROUP_ROWS_8: Kernel = Kernel { name: "gemm_subgroup_rows_8", entry: "rows_8", ..SUBGROUP };
 pub(crate) static SUBGROUP_COLUMNS: Kernel = Kernel { name: "gemm_subgroup_columns", entry: "columns", ..SUBGROUP };
+
+/// Words along k of a part, where k is in parts: a number of its own, so that the parts of a sum over time depend on nothing else.
+const PART: usize = 256;
+
+/// Workgroup memory of the kernels that take all that WebGPU grants, in bytes; the least that adapters must have is a little less.
+const FULL_MEMORY: u32 = 16 << 10;
+
+/// A product on a GPU: `C [m, n] = A [m, k] . B [k, n] (+ bias [n]) (+ C)`. In half precision the elements of A and B are words, which hold
+/// two numbers along k.
+#[derive(Clone, Copy)]
+pub(crate) struct Product<'a> {
+    pub precision: Precision,
+    pub a: Matrix<'a>,
+    pub b: Matrix<'a>,
+    pub bias: Option<&'a Tensor>,
+    pub c: Matrix<'a>,
+    pub accumulate: bool,
+}
+
+impl Product<'_> {
+    /// Whether all that lies side by side is in fours: along k, or across it, in both factors, and along C's rows.
+    fn is_in_fours(&self) -> bool {
+        let fours = |words: &[usize]| words.iter().all(|words| words.is_multiple_of(4));
+        let factor = |m: &Matrix<'_>| match m.row {
+            1 => fours(&[m.rows, m.col, m.offset]),
+            _ => m.col == 1 && fours(&[m.cols, m.row, m.offset]),
+        };
+        factor(&self.a.t()) && factor(&self.b) && fours(&[self.c.cols, self.c.offset, self.c.row])
+    }
+}
 
 /// A way to compute a product on a GPU; `kernels::choice` picks one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,52 +101,141 @@ pub enum ProductKernel {
     SubgroupRows8,
     /// As the first of them, but A's rows lie side by side.
     SubgroupColumns,
+    /// Tiles of 64 x 64 through workgroup memory. Faster where everything is in fours.
+    Tiled64,
+    /// The same with k in parts, each for workgroups of its own, and a launch that sums their products: C has no gaps, and no bias is added.
+    Tiled64Parts,
+    /// Tiles of 128 x 128, everything in fours.
+    Tiled128,
+    /// The general one of half precision: B's columns lie side by side.
+    HalfGeneral,
+    /// As [`ProductKernel::Tiled64`], everything in fours.
+    HalfTiled64,
+    /// As [`ProductKernel::Tiled64Parts`], everything in fours.
+    HalfTiled64Parts,
+    /// As [`ProductKernel::Tiled128`].
+    HalfTiled128,
+    /// Cooperative matrices of 8 x 8, by subgroups of 8 lanes: tiles of 128 x 128, everything in fours.
+    HalfCooperative8,
+    /// The same of 16 x 16, by subgroups of 32 lanes.
+    HalfCooperative16,
 }
 
 impl ProductKernel {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::General, Self::SubgroupRows, Self::SubgroupRows8, Self::SubgroupColumns];
+    pub const ALL: [Self; 13] = [
+        Self::General,
+        Self::SubgroupRows,
+        Self::SubgroupRows8,
+        Self::SubgroupColumns,
+        Self::Tiled64,
+        Self::Tiled64Parts,
+        Self::Tiled128,
+        Self::HalfGeneral,
+        Self::HalfTiled64,
+        Self::HalfTiled64Parts,
+        Self::HalfTiled128,
+        Self::HalfCooperative8,
+        Self::HalfCooperative16,
+    ];
 
-    fn kernel(self) -> &'static Kernel {
+    fn kernel(self, product: &Product<'_>) -> &'static Kernel {
         match self {
             Self::General => &GEMM,
             Self::SubgroupRows => &SUBGROUP_ROWS,
             Self::SubgroupRows8 => &SUBGROUP_ROWS_8,
             Self::SubgroupColumns => &SUBGROUP_COLUMNS,
+            Self::Tiled64 | Self::Tiled64Parts if product.is_in_fours() => &TILED_64,
+            Self::Tiled64 | Self::Tiled64Parts => &TILED_64_WORDS,
+            Self::Tiled128 => &TILED_128,
+            Self::HalfGeneral => &GEMM_HALF,
+            Self::HalfTiled64 | Self::HalfTiled64Parts => &HALF_TILED_64,
+            Self::HalfTiled128 => &HALF_TILED_128,
+            Self::HalfCooperative8 => &COOPERATIVE_8,
+            Self::HalfCooperative16 => &COOPERATIVE_16,
+        }
+    }
+
+    fn precision(self) -> Precision {
+        match self {
+            Self::General | Self::SubgroupRows | Self::SubgroupRows8 | Self::SubgroupColumns => Precision::Single,
+            Self::Tiled64 | Self::Tiled64Parts | Self::Tiled128 => Precision::Single,
+            Self::HalfGeneral | Self::HalfTiled64 | Self::HalfTiled64Parts | Self::HalfTiled128 => Precision::Half,
+            Self::HalfCooperative8 | Self::HalfCooperative16 => Precision::Half,
         }
     }
 
     /// Rows of a tile, and columns of a workgroup's step.
     fn tile(self) -> [usize; 2] {
         match self {
-            Self::General => [8, 256],
+            Self::General | Self::HalfGeneral => [8, 256],
             Self::SubgroupRows8 => [8, 32],
             Self::SubgroupRows | Self::SubgroupColumns => [32, 32],
+            Self::Tiled64 | Self::Tiled64Parts | Self::HalfTiled64 | Self::HalfTiled64Parts => [64, 64],
+            Self::Tiled128 | Self::HalfTiled128 | Self::HalfCooperative8 | Self::HalfCooperative16 => [128, 128],
+        }
+    }
+
+    /// Whether a workgroup's place in z is its part of k, and not that of more rows.
+    fn has_parts_in_z(self) -> bool {
+        !matches!(self, Self::General | Self::HalfGeneral | Self::SubgroupRows | Self::SubgroupRows8 | Self::SubgroupColumns)
+    }
+
+    /// Whether so many rows take more workgroups than one dimension has, and go on in z.
+    #[cfg(feature = "verify")]
+    pub fn wraps(self, rows: usize) -> bool {
+        !self.has_parts_in_z() && rows.div_ceil(self.tile()[0]) > MAX_GROUPS
+    }
+
+    /// Into how many parts it cuts k.
+    fn parts(self, k: usize) -> usize {
+        match self {
+            Self::Tiled64Parts | Self::HalfTiled64Parts => k.div_ceil(PART),
+            _ => 1,
         }
     }
 
     /// Whether the device has what the kernel asks for.
     pub(crate) fn runs_on(self, gpu: &Gpu) -> bool {
-        gpu.offers(self.kernel()) && (self == Self::General || gpu.subgroup_size() == Some(8))
-    }
-
-    /// Whether the kernel can do this product on this device.
-    pub(crate) fn takes(self, gpu: &Gpu, a: &Matrix<'_>, b: &Matrix<'_>, c: &Matrix<'_>) -> bool {
-        let aligned = |words: &[usize]| words.iter().all(|words| words.is_multiple_of(4));
-        let subgroups = self.runs_on(gpu)
-            && b.col == 1
-            && aligned(&[b.cols, b.offset, b.row, c.offset, c.row])
-            && b.cols <= MAX_GROUPS * self.tile()[1];
         match self {
-            Self::General => true,
-            Self::SubgroupRows | Self::SubgroupRows8 => subgroups && a.col == 1 && aligned(&[a.cols, a.offset, a.row]),
-            Self::SubgroupColumns => subgroups && a.row == 1 && aligned(&[a.rows, a.offset, a.col]),
+            Self::General | Self::Tiled64 | Self::Tiled64Parts => true,
+            Self::HalfGeneral | Self::HalfTiled64 | Self::HalfTiled64Parts => true,
+            Self::SubgroupRows | Self::SubgroupRows8 | Self::SubgroupColumns => gpu.subgroup_size() == Some(8),
+            Self::Tiled128 | Self::HalfTiled128 => gpu.workgroup_memory() >= FULL_MEMORY,
+            Self::HalfCooperative8 => gpu.workgroup_memory() >= FULL_MEMORY && gpu.cooperative_edge() == Some(8),
+            Self::HalfCooperative16 => gpu.workgroup_memory() >= FULL_MEMORY && gpu.cooperative_edge() == Some(16),
         }
     }
 
-    fn groups(self, m: usize, n: usize) -> [u32; 3] {
+    /// Whether the kernel can do this product on this device.
+    pub(crate) fn takes(self, gpu: &Gpu, product: &Product<'_>) -> bool {
+        let Product { a, b, c, bias, .. } = product;
         let [rows, columns] = self.tile();
-        tiles(n.div_ceil(columns).min(MAX_GROUPS), m.div_ceil(rows))
+        let (y, x, parts) = (a.rows.div_ceil(rows), b.cols.div_ceil(columns), self.parts(a.cols));
+        let fours = || product.is_in_fours();
+        let vectors = || [a.row, a.col].contains(&1) && [b.row, b.col].contains(&1);
+        let in_parts = || parts > 1 && c.row == c.cols && bias.is_none();
+        let takes = match self {
+            Self::General => true,
+            Self::SubgroupRows | Self::SubgroupRows8 => a.col == 1 && b.col == 1 && fours() && x <= MAX_GROUPS,
+            Self::SubgroupColumns => a.row == 1 && b.col == 1 && fours() && x <= MAX_GROUPS,
+            Self::Tiled64 => vectors(),
+            Self::Tiled64Parts => vectors() && in_parts(),
+            Self::HalfGeneral => b.col == 1,
+            Self::HalfTiled64Parts => fours() && in_parts(),
+            Self::Tiled128 | Self::HalfTiled64 | Self::HalfTiled128 => fours(),
+            Self::HalfCooperative8 | Self::HalfCooperative16 => fours(),
+        };
+        let fits = !self.has_parts_in_z() || x.max(y).max(parts) <= MAX_GROUPS;
+        takes && fits && self.precision() == product.precision && self.runs_on(gpu)
+    }
+
+    fn groups(self, m: usize, n: usize, k: usize) -> [u32; 3] {
+        let [rows, columns] = self.tile();
+        match self.has_parts_in_z() {
+            true => [n.div_ceil(columns), m.div_ceil(rows), self.parts(k)].map(|groups| groups as u32),
+            false => tiles(n.div_ceil(columns).min(MAX_GROUPS), m.div_ceil(rows)),
+        }
     }
 }
 
@@ -154,22 +284,19 @@ pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
             multiply_native(a, b, bias, c, accumulate);
             Ok(())
         }
-        Backend::Gpu(gpu) => {
-            let kernel = choice::product(c.tensor.device(), gpu, &a, &b, &c);
-            gemm_by(kernel, gpu, [a, b, c], bias, accumulate)
-        }
+        Backend::Gpu(gpu) => launch(gpu, &Product { precision: Precision::Single, a, b, bias, c, accumulate }),
     }
 }
 
-/// The same for `[A, B, C]` by this kernel, which takes them.
-pub(crate) fn gemm_by(
-    kernel: ProductKernel,
-    gpu: &Gpu,
-    [a, b, c]: [Matrix<'_>; 3],
-    bias: Option<&Tensor>,
-    accumulate: bool,
-) -> Result<()> {
-    debug_assert!(kernel.takes(gpu, &a, &b, &c));
+/// A product on a GPU, by the kernel that suits it.
+pub(super) fn launch(gpu: &Gpu, product: &Product<'_>) -> Result<()> {
+    gemm_by(choice::product(product.c.tensor.device(), gpu, product), gpu, product)
+}
+
+/// The same by this kernel, which takes the product.
+pub(crate) fn gemm_by(kernel: ProductKernel, gpu: &Gpu, product: &Product<'_>) -> Result<()> {
+    debug_assert!(kernel.takes(gpu, product));
+    let Product { a, b, bias, c, accumulate, .. } = *product;
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let params = Gemm {
         m: m as u32,
@@ -185,11 +312,24 @@ pub(crate) fn gemm_by(
         c_row: c.row as u32,
         accumulate: accumulate.into(),
         biased: bias.is_some().into(),
+        part: k as u32,
+        c_part: 0,
     };
+    let groups = kernel.groups(m, n, k);
     // Without a bias, something must still be bound in its place.
-    let bias = bias.unwrap_or(a.tensor);
-    let bindings = [a.tensor.range(), b.tensor.range(), bias.range(), c.tensor.range()];
-    gpu.launch(kernel.kernel(), &params, &bindings, kernel.groups(m, n))
+    let run = |params: &Gemm, c: &Tensor| {
+        let bindings = [a.tensor.range(), b.tensor.range(), bias.unwrap_or(a.tensor).range(), c.range()];
+        gpu.launch(kernel.kernel(product), params, &bindings, groups)
+    };
+    match kernel.parts(k) {
+        1 => run(&params, c.tensor),
+        parts => {
+            let sums = Tensor::uninitialized(c.tensor.device(), [parts, m * n])?;
+            let of_parts = Gemm { c_offset: 0, accumulate: 0, part: PART as u32, c_part: (m * n) as u32, ..params };
+            run(&of_parts, &sums)?;
+            sum_columns(gpu, Matrix::new(&sums, parts, m * n), c.offset, c.tensor, accumulate)
+        }
+    }
 }
 
 fn multiply_native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) {

@@ -132,9 +132,8 @@ impl Factor {
         self.precision == Precision::Half && !self.words.device().is_cpu()
     }
 
-    /// Where each number is a word: the matrix `[k, lines]`.
+    /// The matrix of its words, `[depth, lines]`.
     pub fn matrix(&self) -> Matrix<'_> {
-        debug_assert!(!self.is_paired());
         let Self { words, offset, depth, lines, along, across, .. } = self;
         Matrix { tensor: words, offset: *offset, rows: *depth, cols: *lines, row: *along, col: *across }
     }

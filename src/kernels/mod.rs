@@ -22,7 +22,9 @@ pub(crate) mod elementwise;
 pub(crate) mod gate_mask;
 pub(crate) mod gather;
 pub(crate) mod gemm;
+mod gemm_cooperative;
 pub(crate) mod gemm_half;
+mod gemm_tiled;
 pub(crate) mod gru_reset;
 pub(crate) mod half;
 pub(crate) mod layer_norm;
@@ -87,6 +89,13 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &gemm::SUBGROUP_COLUMNS,
         &half::PACK,
         &gemm_half::GEMM_HALF,
+        &gemm_tiled::TILED_64,
+        &gemm_tiled::TILED_64_WORDS,
+        &gemm_tiled::TILED_128,
+        &gemm_tiled::HALF_TILED_64,
+        &gemm_tiled::HALF_TILED_128,
+        &gemm_cooperative::COOPERATIVE_8,
+        &gemm_cooperative::COOPERATIVE_16,
         &transpose::TRANSPOSE,
         &gather::GATHER,
         &gather::SCATTER,

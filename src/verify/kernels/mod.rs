@@ -36,6 +36,8 @@ use harness::Cases;
 pub struct KernelCheck {
     /// The family: `gemm`, `lstm_sweep`.
     pub name: &'static str,
+    /// wgpu's name of the feature, as in [`DeviceInfo`](crate::DeviceInfo), without which no case can run.
+    pub feature: Option<&'static str>,
     cases: Family,
 }
 
@@ -62,6 +64,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("gemm", products::gemm),
         ("half", products::half),
         ("gemm_half", products::gemm_half),
+        ("gemm_cooperative", products::gemm_cooperative),
         ("transpose", products::transpose),
         ("gather", products::gather),
         ("scatter", products::scatter),
@@ -94,5 +97,6 @@ pub fn all() -> Vec<KernelCheck> {
         ("bptt", bptt::bptt),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];
-    families.into_iter().map(|(name, cases)| KernelCheck { name, cases }).collect()
+    let feature = |name| (name == "gemm_cooperative").then_some("EXPERIMENTAL_COOPERATIVE_MATRIX");
+    families.into_iter().map(|(name, cases)| KernelCheck { name, feature: feature(name), cases }).collect()
 }

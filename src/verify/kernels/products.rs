@@ -4,11 +4,11 @@ use super::harness::{Cases, MANY, NAN, Run, TIGHT, Window, layout, mixed, normal
 use crate::device::{Backend, Device};
 use crate::error::Result;
 use crate::kernels;
-use crate::kernels::gemm::{Matrix, ProductKernel, gemm_by};
+use crate::kernels::gemm::{self, Matrix, ProductKernel, gemm_by};
 use crate::kernels::half::{Factor, Precision};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
-use crate::verify::{Comparison, oracle};
+use crate::verify::{Comparison, Report, oracle};
 
 /// `C [m, n] = A [m, k] . B [k, n]` and what comes with it.
 #[derive(Clone, Copy)]
@@ -20,6 +20,8 @@ struct Product {
     accumulate: bool,
     loose: bool,
     precision: Precision,
+    /// Whether A's numbers lie below 2^-14, where half precision has fewer bits.
+    tiny: bool,
 }
 
 impl Product {
@@ -27,7 +29,14 @@ impl Product {
         let [m, n, k] = self.size;
         let mut name = kernel.map_or(String::new(), |kernel| format!("{kernel:?} ")) + &format!("{m}x{n}x{k}");
         let [a_t, b_t] = self.transposed;
-        for (given, part) in [(a_t, "A^T"), (b_t, "B^T"), (self.bias, "bias"), (self.accumulate, "+C"), (self.loose, "windows")] {
+        for (given, part) in [
+            (a_t, "A^T"),
+            (b_t, "B^T"),
+            (self.bias, "bias"),
+            (self.accumulate, "+C"),
+            (self.loose, "windows"),
+            (self.tiny, "tiny A"),
+        ] {
             if given {
                 name += &format!(" {part}");
             }
@@ -52,19 +61,25 @@ impl Product {
         let c = run.window([m, n], self.loose, c)?;
         let (a, b) = (a.matrix(), b.matrix());
         let (a, b) = (if a_t { a.t() } else { a }, if b_t { b.t() } else { b });
+        let factor = Factor::right(self.precision, b, k)?;
         match (run.device.backend(), kernel) {
-            (Backend::Gpu(gpu), Some(kernel)) => gemm_by(kernel, gpu, [a, b, c.matrix()], bias.as_ref(), self.accumulate)?,
-            _ => {
-                let b = Factor::right(self.precision, b, k)?;
-                kernels::gemm_half::product(a, &b, bias.as_ref(), c.matrix(), self.accumulate)?;
+            (Backend::Gpu(gpu), Some(kernel)) => {
+                let half_a = if factor.is_paired() { Some(factor.half_left(a)?) } else { None };
+                let a = half_a.as_ref().map_or(a, |a| a.matrix().t());
+                gemm_by(kernel, gpu, &self.on_gpu(a, factor.matrix(), bias.as_ref(), c.matrix()))?;
             }
+            _ => kernels::gemm_half::product(a, &factor, bias.as_ref(), c.matrix(), self.accumulate)?,
         }
         Ok(c)
     }
 
-    /// What the device would choose, and each kernel that takes the product.
-    fn kernels(&self, device: &Device) -> Result<Vec<Option<ProductKernel>>> {
-        let (Backend::Gpu(gpu), Precision::Single) = (device.backend(), self.precision) else { return Ok(vec![None]) };
+    fn on_gpu<'a>(&self, a: Matrix<'a>, b: Matrix<'a>, bias: Option<&'a Tensor>, c: Matrix<'a>) -> gemm::Product<'a> {
+        gemm::Product { precision: self.precision, a, b, bias, c, accumulate: self.accumulate }
+    }
+
+    /// What the device would choose, `None`, and each kernel that takes the product; of these the ones that are wanted.
+    fn kernels(&self, device: &Device, of: fn(Option<ProductKernel>) -> bool) -> Result<Vec<Option<ProductKernel>>> {
+        let Backend::Gpu(gpu) = device.backend() else { return Ok(vec![None]) };
         let [m, n, k] = self.size;
         let [a_t, b_t] = self.transposed;
         let tensor = Tensor::zeros(device, [1])?; // only the layout counts
@@ -72,25 +87,52 @@ impl Product {
             let [offset, row, _] = layout([rows, cols], self.loose);
             Matrix { tensor: &tensor, offset, rows, cols, row, col: 1 }
         };
-        let a = if a_t { window(k, m).t() } else { window(m, k) };
-        let b = if b_t { window(n, k).t() } else { window(k, n) };
-        let takes = |kernel: &ProductKernel| kernel.takes(gpu, &a, &b, &window(m, n));
-        Ok(std::iter::once(None).chain(ProductKernel::ALL.into_iter().filter(takes).map(Some)).collect())
+        let whole = |rows: usize, cols: usize| Matrix { tensor: &tensor, offset: 0, rows, cols, row: cols, col: 1 };
+        let pairs = k.div_ceil(2);
+        let (a, b) = match (self.precision, a_t, b_t) {
+            (Precision::Single, _, _) => {
+                (if a_t { window(k, m).t() } else { window(m, k) }, if b_t { window(n, k).t() } else { window(k, n) })
+            }
+            (Precision::Half, a_t, _) => (if a_t { whole(pairs, m).t() } else { whole(m, pairs) }, whole(pairs, n)),
+        };
+        let bias = self.bias.then_some(&tensor);
+        let product = self.on_gpu(a, b, bias, window(m, n));
+        // Tall ones are there for what kernels do then.
+        let fits = |kernel: &ProductKernel| m <= 65_535 || kernel.wraps(m);
+        let takes = |kernel: &ProductKernel| fits(kernel) && kernel.takes(gpu, &product);
+        let all = ProductKernel::ALL.into_iter().filter(takes).map(Some);
+        Ok(std::iter::once(None).chain(all).filter(|kernel| of(*kernel)).collect())
     }
 }
 
+fn is_cooperative(kernel: Option<ProductKernel>) -> bool {
+    matches!(kernel, Some(ProductKernel::HalfCooperative8 | ProductKernel::HalfCooperative16))
+}
+
 pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
-    products(cases, Precision::Single)
+    products(cases, Precision::Single, |_| true)
 }
 
 /// The same products of rounded factors: with rounding the bound is that of single precision.
 pub(super) fn gemm_half(cases: &mut Cases<'_>) -> Result<()> {
-    products(cases, Precision::Half)?;
+    products(cases, Precision::Half, |kernel| !is_cooperative(kernel))?;
     windows(cases)
 }
 
-fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
-    let plain = Product { size: [1, 1, 1], transposed: [false; 2], bias: false, accumulate: false, loose: false, precision };
+/// Those on matrix units.
+pub(super) fn gemm_cooperative(cases: &mut Cases<'_>) -> Result<()> {
+    match cases.device.backend() {
+        Backend::Gpu(gpu) if gpu.cooperative_edge().is_some() => products(cases, Precision::Half, is_cooperative),
+        _ => {
+            cases.reports.push(Report::unsupported("all", "no cooperative matrices of f16 with sums in f32"));
+            Ok(())
+        }
+    }
+}
+
+fn products(cases: &mut Cases<'_>, precision: Precision, of: fn(Option<ProductKernel>) -> bool) -> Result<()> {
+    let plain =
+        Product { size: [1, 1, 1], transposed: [false; 2], bias: false, accumulate: false, loose: false, precision, tiny: false };
     let mut products = Vec::new();
     // Tiles: 8 rows, 4 columns a lane, 64 lanes; 8 and 32 rows, 32 columns, all in fours. k around vector widths.
     let sizes = [
@@ -124,38 +166,52 @@ fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
         [36, 60, 1],
         [64, 64, 64],
         [68, 100, 3],
+        // Tiles of 64 and 128, 8 and 16 words along k, parts of 256 words.
+        [60, 64, 20],
+        [64, 68, 24],
+        [68, 132, 260],
+        [124, 128, 256],
+        [128, 128, 32],
+        [132, 124, 1032],
     ]; // [m, n, k]
     for (i, size) in sizes.into_iter().enumerate() {
         for (j, [a, b]) in [[false, false], [false, true], [true, false], [true, true]].into_iter().enumerate() {
             let kind = i + j;
             let (bias, accumulate, loose) = (kind % 2 == 1, kind % 4 > 1, kind % 8 > 3);
-            products.push(Product { size, transposed: [a, b], bias, accumulate, loose, precision });
+            products.push(Product { size, transposed: [a, b], bias, accumulate, loose, ..plain });
         }
     }
     // Every option with every other, with rows and columns left over, below and above the tile's rows.
     for m in [5, 9] {
         for bits in 0..32 {
             let [a, b, bias, accumulate, loose] = [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
-            products.push(Product { size: [m, 66, 17], transposed: [a, b], bias, accumulate, loose, precision });
+            products.push(Product { size: [m, 66, 17], transposed: [a, b], bias, accumulate, loose, ..plain });
         }
     }
     for m in [6, 36] {
         for bits in 0..32 {
             let [a, b, bias, accumulate, loose] = [1, 2, 4, 8, 16].map(|bit| bits & bit != 0);
-            products.push(Product { size: [m, 36, 8], transposed: [a, b], bias, accumulate, loose, precision });
+            products.push(Product { size: [m, 36, 8], transposed: [a, b], bias, accumulate, loose, ..plain });
         }
     }
-    // More tiles of rows than one dimension of workgroups has.
+    // More tiles of rows than one dimension of workgroups has, for the kernels that then go on in another.
     products.push(Product { size: [65_535 * 8 + 9, 1, 1], loose: true, ..plain });
     products.push(Product { size: [65_535 * 32 + 36, 4, 1], transposed: [true, false], ..plain });
     products.push(Product { size: [65_535 * 8 + 9, 4, 4], ..plain });
+    // In half precision numbers below 2^-14 are denormal.
+    for size in [[9, 70, 5], [68, 72, 48]] {
+        products.push(Product { size, tiny: true, ..plain });
+    }
 
     let mut rng = Rng::seed(1);
     for (i, product) in products.into_iter().enumerate() {
         let [m, n, k] = product.size;
         // Large numbers hide errors in the others: only some cases have them.
         let draw = if i % 3 == 0 { mixed } else { normal };
-        let (a, b) = (draw(&mut rng, m * k), draw(&mut rng, k * n));
+        let (mut a, b) = (draw(&mut rng, m * k), draw(&mut rng, k * n));
+        if product.tiny {
+            a.iter_mut().for_each(|a| *a *= 2f32.powi(-18));
+        }
         let bias = product.bias.then(|| normal(&mut rng, n));
         let c = product.accumulate.then(|| normal(&mut rng, m * n));
         let [a_t, b_t] = product.transposed;
@@ -164,7 +220,7 @@ fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
         for (at, value) in expected.iter_mut().enumerate() {
             *value += bias.as_ref().map_or(0.0, |bias| bias[at % n].into()) + c.as_ref().map_or(0.0, |c| c[at].into());
         }
-        for kernel in product.kernels(cases.device)? {
+        for kernel in product.kernels(cases.device, of)? {
             cases.run(product.name(kernel), |run| {
                 let c = product.launch(run, kernel, [&a, &b], bias.as_deref(), c.as_deref())?;
                 run.near_window("c", &c, &expected, TIGHT)
@@ -189,7 +245,7 @@ fn products(cases: &mut Cases<'_>, precision: Precision) -> Result<()> {
                 2 => bias[column] = NAN,
                 _ => c[row * n + column] = NAN,
             }
-            for kernel in product.kernels(cases.device)? {
+            for kernel in product.kernels(cases.device, of)? {
                 cases.run(format!("NaN in {}, {}", ["A", "B", "bias", "C"][part], product.name(kernel)), |run| {
                     let c = product.launch(run, kernel, [&a, &b], Some(&bias), Some(&c))?;
                     run.nan("c", &c.tensor, |at| match part {

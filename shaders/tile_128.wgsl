@@ -1,0 +1,2 @@
+// Tiles of 128 rows and columns, by 256 lanes.
+const SIDE = 16u;
