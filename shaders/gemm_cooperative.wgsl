@@ -5,21 +5,21 @@ enable wgpu_cooperative_matrix;
 // TILE x TILE: each subgroup multiplies fragments of EDGE x EDGE, and has 4 of them below each other and 2 beside each other.
 //
 // Blocks of DEPTH words of A's rows and B's columns come to workgroup memory as in gemm_tiled.wgsl, but line by line, so that a fragment is
-// loaded as it lies: 16 numbers along k of a line, then those of the next line. Nothing reads the elements of a fragment: sums
-// go through workgroup memory, a fragment of every subgroup at a time. Composed with product.wgsl, tile_source.wgsl, tile_128.wgsl,
-// bound_vectors.wgsl, and the size of fragments that the adapter has (fragments_16.wgsl). Subgroups are as large as makes
-// them as many as there are patches of 4 x 2 fragments.
+// loaded as it lies: 16 numbers along k of a line, then those of the next line. A loaded matrix has the type of the memory's elements, so
+// pairs are taken apart on the way. Nothing reads the elements of a fragment: sums go through workgroup memory, one fragment of each
+// subgroup at a time. Composed with product.wgsl, tile_source.wgsl, tile_128.wgsl, bound_vectors.wgsl, and the size of fragments that
+// the adapter has (fragments_16.wgsl), for whose subgroups there are as many patches of 4 x 2 fragments as subgroups.
 
 alias Words = vec4<u32>;
 
 const DEPTH = SIDE;
-const LINE = 2u;                 // vectors of a line's 16 numbers
-const OPERAND = TILE * DEPTH / 4u; // vectors of an operand's block
-const FRAGMENT = EDGE * EDGE / 4u; // vectors of a fragment's sums
+const LINE = 4u;                    // vectors of a line's 16 numbers
+const OPERAND = TILE * DEPTH / 2u;  // vectors of an operand's block
+const FRAGMENT = EDGE * EDGE / 4u;  // vectors of a fragment's sums
 const PATCHES = TILE / (2u * EDGE); // beside each other
 
-// Pairs as they are, and sums: one kind of memory for both. [A or B, 16 numbers of k, line, 2 vectors]
-var<workgroup> tile: array<vec4<f32>, 2u * OPERAND>;
+var<workgroup> tile: array<vec4<f16>, 2u * OPERAND>; // [A or B, 16 numbers of k, line, 4 vectors]
+var<workgroup> fragments: array<vec4<f32>, LANES * 2u>; // one of every subgroup
 
 @compute @workgroup_size(LANES)
 fn cooperative(
@@ -30,25 +30,25 @@ fn cooperative(
     @builtin(subgroup_size) size: u32,
 ) {
     let source = source_of(lane, TILE * group.yx);
-    let home = source.operand * OPERAND + home_of(source.k / 4u, 4u * source.vector);
+    let home = source.operand * OPERAND + home_of(source.k / 2u, 4u * source.vector);
     let first = group.z * params.part;
     let end = min(first + params.part, params.k);
     let corner = vec2(4u * EDGE * (subgroup / PATCHES), 2u * EDGE * (subgroup % PATCHES));
 
-    if lane < FRAGMENT { tile[lane] = vec4<f32>(); }
+    if lane < FRAGMENT { fragments[lane] = vec4<f32>(); }
     workgroupBarrier();
-    var c0 = coopLoadT<Sums>(&tile[0], EDGE / 4u);
+    var c0 = coopLoadT<Sums>(&fragments[0], EDGE / 4u);
     var c1 = c0; var c2 = c0; var c3 = c0; var c4 = c0; var c5 = c0; var c6 = c0; var c7 = c0;
     var next = by_line(source, fetch(source, first, end));
     for (var k = first; k < end; k += DEPTH) {
         workgroupBarrier();
-        tile[home] = bitcast<vec4<f32>>(next.x);
-        tile[home + LINE] = bitcast<vec4<f32>>(next.y);
-        tile[home + 2u * LINE] = bitcast<vec4<f32>>(next.z);
-        tile[home + 3u * LINE] = bitcast<vec4<f32>>(next.w);
+        fill(home, next.x);
+        fill(home + LINE, next.y);
+        fill(home + 2u * LINE, next.z);
+        fill(home + 3u * LINE, next.w);
         workgroupBarrier();
         next = by_line(source, fetch(source, k + DEPTH, end));
-        for (var vector = 0u; vector < DEPTH / 4u; vector += EDGE / 8u) {
+        for (var vector = 0u; vector < DEPTH / 2u; vector += EDGE / 4u) {
             let a_at = home_of(vector, corner.x);
             let b_at = OPERAND + home_of(vector, corner.y);
             let b0 = coopLoad<Right>(&tile[b_at], LINE);
@@ -71,9 +71,14 @@ fn cooperative(
     store_fragment(c7, to); to.corner.y -= EDGE; store_fragment(c6, to);
 }
 
-// Where 4 words along k of a line lie: vector `vector` of the block's.
+// Where vector `vector` along k of a line lies.
 fn home_of(vector: u32, line: u32) -> u32 {
     return (vector / LINE * TILE + line) * LINE + vector % LINE;
+}
+
+fn fill(at: u32, words: Words) {
+    tile[at] = vec4<f16>(vec4(unpack2x16float(words.x), unpack2x16float(words.y)));
+    tile[at + 1u] = vec4<f16>(vec4(unpack2x16float(words.z), unpack2x16float(words.w)));
 }
 
 // Where a fragment's sums go: the start of C, its first row and column, by way of which workgroup memory, and which lane of how many this is.
@@ -81,9 +86,9 @@ struct Target { base: u32, corner: vec2<u32>, memory: u32, place: u32, size: u32
 
 fn store_fragment(sums: Sums, to: Target) {
     workgroupBarrier();
-    coopStoreT(sums, &tile[to.memory], EDGE / 4u);
+    coopStoreT(sums, &fragments[to.memory], EDGE / 4u);
     workgroupBarrier();
     for (var i = to.place; i < FRAGMENT; i += to.size) {
-        store(to.base, to.corner + vec2(i / (EDGE / 4u), 4u * (i % (EDGE / 4u))), tile[to.memory + i]);
+        store(to.base, to.corner + vec2(i / (EDGE / 4u), 4u * (i % (EDGE / 4u))), fragments[to.memory + i]);
     }
 }

@@ -12,6 +12,8 @@ use naga::{AddressSpace, Handle, Module, ShaderStage, StorageAccess, StructMembe
 /// What WebGPU grants without asking: storage buffers a stage, and bytes of workgroup memory.
 const STORAGE_BUFFERS: usize = 8;
 const WORKGROUP_BYTES: u32 = 16 << 10;
+/// What every adapter with cooperative matrices has.
+const COOPERATIVE_BYTES: u32 = 24 << 10;
 
 /// The entry point alone, as wgpu hands it to a backend.
 struct Shader {
@@ -57,6 +59,7 @@ fn capabilities(feature: Feature) -> Capabilities {
 fn can_say(kernel: &Kernel, subgroups: bool) -> bool {
     kernel.features.iter().all(|feature| match feature {
         Feature::Subgroups => subgroups,
+        // Metal has them, but of 8 x 8 for subgroups of 32 lanes, which no kernel is for.
         Feature::CooperativeMatrices => false,
     })
 }
@@ -119,7 +122,7 @@ fn translate_to_spir_v() -> Result<()> {
 fn translate_to_msl() -> Result<()> {
     for_each(|kernel, Shader { module, info }| {
         let entry_point = Some((ShaderStage::Compute, kernel.entry.to_owned()));
-        for lang_version in [(2, 0), (2, 4), (3, 1)] {
+        for lang_version in [(2, 0), (2, 4), (3, 1)].into_iter().filter(|_| can_say(kernel, true)) {
             let options = msl::Options { lang_version, ..Default::default() };
             let pipeline = msl::PipelineOptions { entry_point: entry_point.clone(), ..Default::default() };
             let (_, translated) = msl::write_string(module, info, &options, &pipeline)?;
@@ -225,7 +228,11 @@ fn workgroups_are_as_in_rust() -> Result<()> {
         let context = shader.module.to_ctx();
         let memory = globals(shader, |space| space == AddressSpace::WorkGroup);
         let bytes: u32 = memory.map(|variable| shader.module.types[variable.ty].inner.size(context)).sum();
-        ensure!(bytes <= WORKGROUP_BYTES, "uses {bytes} bytes of workgroup memory");
+        let is_cooperative = kernel.features.contains(&Feature::CooperativeMatrices);
+        ensure!(
+            bytes <= if is_cooperative { COOPERATIVE_BYTES } else { WORKGROUP_BYTES },
+            "uses {bytes} bytes of workgroup memory"
+        );
         Ok(())
     })
 }

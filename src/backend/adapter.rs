@@ -25,6 +25,9 @@ const NEEDED: [Need; 6] = [
 /// Taken where the adapter offers it: what kernels may ask for, and the clock of their bench.
 const WANTED: wgpu::Features = wgpu::Features::SUBGROUP.union(wgpu::Features::TIMESTAMP_QUERY);
 
+/// Bytes of workgroup memory that some kernels take; all others live within those of [`NEEDED`].
+const WORKGROUP_MEMORY: u32 = 24 << 10;
+
 /// wgpu's name for what a kernel asks for.
 pub(crate) fn feature(feature: Feature) -> wgpu::Features {
     match feature {
@@ -146,8 +149,7 @@ pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
     check_limits(&adapter.info.name, &offered)?;
     let required_limits = wgpu::Limits {
         max_storage_buffers_per_shader_stage: 8,
-        // What WebGPU grants by default; the least of `NEEDED` is a little less.
-        max_compute_workgroup_storage_size: offered.max_compute_workgroup_storage_size.min(16 << 10),
+        max_compute_workgroup_storage_size: offered.max_compute_workgroup_storage_size.min(WORKGROUP_MEMORY),
         max_storage_buffer_binding_size: offered.max_storage_buffer_binding_size,
         max_buffer_size: offered.max_buffer_size,
         ..wgpu::Limits::downlevel_defaults().using_resolution(offered.clone())

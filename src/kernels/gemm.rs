@@ -61,8 +61,9 @@ pub(crate) static SUBGROUP_COLUMNS: Kernel = Kernel { name: "gemm_subgroup_colum
 /// Words along k of a part, where k is in parts: a number of its own, so that the parts of a sum over time depend on nothing else.
 const PART: usize = 256;
 
-/// Workgroup memory of the kernels that take all that WebGPU grants, in bytes; the least that adapters must have is a little less.
-const FULL_MEMORY: u32 = 16 << 10;
+/// Workgroup memory of the kernels that take more than the least that adapters have, in bytes.
+const TILED_128_MEMORY: u32 = 16 << 10;
+const COOPERATIVE_MEMORY: u32 = 24 << 10;
 
 /// A product on a GPU: `C [m, n] = A [m, k] . B [k, n] (+ bias [n]) (+ C)`. In half precision the elements of A and B are words, which hold
 /// two numbers along k.
@@ -201,9 +202,9 @@ impl ProductKernel {
             Self::General | Self::Tiled64 | Self::Tiled64Parts => true,
             Self::HalfGeneral | Self::HalfTiled64 | Self::HalfTiled64Parts => true,
             Self::SubgroupRows | Self::SubgroupRows8 | Self::SubgroupColumns => gpu.subgroup_size() == Some(8),
-            Self::Tiled128 | Self::HalfTiled128 => gpu.workgroup_memory() >= FULL_MEMORY,
-            Self::HalfCooperative8 => gpu.workgroup_memory() >= FULL_MEMORY && gpu.cooperative_edge() == Some(8),
-            Self::HalfCooperative16 => gpu.workgroup_memory() >= FULL_MEMORY && gpu.cooperative_edge() == Some(16),
+            Self::Tiled128 | Self::HalfTiled128 => gpu.workgroup_memory() >= TILED_128_MEMORY,
+            Self::HalfCooperative8 => gpu.workgroup_memory() >= COOPERATIVE_MEMORY && gpu.cooperative_edge() == Some(8),
+            Self::HalfCooperative16 => gpu.workgroup_memory() >= COOPERATIVE_MEMORY && gpu.cooperative_edge() == Some(16),
         }
     }
 

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use crate::device::{Backend, Device};
 use crate::error::Result;
-use crate::kernels::gemm::{Matrix, gemm};
-use crate::kernels::{column_sum, elementwise, gather, peak};
+use crate::kernels::gemm::Matrix;
+use crate::kernels::half::{Factor, Precision};
+use crate::kernels::{column_sum, elementwise, gather, gemm_half, peak};
 use crate::nn::{Cell, GruConfig, LstmConfig, MinGruConfig, Module, Recurrent, RnnConfig, SweepAlone};
 use crate::optim::{AdamW, Optimizer};
 use crate::rng::Rng;
@@ -114,21 +115,22 @@ pub fn layer(device: &Device, cell: &str, shape: [usize; 4]) -> Result<Option<Ve
     }
 }
 
-/// `C [m, n] = A [m, k] . B [k, n]`, with A lying transposed in memory or as it is.
+/// `C [m, n] = A [m, k] . B [k, n]`, with A lying transposed in memory or as it is; in half precision with rounding A, but not B.
 ///
 /// # Errors
 /// What the device reports.
-pub fn product(device: &Device, name: &'static str, [m, n, k]: [usize; 3], a_t: bool) -> Result<Workload> {
+pub fn product(device: &Device, name: &'static str, precision: Precision, [m, n, k]: [usize; 3], a_t: bool) -> Result<Workload> {
     let mut rng = Rng::seed(3);
     let mut draw = |count: usize| -> Result<Tensor> {
         let values: Vec<f32> = (0..count).map(|_| 0.1 * rng.normal()).collect();
         Tensor::from_slice(device, &values, [count])
     };
     let (a, b, c) = (draw(m * k)?, draw(k * n)?, draw(m * n)?);
+    let b = Factor::right(precision, Matrix::new(&b, k, n), k)?;
     let numbers = (m * k + k * n + m * n) as f64;
     Ok(Workload::new(device, name, &[m, n, k], [2.0 * (m * n * k) as f64, numbers], move || {
         let a = if a_t { Matrix::new(&a, k, m).t() } else { Matrix::new(&a, m, k) };
-        gemm(a, Matrix::new(&b, k, n), None, Matrix::new(&c, m, n), false)
+        gemm_half::product(a, &b, None, Matrix::new(&c, m, n), false)
     }))
 }
 
@@ -152,7 +154,7 @@ fn of_layer<C: Cell + 'static>(mut layer: Recurrent<C>, shape: [usize; 4], rng: 
         ("product of a step", [b, gates, h], false),
     ];
     for (name, size, a_t) in products {
-        loads.push(product(device, name, size, a_t)?);
+        loads.push(product(device, name, Precision::Single, size, a_t)?);
     }
 
     let dg = draw(&[lines, gates])?;

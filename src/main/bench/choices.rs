@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use anyhow::{Context, Result};
+use gatefold::nn::Precision;
 use gatefold::verify::workloads::{self, Clock, Workload};
 use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
 use serde::Serialize;
@@ -91,7 +92,7 @@ impl<W: Write> Tuner<'_, W> {
         for m in ROWS {
             let (mut best, mut gained) = (Vec::new(), Vec::new());
             for (name, a_t) in [("A by rows", false), ("A by columns", true)] {
-                let load = [workloads::product(self.device, name, [m, WIDTH, WIDTH], a_t)?];
+                let load = [workloads::product(self.device, name, Precision::Single, [m, WIDTH, WIDTH], a_t)?];
                 let work = format!("{m}x{WIDTH}x{WIDTH} {name}");
                 let by = |kernel| KernelOverride::default().product(kernel);
                 let gains = self.gains("product", &work, &load, (&ProductKernel::ALL, ProductKernel::General), by)?;
@@ -110,6 +111,23 @@ impl<W: Write> Tuner<'_, W> {
             let most = bands.get(i + 1).map_or("usize::MAX".to_owned(), |(next, ..)| (next - 1).to_string());
             let kernels: Vec<String> = kernels.iter().map(|kernel| format!("ProductKernel::{kernel:?}")).collect();
             self.row(&format!("(M, {least}..={most})"), &kernels, gained)?;
+        }
+        self.large_products()
+    }
+
+    /// What rows by the numbers of C, by k and by precision rest on: the products of a layer over all steps.
+    fn large_products(&mut self) -> Result<()> {
+        let by = |kernel| KernelOverride::default().product(kernel);
+        for (precision, general) in [(Precision::Single, ProductKernel::General), (Precision::Half, ProductKernel::HalfGeneral)] {
+            for hidden in [128, 512] {
+                const LINES: usize = 4096;
+                let gates = 4 * hidden;
+                for (name, size, a_t) in [("dg^T.h", [gates, hidden, LINES], true), ("x.W_ih^T", [LINES, gates, hidden], false)] {
+                    let load = [workloads::product(self.device, name, precision, size, a_t)?];
+                    let work = format!("{name} {} {precision:?}", load[0].size);
+                    self.gains("product", &work, &load, (&ProductKernel::ALL, general), by)?;
+                }
+            }
         }
         Ok(())
     }
