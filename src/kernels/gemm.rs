@@ -333,6 +333,19 @@ pub(crate) fn gemm_by(kernel: ProductKernel, gpu: &Gpu, product: &Product<'_>) -
     }
 }
 
+/// Words that the sums of parts take while a gradient of weights `[m, n]` is made from `k` lines, or one like it; `any` is on its device.
+pub(crate) fn part_sums(any: &Tensor, precision: Precision, [m, n, k]: [usize; 3]) -> usize {
+    let Backend::Gpu(gpu) = any.device().backend() else { return 0 };
+    let k = if precision == Precision::Half { k.div_ceil(2) } else { k };
+    let matrix = |rows, cols| Matrix { tensor: any, offset: 0, rows, cols, row: cols, col: 1 };
+    let (a, b, c) = (matrix(k, m).t(), matrix(k, n), matrix(m, n));
+    let product = Product { precision, a, b, bias: None, c, accumulate: true };
+    match choice::product(any.device(), gpu, &product).parts(k) {
+        1 => 0,
+        parts => parts * m * n,
+    }
+}
+
 fn multiply_native(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) {
     let (lhs, rhs) = (a.tensor.native::<f32>(), b.tensor.native::<f32>());
     let mut out = c.tensor.native_mut::<f32>();

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::{Cell, Direction, Recurrent, Window, time_block};
 use crate::error::{Error, Result};
 use crate::kernels::cell_contract::Block;
+use crate::kernels::gemm::part_sums;
 use crate::kernels::sweep_step;
 use crate::nn::{Input, Precision};
 use crate::tensor::{Lengths, Tensor};
@@ -143,8 +144,14 @@ impl<C: Cell> BoundedBptt<'_, C> {
             (Precision::Half, true) => factors,
             (Precision::Half, false) => factors / 2,
         };
+        // On a GPU the sums of products over many lines may be in parts, while one of the gradients of W_ih, W_hh or x is made.
+        let inputs = config.input.max(if config.layers > 1 { layer.output() } else { 0 });
+        let of_block = time_block(rows).min(segment) * rows;
+        let products = [[gates, inputs, of_block], [gates, width, of_block], [of_block, inputs, gates]];
+        let any = layer.weights[0].weight_ih.value();
+        let parts = products.into_iter().map(|size| part_sums(any, config.precision, size)).max().unwrap_or_default();
         let head = lines * layer.output();
-        let backward = halves + dx + douts + dnorms + carried + masked + copies * lines * layer.output();
+        let backward = halves + parts + dx + douts + dnorms + carried + masked + copies * lines * layer.output();
         let whole = if self.needs_dx { steps * rows * config.input } else { 0 };
         let words = weights
             + dropped

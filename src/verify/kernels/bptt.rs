@@ -3,6 +3,8 @@
 use super::harness::{Cases, NAN, normal, ragged};
 use crate::device::Device;
 use crate::error::Result;
+use crate::kernels::choice::KernelOverride;
+use crate::kernels::gemm::ProductKernel;
 use crate::nn::{Cell, CellState, GruConfig, Input, LstmConfig, Module, Precision, RecurrentConfig, Reset, RnnConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Lengths, Tensor};
@@ -31,16 +33,30 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4))?;
     check(cases, "lstm_half", lstm().precision(Precision::Half))?;
     check(cases, "lstm_projection_half", lstm().layers(2).projection(7).precision(Precision::Half))?;
-    check(cases, "gru_half", GruConfig::new(INPUT, HIDDEN).layers(2).precision(Precision::Half))
+    check(cases, "gru_half", GruConfig::new(INPUT, HIDDEN).layers(2).precision(Precision::Half))?;
+    if !cases.device.is_cpu() {
+        let by = |kernel| KernelOverride::default().product(kernel);
+        let half = LstmConfig::new(INPUT, 132).precision(Precision::Half);
+        check_by(cases, "lstm_parts", LstmConfig::new(INPUT, 132), by(ProductKernel::Tiled64Parts))?;
+        check_by(cases, "lstm_parts_half", half, by(ProductKernel::HalfTiled64Parts))?;
+    }
+    Ok(())
 }
 
 fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>) -> Result<()> {
+    check_by(cases, name, config, KernelOverride::default())
+}
+
+fn check_by<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>, kernels: KernelOverride) -> Result<()> {
     let steps = 250;
     // A device of its own: whatever else runs at the same time is not in its count.
     let info = cases.device.info();
     let device =
         &if cases.device.is_cpu() { Device::cpu() } else { Device::by_name(&format!("{}:{}", info.backend, info.name))? };
     device.poison();
+    if !device.is_cpu() {
+        device.override_kernels(kernels)?;
+    }
     for (kind, rows, is_ragged) in [("", 17, false), ("_ragged", 17, true)] {
         let mut rng = Rng::seed(8);
         let layer = config.clone().init(device, &mut rng)?;
