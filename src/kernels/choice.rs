@@ -67,6 +67,7 @@ use ProductKernel::{
 use ProductSize::{K, M, MxN};
 use SweepSize::{BxH, H, Lanes, T};
 
+const ALL: &[Class] = &[Software, Class::Nvidia, Class::Amd, Class::Intel, Class::Apple, Class::Other];
 const HARDWARE: &[Class] = &[Class::Nvidia, Class::Amd, Class::Intel, Class::Apple, Class::Other];
 
 /// Columns and precision count through what a kernel takes: its layouts, alignment and factors.
