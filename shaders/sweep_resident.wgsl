@@ -66,7 +66,7 @@ fn forward(
         }
         for (var i = 0u; i < tile; i++) {
             if is_unit && row + i < params.rows {
-                state[i] = forward_unit(t, row + i, unit, r[i], state[i], p);
+                state[i] = forward_unit(t, row + i, unit, load_input(t, row + i, unit), r[i], state[i], p);
                 // Where only the newest state is kept, those within the run are nobody's.
                 if params.keep == 1u || n + 1u == params.steps { store_state(slot_after(t), row + i, unit, state[i]); }
             }
@@ -152,7 +152,7 @@ fn backward(
         for (var i = 0u; i < tile; i++) {
             var step: UnitBackward;
             if is_unit && row + i < params.rows {
-                step = backward_unit(t, row + i, unit, d[i], p);
+                step = backward_unit(t, row + i, unit, load_kept(t, row + i, unit), d[i], p);
                 d[i] = step.d;
                 for (var k = BIASES; k < PARAMS; k++) { dunit[k] += step.dunit[k]; }
                 clipped += step.clipped;

@@ -64,7 +64,8 @@ fn forward_split(
 
 fn step_forward(row: u32, unit: u32, r: Pre, p: Unit) {
     let previous = load_state(slot_before(params.t), row, unit);
-    store_state(slot_after(params.t), row, unit, forward_unit(params.t, row, unit, r, previous, p));
+    let x = load_input(params.t, row, unit);
+    store_state(slot_after(params.t), row, unit, forward_unit(params.t, row, unit, x, r, previous, p));
 }
 
 // A lane owns UNITS units here, `stride` apart, because only one weight is read for each unit and k.
@@ -123,7 +124,7 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> UnitBackward {
     if params.finish == 1u {
         step.d = d;
     } else {
-        step = backward_unit(params.t, row, unit, d, p);
+        step = backward_unit(params.t, row, unit, load_kept(params.t, row, unit), d, p);
     }
     store_gradient(row, unit, step.d);
     return step;

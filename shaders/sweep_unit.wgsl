@@ -8,9 +8,11 @@ struct Sweep {
     t: u32,      // the first step of this launch, in the order of its direction
     steps: u32,  // how many it takes
     reverse: u32, // 1: the sequence is read from its last step to its first
-    later: u32,  // sweep_step, backward: the step handled before this one
-    recurrent: u32, // sweep_step, backward: 1 where there is such a step
-    finish: u32, // sweep_step, backward: 1: nothing but the product of the first step, for the gradient of the initial state
+    later: u32,  // sweep_step, sweep_grid, backward: the step handled before the first
+    recurrent: u32, // the same: 1 where there is such a step
+    finish: u32, // backward: 1: the product of the first step is wanted, for the gradient of the initial state; sweep_step: and nothing else
+    tile: u32,   // sweep_grid: rows of a workgroup
+    rescue: u32, // sweep_grid: 1: does what workgroups of the launch before it left undone
     ragged: u32, // 1: steps past lengths[row] hold the state and output zeros
     keep: u32,   // forward: 1: store what backward needs
     output: u32, // 1: y is this state 0 (backward: dy is its gradient); 0: y is made of it elsewhere
@@ -101,10 +103,15 @@ fn y_at(t: u32, row: u32, unit: u32) -> u32 {
     return (t * params.rows + row) * params.y_stride + params.y_offset + unit;
 }
 
-// The state after a step; stores all else that it leaves.
-fn forward_unit(t: u32, row: u32, unit: u32, r: Pre, previous: State, p: Unit) -> State {
+// The input part of all gates.
+fn load_input(t: u32, row: u32, unit: u32) -> Pre {
     var x: Pre;
     for (var g = 0u; g < GATES; g++) { x[g] = slots[slot_at(t, row, g, unit)]; }
+    return x;
+}
+
+// The state after a step; stores all else that it leaves.
+fn forward_unit(t: u32, row: u32, unit: u32, x: Pre, r: Pre, previous: State, p: Unit) -> State {
     let valid = is_valid(t, row);
     let site = site_of(t, row, unit);
     let out = cell_forward(site, x, r, previous, p);
@@ -123,28 +130,38 @@ fn forward_unit(t: u32, row: u32, unit: u32, r: Pre, previous: State, p: Unit) -
     return state;
 }
 
+// What backward reads of a step: what forward left, and the gradient of y. Past a row's end there is nothing.
+struct Kept { saved: Slots, previous: State, dy: f32 }
+
+fn load_kept(t: u32, row: u32, unit: u32) -> Kept {
+    var kept: Kept;
+    if is_valid(t, row) {
+        for (var s = 0u; s < SLOTS; s++) { kept.saved[s] = slots[slot_at(t, row, s, unit)]; }
+        kept.previous = load_state(slot_before(t), row, unit);
+        if params.output == 1u { kept.dy = y[y_at(t, row, unit)]; }
+    }
+    return kept;
+}
+
 // d: the gradient of the state before the step, the direct path only; clipped: how many of its parts the clip acted on.
 struct UnitBackward { d: State, dslots: Slots, dunit: Unit, clipped: u32 }
 
 // From d, the gradient that later steps give the state after a step; stores the gradients that the step leaves.
-fn backward_unit(t: u32, row: u32, unit: u32, later: State, p: Unit) -> UnitBackward {
+fn backward_unit(t: u32, row: u32, unit: u32, kept: Kept, later: State, p: Unit) -> UnitBackward {
     var result: UnitBackward;
     var d = later;
     for (var s = 0u; s < SLOTS; s++) { result.dslots[s] = 0.0; }
     var totals: State;
     if is_valid(t, row) {
         for (var s = 0u; s < STATES; s++) {
-            let kept = clip_to(params.clip, d[s]);
-            result.clipped += select(0u, 1u, kept != d[s] && !is_nan_bits(kept));
-            d[s] = kept;
+            let clipped = clip_to(params.clip, d[s]);
+            result.clipped += select(0u, 1u, clipped != d[s] && !is_nan_bits(clipped));
+            d[s] = clipped;
         }
-        if params.output == 1u { d[0] += y[y_at(t, row, unit)]; }
-        var saved: Slots;
-        for (var s = 0u; s < SLOTS; s++) { saved[s] = slots[slot_at(t, row, s, unit)]; }
-        let previous = load_state(slot_before(t), row, unit);
+        if params.output == 1u { d[0] += kept.dy; }
         let site = site_of(t, row, unit);
         var held_back: State; // its gradient passes the cell by
-        if flow && !zoneout { totals = cell_totals(saved, previous, p, d); }
+        if flow && !zoneout { totals = cell_totals(kept.saved, kept.previous, p, d); }
         if zoneout {
             totals = d; // what was held back goes into nothing else of its step
             for (var s = 0u; s < STATES; s++) {
@@ -153,7 +170,7 @@ fn backward_unit(t: u32, row: u32, unit: u32, later: State, p: Unit) -> UnitBack
                 d[s] -= held_back[s];
             }
         }
-        let out = cell_backward(site, saved, previous, p, d);
+        let out = cell_backward(site, kept.saved, kept.previous, p, d);
         result.dslots = out.dslots;
         d = out.dprevious;
         if zoneout { for (var s = 0u; s < STATES; s++) { d[s] += held_back[s]; } }

@@ -426,6 +426,21 @@ impl Device {
         self.inner.poison.load(Ordering::Relaxed)
     }
 
+    /// Whether workgroups of a grid have given up waiting for each other, as far as readbacks have shown.
+    #[cfg(feature = "verify")]
+    pub(crate) fn is_alarmed(&self) -> bool {
+        matches!(self.backend(), Backend::Gpu(gpu) if gpu.is_alarmed())
+    }
+
+    /// Forgets that, once all recorded work ran.
+    #[cfg(feature = "verify")]
+    pub(crate) fn reset_alarm(&self) -> Result<()> {
+        match self.backend() {
+            Backend::Native => Ok(()),
+            Backend::Gpu(gpu) => gpu.reset_alarm(),
+        }
+    }
+
     /// Destroys the device under its owner, as a driver reset would: to test what follows.
     #[cfg(feature = "verify")]
     pub fn lose(&self) {

@@ -63,8 +63,9 @@
 //! `shaders/cell_contract.wgsl` and are joined as text, so that N cells and M sweeps are N + M files. In Rust the same two halves are the traits of `kernels::cell_contract` and the generic
 //! functions of the sweeps. A cell is a value: its options are its fields, on the GPU constants of the pipeline.
 //!
-//! Four sweeps: `sweep_step`, one launch a step, product and cell in one; `sweep_resident`, the loop over time inside the kernel,
-//! with the weights close to the lanes, for few units; `sweep_split`, a step as a row of launches, for what comes between the
+//! Five sweeps: `sweep_step`, one launch a step, product and cell in one; `sweep_resident`, the loop over time inside the kernel,
+//! with the weights close to the lanes, for few units; `sweep_grid`, the same for more units, by workgroups that run at once and pass
+//! each other h through memory; `sweep_split`, a step as a row of launches, for what comes between the
 //! product and the cell or after the cell (masks, layer normalisation, a gated product, an output product); `sweep_scan`, in
 //! parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On the CPU all but `sweep_split` are
 //! `sweep_native`, whose threads share the units or the rows.

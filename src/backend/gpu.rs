@@ -8,6 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -55,6 +56,17 @@ pub(crate) struct Range {
 impl Range {
     pub fn new(buffer: &GpuBuffer, offset: u64, size: u64) -> Self {
         Self { buffer: buffer.buffer.clone(), offset, size }
+    }
+
+    /// Bytes of it.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// `size` bytes of it, from `offset` on.
+    pub fn part(&self, offset: u64, size: u64) -> Self {
+        debug_assert!(offset + size <= self.size);
+        Self { buffer: self.buffer.clone(), offset: self.offset + offset, size }
     }
 }
 
@@ -124,6 +136,10 @@ pub(crate) struct Gpu {
     pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
     state: Mutex<State>,
     fault: Fault,
+    exchange: Mutex<Option<GpuBuffer>>,
+    alarm: AtomicBool,
+    /// Of each kernel that was probed, how many workgroups run at once.
+    co_resident: Mutex<HashMap<&'static str, usize>>,
 }
 
 impl Gpu {
@@ -168,6 +184,9 @@ impl Gpu {
             pipelines: Mutex::default(),
             state: Mutex::new(state),
             fault,
+            exchange: Mutex::default(),
+            alarm: AtomicBool::new(false),
+            co_resident: Mutex::default(),
         }
     }
 
@@ -211,6 +230,48 @@ impl Gpu {
             self.create(size, usage)
         })?;
         Ok(GpuBuffer { buffer, pool: self.pool.clone() })
+    }
+
+    /// Memory of `words` words or more through which the workgroups of a launch pass each other results: one for all launches, which
+    /// use it in turn. Its first word is the alarm: 0, until a kernel sets it because its workgroups do not run at once. It
+    /// stays set, every readback brings it along, and from then on [`Gpu::is_alarmed`].
+    pub fn exchange(&self, words: usize) -> Result<Range> {
+        let mut exchange = self.exchange.lock();
+        let bytes = 4 * words as u64;
+        if exchange.as_ref().is_none_or(|buffer| buffer.buffer.size() < bytes) {
+            let buffer = self.allocate(words)?;
+            self.clear(Range::new(&buffer, 0, 4))?;
+            *exchange = Some(buffer);
+        }
+        match &*exchange {
+            Some(buffer) => Ok(Range::new(buffer, 0, bytes)),
+            None => unreachable!("it was just made"),
+        }
+    }
+
+    /// Whether a kernel has set the alarm, as far as readbacks have shown.
+    pub fn is_alarmed(&self) -> bool {
+        self.alarm.load(Ordering::Relaxed)
+    }
+
+    /// Takes the alarm back, once all recorded work ran.
+    #[cfg(feature = "verify")]
+    pub fn reset_alarm(&self) -> Result<()> {
+        let alarm = self.exchange.lock().as_ref().map(|buffer| Range::new(buffer, 0, 4));
+        alarm.map_or(Ok(()), |alarm| self.clear(alarm))?;
+        self.synchronize()?;
+        self.alarm.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// How many workgroups of `kernel` run at once: what `probe` finds, the first time.
+    pub fn co_resident(&self, kernel: &'static Kernel, probe: impl FnOnce() -> Result<usize>) -> Result<usize> {
+        if let Some(count) = self.co_resident.lock().get(kernel.name) {
+            return Ok(*count);
+        }
+        let count = probe()?;
+        self.co_resident.lock().insert(kernel.name, count);
+        Ok(count)
     }
 
     fn create(&self, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
@@ -489,7 +550,8 @@ impl Gpu {
         });
         let source = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(kernel.source.into()) };
         // SAFETY: the shaders are this crate's own. Each guards its indices with the sizes in its uniform struct, which
-        // the host side checked against the bound ranges; every loop is bounded by one of those sizes.
+        // the host side checked against the bound ranges; every loop is bounded by one of those sizes or by a
+        // constant.
         let module = unsafe { self.device.create_shader_module_trusted(source, wgpu::ShaderRuntimeChecks::unchecked()) };
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label,
@@ -552,19 +614,30 @@ impl Gpu {
         Ok(times)
     }
 
-    /// The content of `range`, after all recorded work.
+    /// The content of `range`, after all recorded work; the alarm of the exchange comes along.
     pub fn read(&self, range: Range) -> Result<Vec<u8>> {
         self.check()?;
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let mapped = self.create(range.size, usage)?;
-        let to = Range { buffer: mapped.clone(), offset: 0, size: range.size };
-        self.copy(range, to)?;
+        let size = range.size;
+        let mapped = self.create(size + 4, usage)?;
+        let to = |offset, size| Range { buffer: mapped.clone(), offset, size };
+        self.copy(range, to(0, size))?;
+        let alarm = self.exchange.lock().as_ref().map(|buffer| Range::new(buffer, 0, 4));
+        let has_alarm = alarm.is_some();
+        if let Some(alarm) = alarm {
+            self.copy(alarm, to(size, 4))?;
+        }
         self.submit()?;
         mapped.map_async(wgpu::MapMode::Read, .., |_| {});
         self.wait(None)?;
         let failed = |error: &dyn std::fmt::Display| self.fail(ErrorKind::DeviceLost, format!("reading back failed: {error}"));
-        let bytes = self.guarded(|| mapped.get_mapped_range(..).map(|view| view.to_vec()))?.map_err(|error| failed(&error))?;
+        let mut bytes =
+            self.guarded(|| mapped.get_mapped_range(..).map(|view| view.to_vec()))?.map_err(|error| failed(&error))?;
         mapped.unmap();
+        let alarm = bytes.split_off(size as usize);
+        if has_alarm && alarm.iter().any(|byte| *byte != 0) {
+            self.alarm.store(true, Ordering::Relaxed);
+        }
         Ok(bytes)
     }
 

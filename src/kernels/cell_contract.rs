@@ -73,6 +73,10 @@ pub struct StepKernels {
     pub forward_split: Kernel,
     /// Product (where there is a later step) and cell.
     pub backward: Kernel,
+    /// As `forward`, through workgroup memory; of no use without a product.
+    pub forward_tiled: Kernel,
+    /// As `backward`, likewise.
+    pub backward_tiled: Kernel,
     /// As `forward`, for subgroups of 8 lanes; of no use without a product.
     pub forward_subgroup: Kernel,
     /// As `backward`, likewise.
@@ -98,6 +102,8 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     const KERNELS: &'static StepKernels;
     /// The same with the loop over time inside the kernel.
     const RESIDENT: &'static ResidentKernels;
+    /// The same by workgroups that run at once, where there is a product: forward and backward.
+    const GRID: Option<&'static [Kernel; 2]> = None;
     /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
     const SCAN: Option<&'static ScanKernels> = None;
 

@@ -3,11 +3,14 @@
 use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Gated, Site, StepKernels, activation_constants};
 use super::math::Lanes;
+use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
+use crate::backend::Kernel;
 
 pub(crate) static KERNELS: StepKernels = step_kernels!("gru", "cell_gru.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("gru", "cell_gru.wgsl");
+pub(crate) static GRID: [Kernel; 2] = grid_kernels!("gru", "cell_gru.wgsl");
 
 /// The cell of Cho et al. (2014), gates in PyTorch's order: `r, z = sigmoid(x + r + b)`, `n = tanh(x + q)`,
 /// `h = (1 - z) n + z h'`; `q = r (W_hn h' + b_hn)`, or, with the reset before the product, `q = W_hn (r h') + b_hn`.
@@ -60,6 +63,7 @@ impl CellKernel for GruCell {
     const PRODUCT: bool = true;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
+    const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
 
     fn constants(&self) -> Vec<(&'static str, f64)> {
         let mut constants = self.gate_constants();

@@ -3,11 +3,14 @@
 use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
 use super::math::Lanes;
+use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
+use crate::backend::Kernel;
 
 pub(crate) static KERNELS: StepKernels = step_kernels!("lstm", "cell_lstm.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("lstm", "cell_lstm.wgsl");
+pub(crate) static GRID: [Kernel; 2] = grid_kernels!("lstm", "cell_lstm.wgsl");
 
 /// The cell of Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000); gates in PyTorch's order:
 /// `i, f, o = sigmoid(x + r + b)`, `g = tanh(x + r + b)`, `c = f c' + i g`, `h = o tanh(c)`.
@@ -67,6 +70,7 @@ impl CellKernel for LstmCell {
     const PRODUCT: bool = true;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
+    const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
 
     fn unit_params(&self) -> usize {
         if self.peepholes { 7 } else { 4 }

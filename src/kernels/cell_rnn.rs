@@ -3,11 +3,14 @@
 use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
 use super::math::Lanes;
+use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
+use crate::backend::Kernel;
 
 pub(crate) static KERNELS: StepKernels = step_kernels!("rnn", "cell_rnn.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("rnn", "cell_rnn.wgsl");
+pub(crate) static GRID: [Kernel; 2] = grid_kernels!("rnn", "cell_rnn.wgsl");
 
 /// The cell of Elman (1990): `h = act(x + r + b)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,6 +37,7 @@ impl CellKernel for RnnCell {
     const PRODUCT: bool = true;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
+    const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
 
     fn constants(&self) -> Vec<(&'static str, f64)> {
         let mut constants = vec![("clip", f64::from(self.clip))];

@@ -2,11 +2,14 @@
 
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
 use super::math::{Lanes, exp, log};
+use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
+use crate::backend::Kernel;
 
 pub(crate) static KERNELS: StepKernels = step_kernels!("slstm", "cell_slstm.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("slstm", "cell_slstm.wgsl");
+pub(crate) static GRID: [Kernel; 2] = grid_kernels!("slstm", "cell_slstm.wgsl");
 
 /// Below it n counts as nothing, and c / n as 0.
 const NONE: f32 = 1e-30;
@@ -55,6 +58,7 @@ impl CellKernel for SLstmCell {
     const PRODUCT: bool = true;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
+    const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
 
     #[inline(always)]
     fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {

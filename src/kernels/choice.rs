@@ -12,6 +12,7 @@ use super::cell_contract::CellKernel;
 use super::gemm::{Product, ProductKernel};
 use super::half::Precision;
 use super::sweep::{Plan, SweepKernel};
+use super::sweep_grid;
 use super::sweep_step::StepKernel;
 use crate::backend::adapter::Class;
 use crate::backend::gpu::Gpu;
@@ -53,6 +54,8 @@ pub(crate) enum SweepSize {
     T,
     /// Units that see each other through the product of a step: 0 for a cell without one.
     H,
+    /// Rows.
+    B,
     /// Units of all rows.
     BxH,
     /// Lanes of every subgroup; 0: they vary, or may not be used.
@@ -65,7 +68,7 @@ use ProductKernel::{
     SubgroupRows8, Tiled64, Tiled64Parts, Tiled128,
 };
 use ProductSize::{K, M, MxN};
-use SweepSize::{BxH, H, Lanes, T};
+use SweepSize::{B, BxH, H, Lanes, T};
 
 const ALL: &[Class] = &[Software, Class::Nvidia, Class::Amd, Class::Intel, Class::Apple, Class::Other];
 const HARDWARE: &[Class] = &[Class::Nvidia, Class::Amd, Class::Intel, Class::Apple, Class::Other];
@@ -132,13 +135,21 @@ pub(crate) static PRODUCTS: Table<ProductSize, ProductKernel> = Table {
 /// Rows of the batch and steps play no part, so that they do not show in the bits.
 pub(crate) static STEPS: Table<SweepSize, StepKernel> = Table {
     name: "step",
-    rows: &[Row {
-        classes: &[Software],
-        limits: &[],
-        kernels: &[StepKernel::Subgroup],
-        reason: "llvmpipe (Mesa 22.3, 2 busy cores), LSTM with 512 units, 64 rows, 10 steps, products included: 3.7 times as fast \
-                 forward as the general one, 2.5 in training",
-    }],
+    rows: &[
+        Row {
+            classes: &[Software],
+            limits: &[],
+            kernels: &[StepKernel::Subgroup],
+            reason: "llvmpipe (Mesa 22.3, 2 busy cores), LSTM with 512 units, 64 rows, 10 steps, products included: 3.7 times as fast \
+                     forward as the general one, 2.5 in training",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[],
+            kernels: &[StepKernel::Tiled],
+            reason: "not measured: reads a weight once for 32 rows, where the general one does for 4, and sums k in slices of many lanes",
+        },
+    ],
     otherwise: StepKernel::General,
 };
 
@@ -192,6 +203,22 @@ pub(crate) static SWEEPS: Table<SweepSize, SweepKernel> = Table {
             limits: &[(T, 5..=usize::MAX), (H, 0..=32)],
             kernels: &[SweepKernel::Resident],
             reason: "not measured: only weights that surely stay in registers",
+        },
+        Row {
+            // Not for Apple, whose workgroups may wait for each other in vain; nor where nothing is known of the hardware.
+            classes: &[Class::Nvidia, Class::Amd],
+            limits: &[(T, 5..=usize::MAX), (H, 33..=1024), (B, 1..=64)],
+            kernels: &[SweepKernel::Grid],
+            reason: "not measured; of 1024 units of an LSTM on 128 multiprocessors a row takes some 400 cycles and a step 1 to 2 us to \
+                     exchange h, where a launch takes 3 to 5 us and as long again to read the weights, but less for each row: at \
+                     128 rows it has caught up",
+        },
+        Row {
+            classes: HARDWARE,
+            limits: &[(T, 1..=1), (H, 33..=1024), (B, 1..=16)],
+            kernels: &[SweepKernel::Grid],
+            reason: "not measured: a step of a stream is one reading of the weights, which the grid has under way all at once; it waits \
+                     for nothing then",
         },
     ],
     otherwise: SweepKernel::Step,
@@ -287,9 +314,17 @@ pub(crate) fn step<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -
 }
 
 /// The kernel of a sweep of whole steps. A device that is batch invariant has one order for any T and B.
-pub(crate) fn sweep<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> SweepKernel {
+pub(crate) fn sweep<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &Plan<'_>, backward: bool) -> SweepKernel {
     let invariant = device.is_batch_invariant();
-    let takes = |kernel: SweepKernel| if invariant { kernel == SweepKernel::Step } else { kernel.takes::<C>(plan) };
+    // Who overrides the table wants to see the grid, or its rescue, at work. A probe fails with its device: the next launch says so.
+    let overridden = device.kernel_override().sweep == Some(SweepKernel::Grid);
+    let may_run = || overridden || sweep_grid::may_run(device, cell, plan, backward).unwrap_or(false);
+    let takes = |kernel: SweepKernel| match kernel {
+        SweepKernel::Step => true,
+        _ if invariant => false,
+        SweepKernel::Grid => kernel.takes::<C>(plan) && may_run(),
+        _ => kernel.takes::<C>(plan),
+    };
     choose(&SWEEPS, device, gpu, device.kernel_override().sweep, sizes::<C>(gpu, plan), takes, || work(plan))
 }
 
@@ -300,6 +335,7 @@ fn sizes<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usi
         T => steps,
         H if C::PRODUCT => hidden,
         H => 0,
+        B => rows,
         BxH => rows * hidden,
         Lanes => lanes,
     }

@@ -38,6 +38,7 @@ mod product;
 pub(crate) mod reduce;
 pub(crate) mod sample;
 pub(crate) mod sweep;
+pub(crate) mod sweep_grid;
 mod sweep_native;
 pub(crate) mod sweep_resident;
 pub(crate) mod sweep_scan;
@@ -137,11 +138,17 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &gate_mask::SPREAD,
         &gate_mask::COLLECT,
     ];
-    kernels.extend(
-        cells.iter().flat_map(|cell| {
-            [&cell.forward, &cell.forward_split, &cell.backward, &cell.forward_subgroup, &cell.backward_subgroup]
-        }),
-    );
+    kernels.extend(cells.iter().flat_map(|cell| {
+        [
+            &cell.forward,
+            &cell.forward_split,
+            &cell.backward,
+            &cell.forward_tiled,
+            &cell.backward_tiled,
+            &cell.forward_subgroup,
+            &cell.backward_subgroup,
+        ]
+    }));
     let resident = [
         &cell_lstm::RESIDENT,
         &cell_gru::RESIDENT,
@@ -152,6 +159,7 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &cell_min_lstm::RESIDENT,
     ];
     kernels.extend(resident.into_iter().flat_map(sweep_resident::ResidentKernels::all));
+    kernels.extend([&cell_lstm::GRID, &cell_gru::GRID, &cell_rnn::GRID, &cell_slstm::GRID].into_iter().flatten());
     kernels.extend([&cell_min_gru::SCAN, &cell_min_lstm::SCAN].into_iter().flat_map(sweep_scan::ScanKernels::all));
     kernels
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel};
 use super::choice;
+use super::sweep_grid;
 use super::sweep_resident;
 use super::sweep_scan::{self, ScanKernels};
 use crate::backend::gpu::Range;
@@ -89,19 +90,22 @@ pub enum SweepKernel {
     Scan,
     /// The loop over time inside the kernel, for few units.
     Resident,
+    /// The same, with the units spread over workgroups that run at once.
+    Grid,
     /// A launch a step.
     Step,
 }
 
 impl SweepKernel {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Scan, Self::Resident, Self::Step];
+    pub const ALL: [Self; 4] = [Self::Scan, Self::Resident, Self::Grid, Self::Step];
 
     /// Whether the sweep can do this.
     pub(crate) fn takes<C: CellKernel>(self, plan: &Plan<'_>) -> bool {
         match self {
             Self::Scan => C::SCAN.is_some() && sweep_scan::fits(plan),
             Self::Resident => sweep_resident::fits::<C>(plan),
+            Self::Grid => sweep_grid::fits::<C>(plan),
             Self::Step => true,
         }
     }
@@ -114,20 +118,24 @@ pub(crate) enum Sweep {
     Scan(&'static ScanKernels),
     /// The loop over time inside the kernel.
     Resident,
+    /// The same, with the units spread over workgroups that run at once.
+    Grid,
     /// A launch a step.
     Step,
     /// A row of launches a step.
     Split,
 }
 
-/// Which sweep runs. `split`: something comes between the product and the cell, or after the cell.
-pub(crate) fn choose<C: CellKernel>(device: &Device, plan: &Plan<'_>, split: bool) -> Sweep {
+/// Which sweep runs, forward or backward. `split`: something comes between the product and the cell, or after the cell. It may wait for
+/// the device, once a kernel: see [`sweep_grid`].
+pub(crate) fn choose<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, split: bool, backward: bool) -> Sweep {
     match (device.backend(), split) {
         (_, true) => Sweep::Split,
         (Backend::Native, false) => Sweep::Step,
-        (Backend::Gpu(gpu), false) => match choice::sweep::<C>(device, gpu, plan) {
+        (Backend::Gpu(gpu), false) => match choice::sweep(device, gpu, cell, plan, backward) {
             SweepKernel::Scan => C::SCAN.map_or(Sweep::Step, Sweep::Scan),
             SweepKernel::Resident => Sweep::Resident,
+            SweepKernel::Grid => Sweep::Grid,
             SweepKernel::Step => Sweep::Step,
         },
     }

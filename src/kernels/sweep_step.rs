@@ -17,6 +17,7 @@ params! {
     Sweep {
         rows: u32, hidden: u32, depth: u32,
         t: u32, steps: u32, reverse: u32, later: u32, recurrent: u32, finish: u32,
+        tile: u32, rescue: u32,
         ragged: u32, keep: u32,
         output: u32, y_stride: u32, y_offset: u32,
         key0: u32, key1: u32, start: u32,
@@ -68,8 +69,22 @@ macro_rules! step_kernels {
             features: &[crate::backend::Feature::Subgroups],
             ..FORWARD
         };
+        const FORWARD_TILED: Kernel = Kernel {
+            name: concat!($name, "_step_forward_tiled"),
+            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl", "sweep_step_tiled.wgsl"], $($cell),+),
+            entry: "forward_tiled",
+            workgroup: 256,
+            ..FORWARD
+        };
         crate::kernels::cell_contract::StepKernels {
             forward: FORWARD,
+            forward_tiled: FORWARD_TILED,
+            backward_tiled: Kernel {
+                name: concat!($name, "_step_backward_tiled"),
+                entry: "backward_tiled",
+                bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
+                ..FORWARD_TILED
+            },
             forward_subgroup: FORWARD_SUBGROUP,
             backward_subgroup: Kernel {
                 name: concat!($name, "_step_backward_subgroup"),
@@ -106,27 +121,37 @@ const UNITS: usize = 4;
 pub enum StepKernel {
     /// Any device: a lane has 4 rows, of one unit, in backward of 4.
     General,
+    /// Through workgroup memory: tiles of 32 rows and 8 units, in backward 16.
+    Tiled,
     /// Subgroups of 8 lanes: tiles of 16 rows, in backward 32, and 32 units.
     Subgroup,
 }
 
 impl StepKernel {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::General, Self::Subgroup];
+    pub const ALL: [Self; 3] = [Self::General, Self::Tiled, Self::Subgroup];
 
     /// Whether the device has what the kernel asks for.
     pub(crate) fn runs_on(self, gpu: &Gpu) -> bool {
-        self == Self::General || gpu.subgroup_size() == Some(8)
+        match self {
+            Self::General | Self::Tiled => true,
+            Self::Subgroup => gpu.subgroup_size() == Some(8),
+        }
     }
 
     /// Whether the kernel can do this sweep on this device.
     pub(crate) fn takes<C: CellKernel>(self, gpu: &Gpu, hidden: usize) -> bool {
-        self == Self::General || (self.runs_on(gpu) && C::PRODUCT && hidden.is_multiple_of(4))
+        match self {
+            Self::General => true,
+            Self::Tiled => C::PRODUCT,
+            Self::Subgroup => self.runs_on(gpu) && C::PRODUCT && hidden.is_multiple_of(4),
+        }
     }
 
     fn forward<C: CellKernel>(self) -> (&'static Kernel, [usize; 2]) {
         match self {
             Self::General => (&C::KERNELS.forward, [ROWS, WORKGROUP]),
+            Self::Tiled => (&C::KERNELS.forward_tiled, [32, 8]),
             Self::Subgroup => (&C::KERNELS.forward_subgroup, [16, 32]),
         }
     }
@@ -134,6 +159,7 @@ impl StepKernel {
     fn backward<C: CellKernel>(self) -> (&'static Kernel, [usize; 2]) {
         match self {
             Self::General => (&C::KERNELS.backward, [ROWS, WORKGROUP * UNITS]),
+            Self::Tiled => (&C::KERNELS.backward_tiled, [32, 16]),
             Self::Subgroup => (&C::KERNELS.backward_subgroup, [32, 32]),
         }
     }
@@ -153,6 +179,8 @@ impl Plan<'_> {
             later: 0,
             recurrent: 0,
             finish: 0,
+            tile: 0,
+            rescue: 0,
             ragged: self.lengths.is_some().into(),
             keep: self.keeps(depth).into(),
             output: self.output.into(),
@@ -207,13 +235,14 @@ pub(crate) fn forward_from<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &B
 /// Runs the cell over all steps: fills y, the states, and what backward needs.
 pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<()> {
     let depth = plan.depth::<C>(buffers.states);
-    match buffers.slots.device().backend() {
+    let device = buffers.slots.device();
+    match device.backend() {
         Backend::Native => {
             sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None, None);
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let (kernel, tile) = choice::step::<C>(buffers.slots.device(), gpu, plan).forward::<C>();
+            let (kernel, tile) = choice::step::<C>(device, gpu, plan).forward::<C>();
             let steps = plan.order(depth).map(|(t, ..)| (plan.params(depth, t), plan.groups(tile)));
             gpu.launch_each(kernel, &plan.constants(cell, false), &buffers.bindings(plan), steps)
         }
@@ -248,13 +277,14 @@ pub(crate) fn forward_split<C: CellKernel>(
 pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
     let depth = plan.steps + 1;
     debug_assert_eq!(plan.depth::<C>(buffers.states), depth, "backward needs every state");
-    match buffers.slots.device().backend() {
+    let device = buffers.slots.device();
+    match device.backend() {
         Backend::Native => {
             sweep_native::backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let (kernel, tile) = choice::step::<C>(buffers.slots.device(), gpu, plan).backward::<C>();
+            let (kernel, tile) = choice::step::<C>(device, gpu, plan).backward::<C>();
             let mut later = None;
             let mut params = |t: usize, finish: bool| {
                 let recurrent = u32::from(later.is_some());

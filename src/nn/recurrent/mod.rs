@@ -43,6 +43,7 @@ use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
 use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Sweep};
+use crate::kernels::sweep_grid;
 use crate::kernels::sweep_resident;
 use crate::kernels::sweep_scan;
 use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
@@ -968,9 +969,10 @@ impl<C: Cell> Recurrent<C> {
             sweep_step::forward_from(cell, plan, &buffers, &inputs);
             return Ok(());
         }
-        match sweep::choose::<C>(&self.device, plan, split) {
+        match sweep::choose(&self.device, cell, plan, split, false) {
             Sweep::Scan(kernels) => return sweep_scan::forward(kernels, cell, plan, &buffers),
             Sweep::Resident => return sweep_resident::forward(cell, plan, &buffers),
+            Sweep::Grid => return sweep_grid::forward(cell, plan, &buffers),
             Sweep::Step => return sweep_step::forward(cell, plan, &buffers),
             Sweep::Split => {}
         }
@@ -1238,9 +1240,10 @@ impl<C: Cell> Recurrent<C> {
         let recurrent = tape.recurrent(weights, precision, plan.hidden)?;
         let words = recurrent.as_ref().map_or(&unit, |factor| &factor.words);
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: words, unit: &unit, y: dy };
-        match sweep::choose::<C>(&self.device, plan, self.is_split(pass.key.is_some())) {
+        match sweep::choose(&self.device, cell, plan, self.is_split(pass.key.is_some()), true) {
             Sweep::Scan(kernels) => return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates),
             Sweep::Resident => return sweep_resident::backward(cell, plan, &buffers, &gradients.dstates),
+            Sweep::Grid => return sweep_grid::backward(cell, plan, &buffers, &gradients.dstates),
             Sweep::Step => return sweep_step::backward(cell, plan, &buffers, &gradients.dstates),
             Sweep::Split => {}
         }

@@ -27,7 +27,7 @@ impl Cases<'_> {
     /// Runs `case` twice and reports what it compared, whether both runs gave the same bits, and whether inputs changed.
     pub(super) fn run(&mut self, name: impl Into<String>, case: impl Fn(&mut Run<'_>) -> Result<()>) -> Result<()> {
         let once = || -> Result<Run<'_>> {
-            let mut run = Run { device: self.device, inputs: Vec::new(), comparisons: Vec::new(), words: Vec::new() };
+            let mut run = Run::new(self.device);
             case(&mut run)?;
             for (name, tensor, before) in std::mem::take(&mut run.inputs) {
                 run.comparisons.push(Comparison::bits(format!("{name}, an input"), &tensor.read_back()?, &before));
@@ -64,6 +64,12 @@ pub(super) struct Run<'a> {
     pub(super) comparisons: Vec<Comparison>,
     /// All outputs, one after another.
     pub(super) words: Vec<u32>,
+}
+
+impl<'a> Run<'a> {
+    pub(super) fn new(device: &'a Device) -> Self {
+        Self { device, inputs: Vec::new(), comparisons: Vec::new(), words: Vec::new() }
+    }
 }
 
 impl Run<'_> {

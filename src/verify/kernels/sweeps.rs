@@ -6,12 +6,14 @@ use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::choice::KernelOverride;
 use crate::kernels::sweep::{Buffers, Plan, SweepKernel};
-use crate::kernels::{sweep_resident, sweep_step};
+use crate::kernels::sweep_step::StepKernel;
+use crate::kernels::{sweep_grid, sweep_resident, sweep_step};
 use crate::nn::{Direction, GruConfig, IndRnnConfig, RnnConfig, SLstmConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{POISON, Tensor};
 use crate::verify::autodiff::sigmoid;
 use crate::verify::oracle::{self, Cell, Recurrent, RecurrentInput};
+use crate::verify::{Comparison, Report};
 
 /// One direction of one layer, `[T, B, .., H]`.
 #[derive(Clone)]
@@ -139,6 +141,9 @@ impl Sweep {
             clip: 0.0,
             flow: false,
         };
+        if self.kind == SweepKernel::Grid {
+            run.device.reset_alarm()?;
+        }
         let slots = Tensor::from_slice(run.device, &self.x, [steps, rows, 4, hidden])?;
         let block = rows * hidden;
         let states = Tensor::uninitialized(run.device, [2, depth, rows, hidden])?;
@@ -153,6 +158,7 @@ impl Sweep {
         match self.kind {
             SweepKernel::Scan | SweepKernel::Step => sweep_step::forward(&LstmCell::default(), &plan, &buffers)?,
             SweepKernel::Resident => sweep_resident::forward(&LstmCell::default(), &plan, &buffers)?,
+            SweepKernel::Grid => sweep_grid::forward(&LstmCell::default(), &plan, &buffers)?,
         }
         check(run, &Launched { plan, slots: &slots, states: &states, y: &y, weights: &weights, unit: &unit })
     }
@@ -179,6 +185,7 @@ impl Launched<'_> {
         match sweep.kind {
             SweepKernel::Scan | SweepKernel::Step => sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
             SweepKernel::Resident => sweep_resident::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
+            SweepKernel::Grid => sweep_grid::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
         }
         Ok(dstates)
     }
@@ -234,6 +241,20 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
     lstm_sweeps(cases, SweepKernel::Step, &mut rng, &sizes, 65_535 * 4 + 5)
 }
 
+pub(super) fn step_tiled(cases: &mut Cases<'_>) -> Result<()> {
+    let kernels = KernelOverride::default().sweep(SweepKernel::Step).step(StepKernel::Tiled);
+    let device = overridden(cases.device, kernels)?;
+    let mut own = Cases { device: &device, reports: Vec::new() };
+    // A tile has 32 rows and 8 units, in backward 16; a product is cut in 4 slices of chunks of 8 k, in backward in 8.
+    let widths = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130];
+    let rows = [1, 3, 4, 31, 32, 33, 5];
+    let sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[2, 1, 3][i % 3], rows[i % 7], hidden]).collect();
+    // Two million rows, more than one dimension has tiles for, would take llvmpipe minutes.
+    lstm_sweeps(&mut own, SweepKernel::Step, &mut Rng::seed(15), &sizes, 100)?;
+    cases.reports.extend(own.reports);
+    other_cells(cases, kernels, &[33])
+}
+
 pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
     // A tile has 1 or 2 rows and 32, 64 or 128 units, those of 128 in two parts; a launch has 2048 steps.
     let widths = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128];
@@ -243,11 +264,72 @@ pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
     lstm_sweeps(cases, SweepKernel::Resident, &mut Rng::seed(13), &sizes, 65_535 * 2 + 3)
 }
 
+pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
+    // An alarm stays on a device.
+    let device = overridden(cases.device, KernelOverride::default())?;
+    let mut own = Cases { device: &device, reports: Vec::new() };
+    // A slice of a product has 32 k, a tile of units as many as 256 lanes allow, a block of rows likewise; a launch has 16 steps here.
+    let widths = [1, 31, 32, 33, 64, 65, 85, 86, 100, 127, 128, 130];
+    let rows = [1, 2, 3, 5, 9];
+    let mut sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[7, 1, 2][i % 3], rows[i % 5], hidden]).collect();
+    sizes.extend([[33, 2, 90], [17, 5, 20]]);
+    let mut rng = Rng::seed(14);
+    lstm_sweeps(&mut own, SweepKernel::Grid, &mut rng, &sizes, 256)?;
+
+    // Workgroups that run at once come to an end by themselves, if not at every try: threads of a software driver on a busy machine take
+    // turns. Workgroups that do not run at once never do, and the rest is done without them.
+    const TRIES: usize = 100;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    for (steps, rows, hidden, is_possible) in [(3, 2, 20, true), (3, 2, 90, threads > 1), (3, 2, 512, false)] {
+        let sweep = Sweep { kind: SweepKernel::Grid, ..Sweep::new(&mut rng, steps, rows, hidden, false, false, 1.0) };
+        let expected = sweep.expected();
+        let (mut comparisons, mut tries, mut halts) = (Vec::new(), 0, 0);
+        let at_once = loop {
+            let device = overridden(cases.device, KernelOverride::default())?; // without an alarm, and not probed yet
+            let (mut run, mut at_once) = (Run::new(&device), false);
+            sweep.launch(&mut run, steps + 1, |run, launched| {
+                at_once = sweep_grid::runs_at_once(&device, &LstmCell::default(), &launched.plan, false)?;
+                run.near("states", launched.states, &expected.states, OUTPUT)
+            })?;
+            comparisons.extend(run.comparisons);
+            tries += 1;
+            halts += usize::from(device.is_alarmed());
+            if !is_possible || tries == TRIES || (at_once && !device.is_alarmed()) {
+                break at_once;
+            }
+        };
+        let (ended, halted) = (at_once && halts < tries, halts == tries);
+        let error = f64::from(u8::from(if is_possible { !ended } else { at_once == halted }));
+        comparisons.push(Comparison { tensor: format!("{halts} of {tries} halted, at once: {at_once}"), error, bound: 0.0 });
+        own.reports.push(Report::new(format!("alarm at {hidden} units"), comparisons));
+    }
+    cases.reports.extend(own.reports);
+    Ok(())
+}
+
 /// Cells of one, three and four gates, of one and four states, with a product and without, at widths of each kind, and what acts between steps.
 pub(super) fn resident_cells(cases: &mut Cases<'_>) -> Result<()> {
-    let device = overridden(cases.device, KernelOverride::default().sweep(SweepKernel::Resident))?;
+    let kernels = KernelOverride::default().sweep(SweepKernel::Resident);
+    other_cells(cases, kernels, &[33, 100, 128])?;
+    // More units than a workgroup has.
+    let device = overridden(cases.device, kernels)?;
     let mut own = Cases { device: &device, reports: Vec::new() };
-    for hidden in [33, 100, 128] {
+    let spec = Recurrent::new(Cell::IndRnn { activation: oracle::Activation::Relu }, INPUT, 300);
+    check(&mut own, Network::new("indrnn_300", IndRnnConfig::new(INPUT, 300), spec))?;
+    cases.reports.extend(own.reports);
+    Ok(())
+}
+
+/// The same under the grid.
+pub(super) fn grid_cells(cases: &mut Cases<'_>) -> Result<()> {
+    other_cells(cases, KernelOverride::default().sweep(SweepKernel::Grid), &[33, 100])
+}
+
+/// Cells of one, three and four gates, of one and four states, and what acts between steps.
+fn other_cells(cases: &mut Cases<'_>, kernels: KernelOverride, widths: &[usize]) -> Result<()> {
+    let device = overridden(cases.device, kernels)?;
+    let mut own = Cases { device: &device, reports: Vec::new() };
+    for &hidden in widths {
         let plain = |cell| Recurrent::new(cell, INPUT, hidden);
         let stack = |cell| Recurrent { layers: 2, directions: 2, ..plain(cell) };
         let (gru, rnn, slstm) = (GruConfig::new(INPUT, hidden), RnnConfig::new(INPUT, hidden), SLstmConfig::new(INPUT, hidden));
@@ -256,9 +338,6 @@ pub(super) fn resident_cells(cases: &mut Cases<'_>) -> Result<()> {
         let zoneout = Network::new(format!("rnn_{hidden}"), rnn.zoneout(0.3, 0.0), plain(Cell::RNN));
         check(&mut own, Network { zoneout: [0.3, 0.0], ..zoneout })?;
     }
-    // More units than a workgroup has.
-    let spec = Recurrent::new(Cell::IndRnn { activation: oracle::Activation::Relu }, INPUT, 300);
-    check(&mut own, Network::new("indrnn_300", IndRnnConfig::new(INPUT, 300), spec))?;
     cases.reports.extend(own.reports);
     Ok(())
 }
