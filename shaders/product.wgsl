@@ -8,7 +8,7 @@ struct Gemm {
     c_offset: u32, c_row: u32,
     accumulate: u32, // 1: add to C
     biased: u32,     // 1: add bias
-    part: u32,       // only where k is in parts, each with a C of its own: k of a part
+    part: u32,       // where k may be in parts, each with a C of its own: k of a part; all of k where there is one
     c_part: u32,     // and words from C to C
 }
 

@@ -382,9 +382,16 @@ impl Device {
             }
             *choices = Some(Vec::new());
         }
-        let done = work();
-        let choices = self.inner.choices.lock().take().unwrap_or_default();
-        done.map(|()| choices)
+        /// Takes no more notes, also after a panic.
+        struct Notes<'a>(&'a Mutex<Option<Vec<KernelChoice>>>);
+        impl Drop for Notes<'_> {
+            fn drop(&mut self) {
+                self.0.lock().take();
+            }
+        }
+        let notes = Notes(&self.inner.choices);
+        work()?;
+        Ok(notes.0.lock().take().unwrap_or_default())
     }
 
     /// Keeps a choice for [`Device::explain`].

@@ -72,7 +72,7 @@
 //!
 //! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward
 //! sweep leaves what backward needs, the backward sweep leaves the gradients, from which the products make those of
-//! the weights and of x, in blocks of time from last to first.
+//! the weights and of x, in blocks of time from last to first. On the CPU, from 8 rows on, the forward sweep forms the input part itself.
 #![deny(missing_docs)]
 
 mod arithmetic;

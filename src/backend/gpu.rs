@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::adapter::{self, Adapter, Class};
 use super::clock::Clock;
@@ -137,6 +137,7 @@ pub(crate) struct Gpu {
     state: Mutex<State>,
     fault: Fault,
     exchange: Mutex<Option<GpuBuffer>>,
+    exchange_in_use: Mutex<()>,
     alarm: AtomicBool,
     /// Of each kernel that was probed, how many workgroups run at once.
     co_resident: Mutex<HashMap<&'static str, usize>>,
@@ -185,6 +186,7 @@ impl Gpu {
             state: Mutex::new(state),
             fault,
             exchange: Mutex::default(),
+            exchange_in_use: Mutex::default(),
             alarm: AtomicBool::new(false),
             co_resident: Mutex::default(),
         }
@@ -240,13 +242,22 @@ impl Gpu {
         let bytes = 4 * words as u64;
         if exchange.as_ref().is_none_or(|buffer| buffer.buffer.size() < bytes) {
             let buffer = self.allocate(words)?;
-            self.clear(Range::new(&buffer, 0, 4))?;
+            let alarm = Range::new(&buffer, 0, 4);
+            match &*exchange {
+                Some(smaller) => self.copy(Range::new(smaller, 0, 4), alarm)?,
+                None => self.clear(alarm)?,
+            }
             *exchange = Some(buffer);
         }
         match &*exchange {
             Some(buffer) => Ok(Range::new(buffer, 0, bytes)),
             None => unreachable!("it was just made"),
         }
+    }
+
+    /// To be held while launches that use the exchange are recorded: those of two threads must not mix.
+    pub fn exchange_in_use(&self) -> MutexGuard<'_, ()> {
+        self.exchange_in_use.lock()
     }
 
     /// Whether a kernel has set the alarm, as far as readbacks have shown.

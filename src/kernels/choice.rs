@@ -92,7 +92,7 @@ pub(crate) static PRODUCTS: Table<ProductSize, ProductKernel> = Table {
         },
         Row {
             classes: HARDWARE,
-            limits: &[(MxN, 0..=1 << 20), (K, 512..=usize::MAX)],
+            limits: &[(M, 17..=usize::MAX), (MxN, 0..=1 << 20), (K, 512..=usize::MAX)],
             kernels: &[Tiled64Parts, HalfTiled64Parts],
             reason: "not measured: by its tiles alone a C of this size leaves most of a large GPU idle, and gradients of weights are long \
                      sums",
@@ -204,15 +204,10 @@ pub(crate) static SWEEPS: Table<SweepSize, SweepKernel> = Table {
             kernels: &[SweepKernel::Resident],
             reason: "not measured: only weights that surely stay in registers",
         },
-        Row {
-            // Not for Apple, whose workgroups may wait for each other in vain; nor where nothing is known of the hardware.
-            classes: &[Class::Nvidia, Class::Amd],
-            limits: &[(T, 5..=usize::MAX), (H, 33..=1024), (B, 1..=64)],
-            kernels: &[SweepKernel::Grid],
-            reason: "not measured; of 1024 units of an LSTM on 128 multiprocessors a row takes some 400 cycles and a step 1 to 2 us to \
-                     exchange h, where a launch takes 3 to 5 us and as long again to read the weights, but less for each row: at \
-                     128 rows it has caught up",
-        },
+        // A grid whose workgroups wait for each other has no row: no hardware has run it yet. By an estimate for Nvidia and AMD it pays for
+        // (T, 5..), (H, 33..=1024), (B, 1..=64): of 1024 units of an LSTM on 128 multiprocessors a row takes some 400 cycles and a step
+        // 1 to 2 us to exchange h, where a launch takes 3 to 5 us and as long again to read the weights, but less for each row. Not for
+        // Apple, whose workgroups may wait in vain.
         Row {
             classes: HARDWARE,
             limits: &[(T, 1..=1), (H, 33..=1024), (B, 1..=16)],

@@ -60,6 +60,8 @@ pub(crate) static SUBGROUP_COLUMNS: Kernel = Kernel { name: "gemm_subgroup_colum
 
 /// Words along k of a part, where k is in parts: a number of its own, so that the parts of a sum over time depend on nothing else.
 const PART: usize = 256;
+/// Words of all sums of parts together, at most: 32 MB.
+const PARTS: usize = 8 << 20;
 
 /// Workgroup memory of the kernels that take more than the least that adapters have, in bytes.
 const TILED_128_MEMORY: u32 = 16 << 10;
@@ -215,7 +217,7 @@ impl ProductKernel {
         let (y, x, parts) = (a.rows.div_ceil(rows), b.cols.div_ceil(columns), self.parts(a.cols));
         let fours = || product.is_in_fours();
         let vectors = || [a.row, a.col].contains(&1) && [b.row, b.col].contains(&1);
-        let in_parts = || parts > 1 && c.row == c.cols && bias.is_none();
+        let in_parts = || parts > 1 && parts * a.rows * b.cols <= PARTS && c.row == c.cols && bias.is_none();
         let takes = match self {
             Self::General => true,
             Self::SubgroupRows | Self::SubgroupRows8 => a.col == 1 && b.col == 1 && fours() && x <= MAX_GROUPS,

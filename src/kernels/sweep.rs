@@ -52,7 +52,7 @@ pub(crate) struct Plan<'a> {
 /// The buffers of a sweep.
 #[derive(Clone, Copy)]
 pub(crate) struct Buffers<'a> {
-    /// `[T, B, SLOTS, H]`. Forward: the input part of each gate comes in, what backward needs goes out. Backward: the
+    /// `[T, B, SLOTS, H]`. Forward: the input part of each gate comes in (not where [`forms_inputs`]), what backward needs goes out. Backward: the
     /// gradients go out.
     pub slots: &'a Tensor,
     /// `[STATES, depth, B, H]`, with the initial state in slot 0 (reverse: the last slot). Depth T + 1 keeps every
@@ -90,7 +90,8 @@ pub enum SweepKernel {
     Scan,
     /// The loop over time inside the kernel, for few units.
     Resident,
-    /// The same, with the units spread over workgroups that run at once.
+    /// The same, with the units spread over workgroups that run at once. Should they come to a halt, another launch does the rest, slowly,
+    /// to the same bits. Not yet run on any hardware; software adapters take small sizes alone (a shader's loops end after 65535 rounds).
     Grid,
     /// A launch a step.
     Step,

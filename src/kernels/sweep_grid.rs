@@ -83,7 +83,9 @@ pub(crate) fn runs_at_once<C: CellKernel>(device: &Device, cell: &C, plan: &Plan
 /// Whether nothing speaks against a grid: after an alarm none is trusted. One that waits for nothing needs no trust.
 pub(crate) fn may_run<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, backward: bool) -> Result<bool> {
     let Backend::Gpu(gpu) = device.backend() else { return Ok(true) };
-    Ok(!waits(plan, backward) || (!gpu.is_alarmed() && runs_at_once(device, cell, plan, backward)?))
+    // By the steps of the whole, not of a window of it, so that windows choose the same.
+    let waits = backward || plan.total > 1;
+    Ok(!waits || (!gpu.is_alarmed() && runs_at_once(device, cell, plan, backward)?))
 }
 
 /// Whether workgroups wait for each other; not in a single step forward. Backward, the product comes after it.
@@ -108,6 +110,7 @@ fn kernel<C: CellKernel>(backward: bool) -> &'static Kernel {
 fn co_resident<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &Plan<'_>, backward: bool) -> Result<usize> {
     let kernel = kernel::<C>(backward);
     gpu.co_resident(kernel, || {
+        let _in_use = gpu.exchange_in_use();
         let exchange = gpu.exchange(VALUES)?;
         gpu.clear(exchange.part(4, 4 * (VALUES as u64 - 1)))?;
         // It touches nothing but the exchange.
@@ -152,6 +155,8 @@ fn launch<C: CellKernel>(
         _ => (EXCHANGE / values).clamp(LEAST_RUN, MOST_RUN),
     };
     let run = run.min(plan.steps);
+    // One exchange serves all threads of a program: a run clears it and fills it before another may.
+    let _in_use = gpu.exchange_in_use();
     let exchange = gpu.exchange(VALUES + run * values)?;
     let cleared = exchange.part(4, exchange.size() - 4);
     let bindings = [bindings, &[exchange]].concat();

@@ -55,10 +55,10 @@ pub struct Args {
     /// Of the products of layers
     #[arg(long, value_enum, default_value = "single")]
     precision: PrecisionName,
-    /// The sweep over time of all layers that it can do, in place of the tables' [scan, resident, step]
+    /// The sweep over time of all layers that it can do, in place of the tables' [scan, resident, grid, step]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<SweepKernel>)]
     sweep: Option<SweepKernel>,
-    /// The kernel of single steps, likewise [general, subgroup]
+    /// The kernel of single steps, likewise [general, subgroup, tiled]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<StepKernel>)]
     step_kernel: Option<StepKernel>,
     /// The kernel of products, likewise [general, subgroup_rows, ..]
