@@ -167,7 +167,39 @@ fn load_vectors(c: Cut, v: u32, unit: u32, by_k: u32, by_gate: u32) {
 }
 
 // A workgroup of the grid has a tile of units and one of rows, which it takes in blocks; one of a rescue has a row, and takes all
-// tiles of units. A block, or in a rescue a tile, is an item; `at` counts the items of all steps.
+// tiles of units. A block, or in a rescue a tile, is an item of a step.
+struct Item {
+    n: u32,        // the step
+    tile: u32,     // of units
+    row1: u32,     // the first row
+    rows: u32,
+    row: u32,      // the lane's, and its unit, where there are such
+    unit: u32,
+    is_unit: bool,
+}
+
+fn items_of_step(c: Cut) -> u32 { return select(c.blocks, c.tiles, params.rescue == 1u); }
+
+fn rows_of_group() -> u32 { return select(params.tile, 1u, params.rescue == 1u); }
+
+fn first_row(group: u32) -> u32 { return group * rows_of_group(); }
+
+// Item number `at` of all steps.
+fn item_at(c: Cut, group: vec3<u32>, at: u32) -> Item {
+    let rescue = params.rescue == 1u;
+    let index = at % items_of_step(c);
+    var item: Item;
+    item.n = at / items_of_step(c);
+    item.tile = select(group.x, index, rescue);
+    item.row1 = first_row(group.y) + select(index * c.rows, 0u, rescue);
+    let end = min(first_row(group.y) + rows_of_group(), params.rows);
+    item.rows = min(c.rows, max(end, item.row1) - item.row1);
+    item.row = item.row1 + c.row;
+    item.unit = item.tile * c.units + c.place;
+    item.is_unit = c.row < item.rows && item.unit < params.hidden;
+    return item;
+}
+
 @compute @workgroup_size(LANES)
 fn forward(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -181,34 +213,27 @@ fn forward(
     let H = params.hidden;
     let c = cut(lane);
     let rescue = params.rescue == 1u;
-    let row0 = group.y * select(params.tile, 1u, rescue);
-    let row_end = min(row0 + select(params.tile, 1u, rescue), params.rows);
-    let items = select(c.blocks, c.tiles, rescue);
-    var at = first_step_of(c, lane, row0, params.steps) * items;
+    let items = items_of_step(c);
+    var at = first_step_of(c, lane, first_row(group.y), params.steps) * items;
     if !rescue { load_weights(c, group.x, GATES * H, H); }
     for (; at < params.steps * items; at++) {
-        let n = at / items;
+        let item = item_at(c, group, at);
+        let n = item.n;
         let t = select(params.t + n, params.t - n, params.reverse == 1u);
-        let tile = select(group.x, at % items, rescue);
-        let row1 = row0 + select(at % items * c.rows, 0u, rescue);
-        let rows = min(c.rows, max(row_end, row1) - row1);
-        if rescue { load_weights(c, tile, GATES * H, H); }
+        if rescue { load_weights(c, item.tile, GATES * H, H); }
         // What the cell reads is asked for before the wait.
-        let row = row1 + c.row;
-        let unit = tile * c.units + c.place;
-        let is_unit = c.row < rows && unit < H;
         var x: Pre;
         var previous: State;
         var p: Unit;
-        if is_unit {
-            x = load_input(t, row, unit);
-            previous = load_state(slot_before(t), row, unit);
-            p = load_unit(unit);
+        if item.is_unit {
+            x = load_input(t, item.row, item.unit);
+            previous = load_state(slot_before(t), item.row, item.unit);
+            p = load_unit(item.unit);
         }
-        if rows > 0u { coming = look_for_h(c, lane, t, n, row1); }
-        for (var i = 0u; i < rows; i++) {
-            line[lane] = receive(c, lane, word_at(n - 1u, 1u, row1 + i, 0u, 0u));
-            if i + 1u < rows { coming = look_for_h(c, lane, t, n, row1 + i + 1u); }
+        if item.rows > 0u { coming = look_for_h(c, lane, t, n, item.row1); }
+        for (var i = 0u; i < item.rows; i++) {
+            line[lane] = receive(c, lane, word_at(n - 1u, 1u, item.row1 + i, 0u, 0u));
+            if i + 1u < item.rows { coming = look_for_h(c, lane, t, n, item.row1 + i + 1u); }
             workgroupBarrier();
             forward_slice(c, lane);
             workgroupBarrier();
@@ -220,12 +245,12 @@ fn forward(
             }
         }
         if workgroupUniformLoad(&gave_up) == 1u { break; }
-        if is_unit && (!rescue || n >= steps_done(c, tile, row)) {
+        if item.is_unit && (!rescue || n >= steps_done(c, item.tile, item.row)) {
             var r: Pre;
             for (var g = 0u; g < GATES; g++) { r[g] = gate_sums[GATES * LANES + (c.row * GATES + g) * c.units + c.place]; }
-            let state = forward_unit(t, row, unit, x, r, previous, p);
-            if !rescue && n + 1u < params.steps { atomicStore(&exchange[word_at(n, 1u, row, 0u, unit)], encode(state[0])); }
-            store_state(slot_after(t), row, unit, state);
+            let state = forward_unit(t, item.row, item.unit, x, r, previous, p);
+            if !rescue && n + 1u < params.steps { atomicStore(&exchange[word_at(n, 1u, item.row, 0u, item.unit)], encode(state[0])); }
+            store_state(slot_after(t), item.row, item.unit, state);
         }
         if rescue { storageBarrier(); } // the next step reads what other lanes wrote
     }
@@ -281,39 +306,32 @@ fn backward(
     let H = params.hidden;
     let c = cut(lane);
     let rescue = params.rescue == 1u;
-    let row0 = group.y * select(params.tile, 1u, rescue);
-    let row_end = min(row0 + select(params.tile, 1u, rescue), params.rows);
-    let items = select(c.blocks, c.tiles, rescue);
+    let items = items_of_step(c);
     let steps = params.steps + params.finish;
-    var at = first_step_of(c, lane, row0, steps) * items;
+    var at = first_step_of(c, lane, first_row(group.y), steps) * items;
     if !rescue { load_weights(c, group.x, H, H * H); }
     for (; at < steps * items; at++) {
-        let n = at / items;
+        let item = item_at(c, group, at);
+        let n = item.n;
         let t = select(params.t - n, params.t + n, params.reverse == 1u);
         let later = select(select(t + 1u, t - 1u, params.reverse == 1u), params.later, n == 0u);
-        let tile = select(group.x, at % items, rescue);
-        let row1 = row0 + select(at % items * c.rows, 0u, rescue);
-        let rows = min(c.rows, max(row_end, row1) - row1);
         let recurrent = n > 0u || params.recurrent == 1u;
-        if rescue { load_weights(c, tile, H, H * H); }
-        let row = row1 + c.row;
-        let unit = tile * c.units + c.place;
-        let is_unit = c.row < rows && unit < H;
+        if rescue { load_weights(c, item.tile, H, H * H); }
         var kept: Kept;
         var d: State;
         var p: Unit;
-        if is_unit {
-            if n < params.steps { kept = load_kept(t, row, unit); }
-            d = load_gradient(row, unit);
-            p = load_unit(unit);
+        if item.is_unit {
+            if n < params.steps { kept = load_kept(t, item.row, item.unit); }
+            d = load_gradient(item.row, item.unit);
+            p = load_unit(item.unit);
         }
-        if recurrent && rows > 0u { coming = look_for_gradients(c, lane, later, n, row1, 0u); }
-        for (var i = 0u; recurrent && i < rows; i++) {
+        if recurrent && item.rows > 0u { coming = look_for_gradients(c, lane, later, n, item.row1, 0u); }
+        for (var i = 0u; recurrent && i < item.rows; i++) {
             products[0] = vec4<f32>();
-            backward_gate(c, lane, later, n, row1, rows, i, 0u);
-            if GATES > 1u { backward_gate(c, lane, later, n, row1, rows, i, 1u); }
-            if GATES > 2u { backward_gate(c, lane, later, n, row1, rows, i, 2u); }
-            if GATES > 3u { backward_gate(c, lane, later, n, row1, rows, i, 3u); }
+            backward_gate(c, lane, later, n, item.row1, item.rows, i, 0u);
+            if GATES > 1u { backward_gate(c, lane, later, n, item.row1, item.rows, i, 1u); }
+            if GATES > 2u { backward_gate(c, lane, later, n, item.row1, item.rows, i, 2u); }
+            if GATES > 3u { backward_gate(c, lane, later, n, item.row1, item.rows, i, 3u); }
             if lane < c.slices * c.units { line_sums[c.slice * c.units + c.place] = sum_of(products[0]); }
             workgroupBarrier();
             if lane < c.units {
@@ -323,19 +341,19 @@ fn backward(
             }
         }
         if workgroupUniformLoad(&gave_up) == 1u { break; }
-        if is_unit && (!rescue || n >= steps_done(c, tile, row)) {
+        if item.is_unit && (!rescue || n >= steps_done(c, item.tile, item.row)) {
             if recurrent { d[0] += line_sums[LANES + c.row * c.units + c.place]; }
             if n < params.steps {
-                let step = backward_unit(t, row, unit, kept, d, p);
+                let step = backward_unit(t, item.row, item.unit, kept, d, p);
                 if !rescue && n + 1u < steps {
                     for (var g = 0u; g < GATES; g++) {
-                        atomicStore(&exchange[word_at(n, GATES, row, g, unit)], encode(step.dslots[recurrent_slot(g)]));
+                        atomicStore(&exchange[word_at(n, GATES, item.row, g, item.unit)], encode(step.dslots[recurrent_slot(g)]));
                     }
                 }
-                if sums { add_sums(row, unit, step.dunit, step.clipped); }
+                if sums { add_sums(item.row, item.unit, step.dunit, step.clipped); }
                 d = step.d;
             }
-            store_gradient(row, unit, d);
+            store_gradient(item.row, item.unit, d);
         }
         if rescue { storageBarrier(); }
     }

@@ -168,12 +168,10 @@ fn launch<C: CellKernel>(
         let t = |step: usize| if upward { step } else { plan.steps - 1 - step };
         let grid = Sweep {
             steps: steps as u32,
-            reverse: plan.reverse.into(),
             later: if first > 0 { t(first - 1) as u32 } else { 0 },
             recurrent: u32::from(first > 0),
             finish: u32::from(first + steps == plan.steps),
             tile: tile as u32,
-            keep: u32::from(depth > 2 || plan.steps == 1),
             flow_at,
             ..plan.params(depth, t(first))
         };

@@ -101,8 +101,7 @@ fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, plan: &Plan<'_>, depth: usize, bin
         let steps = RUN.min(plan.steps - first);
         // Forward in time is upward, unless one of the two is turned round.
         let t = if plan.reverse != backward { plan.steps - 1 - first } else { first };
-        let reverse = u32::from(plan.reverse);
-        (Sweep { steps: steps as u32, reverse, flow_at, ..plan.params(depth, t) }, groups)
+        (Sweep { steps: steps as u32, flow_at, ..plan.params(depth, t) }, groups)
     });
     gpu.launch_each(kernel, &constants, bindings, runs)
 }
