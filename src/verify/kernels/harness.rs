@@ -24,6 +24,15 @@ pub(super) struct Cases<'a> {
 }
 
 impl Cases<'_> {
+    /// Runs `cases` on a device of its own with these kernels: see [`overridden`].
+    pub(super) fn under(&mut self, kernels: KernelOverride, cases: impl FnOnce(&mut Cases<'_>) -> Result<()>) -> Result<()> {
+        let device = overridden(self.device, kernels)?;
+        let mut own = Cases { device: &device, reports: Vec::new() };
+        cases(&mut own)?;
+        self.reports.extend(own.reports);
+        Ok(())
+    }
+
     /// Runs `case` twice and reports what it compared, whether both runs gave the same bits, and whether inputs changed.
     pub(super) fn run(&mut self, name: impl Into<String>, case: impl Fn(&mut Run<'_>) -> Result<()>) -> Result<()> {
         let once = || -> Result<Run<'_>> {

@@ -1,6 +1,6 @@
 //! The scan against the step sweep, whose numbers it must give, and chosen by a layer against the oracle.
 
-use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, normal, overridden, pad, ragged, wide};
+use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, normal, pad, ragged, wide};
 use super::networks::{Given, Network, check_given};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
@@ -19,12 +19,10 @@ pub(super) fn scans(cases: &mut Cases<'_>) -> Result<()> {
     against_steps::<MinGruCell>(cases)?;
     against_steps::<MinLstmCell>(cases)?;
     // Where the tables would choose another sweep too.
-    let device = overridden(cases.device, KernelOverride::default().sweep(SweepKernel::Scan))?;
-    let mut own = Cases { device: &device, reports: Vec::new() };
-    chosen(&mut own, "min_gru", MinGruConfig::new(5, 19), oracle::Cell::MinGru)?;
-    chosen(&mut own, "min_lstm", MinLstmConfig::new(5, 19), oracle::Cell::MinLstm)?;
-    cases.reports.extend(own.reports);
-    Ok(())
+    cases.under(KernelOverride::default().sweep(SweepKernel::Scan), |cases| {
+        chosen(cases, "min_gru", MinGruConfig::new(5, 19), oracle::Cell::MinGru)?;
+        chosen(cases, "min_lstm", MinLstmConfig::new(5, 19), oracle::Cell::MinLstm)
+    })
 }
 
 /// One direction of one layer, `[T, B, .., H]`.

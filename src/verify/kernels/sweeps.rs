@@ -243,15 +243,12 @@ pub(super) fn lstm_sweep(cases: &mut Cases<'_>) -> Result<()> {
 
 pub(super) fn step_tiled(cases: &mut Cases<'_>) -> Result<()> {
     let kernels = KernelOverride::default().sweep(SweepKernel::Step).step(StepKernel::Tiled);
-    let device = overridden(cases.device, kernels)?;
-    let mut own = Cases { device: &device, reports: Vec::new() };
     // A tile has 32 rows and 8 units, in backward 16; a product is cut in 4 slices of chunks of 8 k, in backward in 8.
     let widths = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 130];
     let rows = [1, 3, 4, 31, 32, 33, 5];
     let sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[2, 1, 3][i % 3], rows[i % 7], hidden]).collect();
     // Two million rows, more than one dimension has tiles for, would take llvmpipe minutes.
-    lstm_sweeps(&mut own, SweepKernel::Step, &mut Rng::seed(15), &sizes, 100)?;
-    cases.reports.extend(own.reports);
+    cases.under(kernels, |cases| lstm_sweeps(cases, SweepKernel::Step, &mut Rng::seed(15), &sizes, 100))?;
     other_cells(cases, kernels, &[33])
 }
 
@@ -265,16 +262,14 @@ pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
 }
 
 pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
-    // An alarm stays on a device.
-    let device = overridden(cases.device, KernelOverride::default())?;
-    let mut own = Cases { device: &device, reports: Vec::new() };
     // A slice of a product has 32 k, a tile of units as many as 256 lanes allow, a block of rows likewise; a launch has 16 steps here.
     let widths = [1, 31, 32, 33, 64, 65, 85, 86, 100, 127, 128, 130];
     let rows = [1, 2, 3, 5, 9];
     let mut sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[7, 1, 2][i % 3], rows[i % 5], hidden]).collect();
     sizes.extend([[33, 2, 90], [17, 5, 20]]);
     let mut rng = Rng::seed(14);
-    lstm_sweeps(&mut own, SweepKernel::Grid, &mut rng, &sizes, 256)?;
+    // An alarm stays on a device.
+    cases.under(KernelOverride::default(), |cases| lstm_sweeps(cases, SweepKernel::Grid, &mut rng, &sizes, 256))?;
 
     // Workgroups that run at once come to an end by themselves, if not at every try: threads of a software driver on a busy machine take
     // turns. Workgroups that do not run at once never do, and the rest is done without them.
@@ -301,9 +296,8 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
         let (ended, halted) = (at_once && halts < tries, halts == tries);
         let error = f64::from(u8::from(if is_possible { !ended } else { at_once == halted }));
         comparisons.push(Comparison { tensor: format!("{halts} of {tries} halted, at once: {at_once}"), error, bound: 0.0 });
-        own.reports.push(Report::new(format!("alarm at {hidden} units"), comparisons));
+        cases.reports.push(Report::new(format!("alarm at {hidden} units"), comparisons));
     }
-    cases.reports.extend(own.reports);
     Ok(())
 }
 
@@ -312,12 +306,8 @@ pub(super) fn resident_cells(cases: &mut Cases<'_>) -> Result<()> {
     let kernels = KernelOverride::default().sweep(SweepKernel::Resident);
     other_cells(cases, kernels, &[33, 100, 128])?;
     // More units than a workgroup has.
-    let device = overridden(cases.device, kernels)?;
-    let mut own = Cases { device: &device, reports: Vec::new() };
     let spec = Recurrent::new(Cell::IndRnn { activation: oracle::Activation::Relu }, INPUT, 300);
-    check(&mut own, Network::new("indrnn_300", IndRnnConfig::new(INPUT, 300), spec))?;
-    cases.reports.extend(own.reports);
-    Ok(())
+    cases.under(kernels, |cases| check(cases, Network::new("indrnn_300", IndRnnConfig::new(INPUT, 300), spec)))
 }
 
 /// The same under the grid.
@@ -327,19 +317,19 @@ pub(super) fn grid_cells(cases: &mut Cases<'_>) -> Result<()> {
 
 /// Cells of one, three and four gates, of one and four states, and what acts between steps.
 fn other_cells(cases: &mut Cases<'_>, kernels: KernelOverride, widths: &[usize]) -> Result<()> {
-    let device = overridden(cases.device, kernels)?;
-    let mut own = Cases { device: &device, reports: Vec::new() };
-    for &hidden in widths {
-        let plain = |cell| Recurrent::new(cell, INPUT, hidden);
-        let stack = |cell| Recurrent { layers: 2, directions: 2, ..plain(cell) };
-        let (gru, rnn, slstm) = (GruConfig::new(INPUT, hidden), RnnConfig::new(INPUT, hidden), SLstmConfig::new(INPUT, hidden));
-        check(&mut own, Network::new(format!("gru_{hidden}"), gru.layers(2).direction(Direction::Both), stack(Cell::GRU)))?;
-        check(&mut own, Network::new(format!("slstm_{hidden}"), slstm, plain(Cell::SLstm)))?;
-        let zoneout = Network::new(format!("rnn_{hidden}"), rnn.zoneout(0.3, 0.0), plain(Cell::RNN));
-        check(&mut own, Network { zoneout: [0.3, 0.0], ..zoneout })?;
-    }
-    cases.reports.extend(own.reports);
-    Ok(())
+    cases.under(kernels, |cases| {
+        for &hidden in widths {
+            let plain = |cell| Recurrent::new(cell, INPUT, hidden);
+            let stack = |cell| Recurrent { layers: 2, directions: 2, ..plain(cell) };
+            let (gru, rnn, slstm) =
+                (GruConfig::new(INPUT, hidden), RnnConfig::new(INPUT, hidden), SLstmConfig::new(INPUT, hidden));
+            check(cases, Network::new(format!("gru_{hidden}"), gru.layers(2).direction(Direction::Both), stack(Cell::GRU)))?;
+            check(cases, Network::new(format!("slstm_{hidden}"), slstm, plain(Cell::SLstm)))?;
+            let zoneout = Network::new(format!("rnn_{hidden}"), rnn.zoneout(0.3, 0.0), plain(Cell::RNN));
+            check(cases, Network { zoneout: [0.3, 0.0], ..zoneout })?;
+        }
+        Ok(())
+    })
 }
 
 fn lstm_sweeps(cases: &mut Cases<'_>, kind: SweepKernel, rng: &mut Rng, sizes: &[[usize; 3]], many: usize) -> Result<()> {
