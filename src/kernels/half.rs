@@ -27,8 +27,9 @@ use crate::tensor::Tensor;
 /// the same. Gradients may be too small for binary16: train with [`crate::optim::LossScale`].
 ///
 /// On a GPU the products read half as many bytes of factors that another launch has rounded, and a copy of the weights in binary16 is
-/// kept beside them; large ones run on matrix units (16 x 16) where the adapter has them. A recurrent step is three launches then and not one. Whether that is faster was measured on no GPU yet. On the
-/// native CPU it saves nothing, and is there to give the same numbers.
+/// kept beside them; large ones run on matrix units (16 x 16) where the adapter has them. A recurrent step is three launches then and
+/// not one. Whether that is faster was measured on no GPU yet. On the native CPU it saves nothing, and is there to give the same
+/// numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// `f32` throughout.

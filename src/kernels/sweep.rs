@@ -52,8 +52,8 @@ pub(crate) struct Plan<'a> {
 /// The buffers of a sweep.
 #[derive(Clone, Copy)]
 pub(crate) struct Buffers<'a> {
-    /// `[T, B, SLOTS, H]`. Forward: the input part of each gate comes in (not where [`forms_inputs`]), what backward needs goes out. Backward: the
-    /// gradients go out.
+    /// `[T, B, SLOTS, H]`. Forward: the input part of each gate comes in (not where [`forms_inputs`]), what backward needs goes out.
+    /// Backward: the gradients go out.
     pub slots: &'a Tensor,
     /// `[STATES, depth, B, H]`, with the initial state in slot 0 (reverse: the last slot). Depth T + 1 keeps every
     /// state, as backward needs; depth 2 keeps the newest two.
