@@ -228,6 +228,15 @@ impl Device {
         }
     }
 
+    /// The same adapter, or the native CPU, as another device: its own memory, kernels and settings; open or lost together.
+    #[cfg(feature = "verify")]
+    pub(crate) fn again(&self) -> Self {
+        Self::with(match self.backend() {
+            Backend::Native => Backend::Native,
+            Backend::Gpu(gpu) => Backend::Gpu(gpu.again()),
+        })
+    }
+
     /// What this device is.
     pub fn info(&self) -> DeviceInfo {
         match self.backend() {

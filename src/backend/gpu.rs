@@ -109,6 +109,7 @@ fn message(name: &str, what: impl std::fmt::Display) -> String {
 /// The first failure that wgpu reported outside of a call; everything after it fails with the same words.
 type Fault = Arc<Mutex<Option<(ErrorKind, String)>>>;
 
+#[derive(Default)]
 struct State {
     recording: Recording,
     /// What `Recording::uniforms` and `staged` are written to; grown when needed.
@@ -166,24 +167,33 @@ impl Gpu {
             let (fault, name) = &failed;
             fault.lock().get_or_insert((kind, message(name, error)));
         }));
-        let state = State {
-            recording: Recording::default(),
-            uniforms: None,
-            staging: None,
-            in_flight: VecDeque::new(),
-            submissions: 0,
-            clocks: None,
-        };
+        Self::with(info, adapter::cooperative_edge(adapter), device, queue, fault)
+    }
+
+    /// The same wgpu device with memory, pipelines and an exchange of its own.
+    #[cfg(feature = "verify")]
+    pub fn again(&self) -> Self {
+        let (device, queue) = (self.device.clone(), self.queue.clone());
+        Self::with(self.info.clone(), self.cooperative_edge, device, queue, self.fault.clone())
+    }
+
+    fn with(
+        info: wgpu::AdapterInfo,
+        cooperative_edge: Option<u32>,
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        fault: Fault,
+    ) -> Self {
         Self {
             limits: device.limits(),
             features: device.features(),
-            cooperative_edge: adapter::cooperative_edge(adapter),
+            cooperative_edge,
             info,
             device,
             queue,
             pool: Arc::default(),
             pipelines: Mutex::default(),
-            state: Mutex::new(state),
+            state: Mutex::default(),
             fault,
             exchange: Mutex::default(),
             exchange_in_use: Mutex::default(),

@@ -1,9 +1,9 @@
 //! On a device that is batch invariant nothing shows in the bits of an output but its own row: not the batch, nor the padding, nor
 //! how a sequence is cut.
 
-use super::harness::{Cases, Run, normal, to_bits};
-use crate::device::Device;
+use super::harness::{Cases, Run, normal, overridden, to_bits};
 use crate::error::Result;
+use crate::kernels::choice::KernelOverride;
 use crate::nn::{
     Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig, Precision,
     RecurrentConfig, Reset, RnnConfig, SLstmConfig,
@@ -19,12 +19,7 @@ const BOTH_WAYS: &str = "lstm, both ways";
 
 pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
     // A device of its own: others share the given one.
-    let info = cases.device.info();
-    let device = match info.backend.as_str() {
-        "native" => Device::cpu(),
-        backend => Device::by_name(&format!("{backend}:{}", info.name))?,
-    };
-    device.poison();
+    let device = overridden(cases.device, KernelOverride::default())?;
     device.set_batch_invariant(true);
     let mut own = Cases { device: &device, reports: Vec::new() };
     super::products::gemm(&mut own)?;

@@ -1,7 +1,6 @@
 //! Back-propagation in segments: the bits of the whole sequence at once, in the memory that was predicted.
 
-use super::harness::{Cases, NAN, normal, ragged};
-use crate::device::Device;
+use super::harness::{Cases, NAN, normal, overridden, ragged};
 use crate::error::Result;
 use crate::kernels::choice::KernelOverride;
 use crate::kernels::gemm::ProductKernel;
@@ -50,13 +49,7 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>)
 fn check_by<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>, kernels: KernelOverride) -> Result<()> {
     let steps = 250;
     // A device of its own: whatever else runs at the same time is not in its count.
-    let info = cases.device.info();
-    let device =
-        &if cases.device.is_cpu() { Device::cpu() } else { Device::by_name(&format!("{}:{}", info.backend, info.name))? };
-    device.poison();
-    if !device.is_cpu() {
-        device.override_kernels(kernels)?;
-    }
+    let device = &overridden(cases.device, kernels)?;
     for (kind, rows, is_ragged) in [("", 17, false), ("_ragged", 17, true)] {
         let mut rng = Rng::seed(8);
         let layer = config.clone().init(device, &mut rng)?;

@@ -51,13 +51,9 @@ impl Cases<'_> {
     }
 }
 
-/// The same device opened once more, with these kernels where there are any to choose: others share the given one.
+/// The same adapter as a device of its own, with these kernels where there are any to choose: others share the given one.
 pub(super) fn overridden(device: &Device, kernels: KernelOverride) -> Result<Device> {
-    let info = device.info();
-    let device = match device.is_cpu() {
-        true => Device::cpu(),
-        false => Device::by_name(&format!("{}:{}", info.backend, info.name))?,
-    };
+    let device = device.again();
     device.poison();
     if !device.is_cpu() {
         device.override_kernels(kernels)?;
