@@ -47,6 +47,7 @@ pub(crate) fn write(op: &str, path: &Path, entries: &[Entry], metadata: &Metadat
     let bytes = safetensors::serialize(views, Some(metadata)).map_err(|error| Error::format(op, &error).with_source(error))?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let failed = |error: std::io::Error| Error::io(op, path, error);
+    #[cfg_attr(not(unix), expect(unused_mut, reason = "only Unix has permissions to set"))]
     let mut builder = tempfile::Builder::new();
     // A checkpoint is no secret: like any other new file, whom it is open to is the umask's matter.
     #[cfg(unix)]

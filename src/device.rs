@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use crate::backend::adapter::{self, Adapter};
 use crate::backend::gpu::Gpu;
+use crate::backend::wait::wait_for;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::choice::{KernelChoice, KernelOverride};
 
@@ -154,11 +155,19 @@ impl Device {
     /// [`ErrorKind::NoDevice`] when the variable names no device, [`ErrorKind::NoDevice`] or [`ErrorKind::Limit`] when
     /// the GPU exists but cannot be opened: no silent fall-back.
     pub fn new() -> Result<Self> {
+        wait_for("Device.new", Self::new_async())
+    }
+
+    /// [`Device::new`] for programs that may not wait, as in a browser, whose adapter is the one that the browser picks.
+    ///
+    /// # Errors
+    /// As [`Device::new`].
+    pub async fn new_async() -> Result<Self> {
         // A value that is no text names no device either.
         match std::env::var_os(VARIABLE) {
-            Some(name) if !name.is_empty() => Self::by_name(&name.to_string_lossy()),
-            _ => match adapter::all().iter().find(|adapter| adapter::is_hardware(&adapter.info)) {
-                Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter)?))),
+            Some(name) if !name.is_empty() => Self::by_name_async(&name.to_string_lossy()).await,
+            _ => match adapter::all().await.iter().find(|adapter| adapter::is_hardware(&adapter.info)) {
+                Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter).await?))),
                 None => Ok(Self::cpu()),
             },
         }
@@ -176,16 +185,24 @@ impl Device {
     /// [`ErrorKind::NoDevice`] with the list of what exists, or that the adapter cannot be opened;
     /// [`ErrorKind::Limit`] when its limits are too small.
     pub fn by_name(name: &str) -> Result<Self> {
+        wait_for("Device.by_name", Self::by_name_async(name))
+    }
+
+    /// [`Device::by_name`] for programs that may not wait.
+    ///
+    /// # Errors
+    /// As [`Device::by_name`].
+    pub async fn by_name_async(name: &str) -> Result<Self> {
         if name.eq_ignore_ascii_case("cpu") {
             return Ok(Self::cpu());
         }
-        let adapters = adapter::all();
+        let adapters = adapter::all().await;
         let full = |adapter: &&Adapter| {
             format!("{}:{}", adapter::backend_name(adapter.info.backend), adapter.info.name).eq_ignore_ascii_case(name)
         };
         let part = |adapter: &&Adapter| adapter::matches(name, &adapter.info);
         match adapters.iter().find(full).or_else(|| adapters.iter().find(part)) {
-            Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter)?))),
+            Some(adapter) => Ok(Self::with(Backend::Gpu(Gpu::open(adapter).await?))),
             None => {
                 let exist = std::iter::once("cpu".to_owned())
                     .chain(adapters.iter().map(|a| format!("{}:{}", adapter::backend_name(a.info.backend), a.info.name)))
@@ -208,9 +225,16 @@ impl Device {
         Ok(Self::with(Backend::Gpu(Gpu::from_wgpu(adapter, device, queue))))
     }
 
-    /// Everything that [`Device::by_name`] can open: the native CPU, then all adapters, best first.
+    /// Everything that [`Device::by_name`] can open: the native CPU, then all adapters, best first. In a browser, where this call
+    /// cannot wait for them, no adapter: [`Device::list_async`] is the way there.
     pub fn list() -> Vec<DeviceInfo> {
-        std::iter::once(DeviceInfo::native()).chain(adapter::all().iter().map(DeviceInfo::of_adapter)).collect()
+        let all = wait_for("Device.list", async { Ok(Self::list_async().await) });
+        all.unwrap_or_else(|_| vec![DeviceInfo::native()])
+    }
+
+    /// [`Device::list`] for programs that may not wait.
+    pub async fn list_async() -> Vec<DeviceInfo> {
+        std::iter::once(DeviceInfo::native()).chain(adapter::all().await.iter().map(DeviceInfo::of_adapter)).collect()
     }
 
     fn with(backend: Backend) -> Self {
@@ -269,6 +293,17 @@ impl Device {
         match self.backend() {
             Backend::Native => Ok(()),
             Backend::Gpu(gpu) => gpu.synchronize(),
+        }
+    }
+
+    /// [`Device::synchronize`] for programs that may not wait.
+    ///
+    /// # Errors
+    /// As [`Device::submit`].
+    pub async fn synchronize_async(&self) -> Result<()> {
+        match self.backend() {
+            Backend::Native => Ok(()),
+            Backend::Gpu(gpu) => gpu.synchronize_async().await,
         }
     }
 

@@ -40,7 +40,8 @@
 //! - `error`, `rng`: the error type; Philox, a generator that counts.
 //! - `backend`: the only place that knows wgpu. `adapter` finds and opens adapters; `gpu` holds the buffer pool, the
 //!   pipelines, and the recorder: launches, copies and uploads queue up in order and are encoded into one submission
-//!   when something is read back, on [`Device::submit`], or at the end of a trainer's step. `native` is memory of the CPU.
+//!   when something is read back, on [`Device::submit`], or at the end of a trainer's step. `native` is memory of the CPU;
+//!   `wait` is how calls that are not async wait for wgpu's futures.
 //! - [`Device`], [`Tensor`]: a GPU or the native CPU as one type; shapes over its memory.
 //! - `kernels`: one file a family (`gemm`, `gather`, `cross_entropy`, ..): its contract, its uniform struct, its launch,
 //!   its CPU twin. `shaders/` has a file of the same name. `choice` has the tables that say which one runs on
@@ -92,6 +93,8 @@ mod trainer;
 #[cfg(feature = "verify")]
 pub mod verify;
 
+#[cfg(target_arch = "wasm32")]
+pub use backend::wait::set_suspend;
 pub use device::{Device, DeviceInfo, KernelTime, MemoryUse};
 pub use error::{Error, ErrorKind, Result};
 pub use kernels::choice::{KernelChoice, KernelOverride};

@@ -155,15 +155,40 @@ impl Tensor {
         self.read_back()
     }
 
+    /// [`Tensor::to_vec`] for programs that may not wait, as in a browser.
+    ///
+    /// # Errors
+    /// As [`Tensor::to_vec`].
+    pub async fn to_vec_async(&self) -> Result<Vec<f32>> {
+        match (&self.block.buffer, self.device().backend()) {
+            (Buffer::Gpu(_), Backend::Gpu(gpu)) => Ok(bytemuck::pod_collect_to_vec(&gpu.read_async(self.range()).await?)),
+            _ => Ok(self.native().to_vec()),
+        }
+    }
+
     /// The value of a tensor of one element. Waits, as [`Tensor::to_vec`] does.
     ///
     /// # Errors
     /// As [`Tensor::to_vec`]; [`crate::ErrorKind::Argument`] when there is more than one element.
     pub fn item(&self) -> Result<f32> {
-        if self.len() != 1 {
-            return Err(Error::shape("Tensor.item", "tensor", &self.shape, "one element"));
-        }
+        self.expect_one()?;
         Ok(self.to_vec()?[0])
+    }
+
+    /// [`Tensor::item`] for programs that may not wait.
+    ///
+    /// # Errors
+    /// As [`Tensor::item`].
+    pub async fn item_async(&self) -> Result<f32> {
+        self.expect_one()?;
+        Ok(self.to_vec_async().await?[0])
+    }
+
+    fn expect_one(&self) -> Result<()> {
+        match self.len() {
+            1 => Ok(()),
+            _ => Err(Error::shape("Tensor.item", "tensor", &self.shape, "one element")),
+        }
     }
 
     /// A copy on another device (or on the same one).

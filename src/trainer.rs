@@ -93,6 +93,14 @@ impl Outcome {
     pub fn item(&self) -> Result<f32> {
         self.loss.item()
     }
+
+    /// [`Outcome::item`] for programs that may not wait, as in a browser.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub async fn item_async(&self) -> Result<f32> {
+        self.loss.item_async().await
+    }
 }
 
 /// What a [`Trainer`] trains: [`Sequential`], [`EncoderDecoder`], or a model of one's own that refuses what it does not know.

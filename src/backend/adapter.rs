@@ -90,8 +90,9 @@ fn instance() -> wgpu::Instance {
 const FLAGS: wgpu::DownlevelFlags = wgpu::DownlevelFlags::COMPUTE_SHADERS.union(wgpu::DownlevelFlags::SHADER_F16_IN_F32);
 
 /// Every adapter of the machine that can run the kernels, best first.
-pub(crate) fn all() -> Vec<Adapter> {
-    let mut adapters: Vec<Adapter> = pollster::block_on(instance().enumerate_adapters(wgpu::Backends::all()))
+pub(crate) async fn all() -> Vec<Adapter> {
+    let found = instance().enumerate_adapters(wgpu::Backends::all()).await;
+    let mut adapters: Vec<Adapter> = found
         .into_iter()
         .filter(|adapter| adapter.get_downlevel_capabilities().flags.contains(FLAGS))
         .map(|adapter| Adapter { info: adapter.get_info(), adapter })
@@ -144,7 +145,7 @@ pub(crate) fn matches(wanted: &str, info: &wgpu::AdapterInfo) -> bool {
 }
 
 /// Opens the adapter with the limits that the kernels need, the largest buffers, and what else of use it offers.
-pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
+pub(crate) async fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
     let offered = adapter.adapter.limits();
     check_limits(&adapter.info.name, &offered)?;
     let required_limits = wgpu::Limits {
@@ -164,7 +165,7 @@ pub(crate) fn open(adapter: &Adapter) -> Result<(wgpu::Device, wgpu::Queue)> {
     let label = Some("gatefold");
     let descriptor =
         wgpu::DeviceDescriptor { label, required_limits, required_features, experimental_features, ..Default::default() };
-    pollster::block_on(adapter.adapter.request_device(&descriptor)).map_err(|error| {
+    adapter.adapter.request_device(&descriptor).await.map_err(|error| {
         refuse(&adapter.info.name, ErrorKind::NoDevice, format!("cannot be opened ({error})")).with_source(error)
     })
 }

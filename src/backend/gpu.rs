@@ -11,10 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_channel::oneshot;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::adapter::{self, Adapter, Class};
 use super::clock::Clock;
+use super::wait::wait_for;
 use super::{Access, Feature, Kernel};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -145,8 +147,8 @@ pub(crate) struct Gpu {
 }
 
 impl Gpu {
-    pub fn open(adapter: &Adapter) -> Result<Self> {
-        let (device, queue) = adapter::open(adapter)?;
+    pub async fn open(adapter: &Adapter) -> Result<Self> {
+        let (device, queue) = adapter::open(adapter).await?;
         Ok(Self::from_wgpu(&adapter.adapter, device, queue))
     }
 
@@ -296,8 +298,12 @@ impl Gpu {
     }
 
     fn create(&self, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let descriptor = wgpu::BufferDescriptor { label: Some("gatefold"), size, usage, mapped_at_creation: false };
+        // What a scope found is known later in a browser: there whatever follows fails.
+        if cfg!(target_arch = "wasm32") {
+            return self.guarded(|| self.device.create_buffer(&descriptor));
+        }
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let buffer = self.guarded(|| self.device.create_buffer(&descriptor))?;
         match pollster::block_on(scope.pop()) {
             Some(error) => Err(self
@@ -595,10 +601,33 @@ impl Gpu {
 
     /// Submits what is recorded and waits until all of it ran.
     pub fn synchronize(&self) -> Result<()> {
-        let mut state = self.state.lock();
-        self.submit_locked(&mut state)?;
-        state.in_flight.clear();
-        self.wait(None)
+        wait_for("Device.synchronize", self.synchronize_async())
+    }
+
+    /// The same, where the caller may not wait.
+    pub async fn synchronize_async(&self) -> Result<()> {
+        {
+            let mut state = self.state.lock();
+            self.submit_locked(&mut state)?;
+            state.in_flight.clear();
+        }
+        let (done, is_done) = oneshot::channel();
+        self.queue.on_submitted_work_done(move || _ = done.send(()));
+        self.told(is_done).await
+    }
+
+    /// What a callback of wgpu sends, once all submitted work ran: natively that takes a wait, a browser calls back by itself.
+    async fn told<T>(&self, receiver: oneshot::Receiver<T>) -> Result<T> {
+        #[cfg(not(target_arch = "wasm32"))]
+        let told = {
+            let mut receiver = receiver;
+            self.wait(None)?;
+            receiver.try_recv().ok().flatten()
+        };
+        #[cfg(target_arch = "wasm32")]
+        let told = receiver.await.ok();
+        self.check()?;
+        told.ok_or_else(|| self.fail(ErrorKind::DeviceLost, "work was submitted, and nothing was heard of its end"))
     }
 
     /// Whether [`Gpu::profile`] works.
@@ -637,6 +666,11 @@ impl Gpu {
 
     /// The content of `range`, after all recorded work; the alarm of the exchange comes along.
     pub fn read(&self, range: Range) -> Result<Vec<u8>> {
+        wait_for("Tensor.to_vec", self.read_async(range))
+    }
+
+    /// The same, where the caller may not wait.
+    pub async fn read_async(&self, range: Range) -> Result<Vec<u8>> {
         self.check()?;
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
         let size = range.size;
@@ -649,9 +683,10 @@ impl Gpu {
             self.copy(alarm, to(size, 4))?;
         }
         self.submit()?;
-        mapped.map_async(wgpu::MapMode::Read, .., |_| {});
-        self.wait(None)?;
+        let (done, is_done) = oneshot::channel();
+        mapped.map_async(wgpu::MapMode::Read, .., move |outcome| _ = done.send(outcome));
         let failed = |error: &dyn std::fmt::Display| self.fail(ErrorKind::DeviceLost, format!("reading back failed: {error}"));
+        self.told(is_done).await?.map_err(|error| failed(&error))?;
         let mut bytes =
             self.guarded(|| mapped.get_mapped_range(..).map(|view| view.to_vec()))?.map_err(|error| failed(&error))?;
         mapped.unmap();

@@ -4,6 +4,7 @@ pub(crate) mod adapter;
 mod clock;
 pub(crate) mod gpu;
 pub(crate) mod native;
+pub(crate) mod wait;
 
 /// How a kernel uses one of its storage buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
