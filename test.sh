@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-have() { command -v "$1" > /dev/null; }
+source tests/backends/common.sh
 
 # Whether the Vulkan loader and at least one driver (a JSON file) are installed.
 have_vulkan() {
@@ -20,8 +20,7 @@ have_vulkan() {
     local -a places
     IFS=: read -ra places <<< "$listed"
     for place in "${places[@]}"; do [ -e "$place" ] && return 0; done
-    echo "test.sh: VK_DRIVER_FILES or VK_ICD_FILENAMES names no file that exists: $listed" >&2
-    exit 1
+    die "VK_DRIVER_FILES or VK_ICD_FILENAMES names no file that exists: $listed"
   fi
   compgen -G '/usr/share/vulkan/icd.d/*.json' > /dev/null || compgen -G '/usr/local/share/vulkan/icd.d/*.json' > /dev/null ||
     compgen -G '/etc/vulkan/icd.d/*.json' > /dev/null || compgen -G "${HOME:-}/.local/share/vulkan/icd.d/*.json" > /dev/null
@@ -31,29 +30,10 @@ if [ "$(uname -s)" = Linux ]; then
   packages=()
   have cc || packages+=(gcc libc6-dev)
   have_vulkan || packages+=(libvulkan1 mesa-vulkan-drivers)
-  if [ ${#packages[@]} -gt 0 ]; then
-    if ! have apt-get; then
-      echo "test.sh: missing, and there is no apt-get to install them with: ${packages[*]} (Debian's names)" >&2
-      exit 1
-    fi
-    root=()
-    if [ "$(id -u)" -ne 0 ]; then
-      have sudo || { echo "test.sh: run as root, or install: ${packages[*]}" >&2; exit 1; }
-      root=(sudo)
-    fi
-    echo "test.sh: installing ${packages[*]}"
-    "${root[@]}" apt-get update -qq
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"
-  fi
+  [ ${#packages[@]} -eq 0 ] || install_packages "${packages[@]}"
 fi
 
-if ! have cargo; then
-  echo "test.sh: cargo is missing: install Rust with rustup, as the Rust project's home page describes" >&2
-  exit 1
-fi
-
-# EGL complains without it.
-export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
+have cargo || die "cargo is missing: install Rust with rustup, as the Rust project's home page describes"
 
 start=$SECONDS
 status=0
