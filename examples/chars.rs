@@ -9,6 +9,8 @@
 //!
 //! Truncated back-propagation through time: each step's final state is the next step's initial one, its tape is not kept.
 
+#[path = "common/characters.rs"]
+mod characters;
 mod common;
 
 use std::f64::consts::{LN_2, PI};
@@ -19,36 +21,13 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use gatefold::checkpoint::{self, Metadata};
-use gatefold::data::{PAD, TokenStreams, TokenWindow, UNK, Vocabulary};
-use gatefold::nn::{EmbeddingConfig, LinearConfig, LstmConfig, Module, Precision, Sequential};
+use gatefold::data::{TokenStreams, Vocabulary};
+use gatefold::nn::{Module, Precision};
 use gatefold::optim::{AdamW, LossScale};
-use gatefold::{Batch, CrossEntropy, Device, Ids, Rng, Tensor, Trainer};
+use gatefold::{CrossEntropy, Device, Ids, Rng, Tensor, Trainer};
 
-const SOURCES: &[&str] = &[
-    include_str!("../src/backend/adapter.rs"),
-    include_str!("../src/backend/gpu.rs"),
-    include_str!("../src/nn/recurrent/mod.rs"),
-    include_str!("../src/nn/linear.rs"),
-    include_str!("../src/nn/embedding.rs"),
-    include_str!("../src/nn/sequential.rs"),
-    include_str!("../src/nn/mod.rs"),
-    include_str!("../src/data/padding.rs"),
-    include_str!("../src/data/series.rs"),
-    include_str!("../src/data/batches.rs"),
-    include_str!("../src/kernels/sweep_step.rs"),
-    include_str!("../src/kernels/gemm.rs"),
-    include_str!("../src/kernels/gather.rs"),
-    include_str!("../src/kernels/optimizer.rs"),
-    include_str!("../src/checkpoint.rs"),
-    include_str!("../src/device.rs"),
-    include_str!("../src/error.rs"),
-    include_str!("../src/loss.rs"),
-    include_str!("../src/rng.rs"),
-    include_str!("../src/tensor.rs"),
-    include_str!("../src/optim.rs"),
-    include_str!("../src/trainer.rs"),
-];
-const EMBEDDING: usize = 64;
+use characters::{SOURCES, batch, build, draw};
+
 const HIDDEN: usize = 256;
 /// Streams read side by side.
 const ROWS: usize = 16;
@@ -95,6 +74,12 @@ struct Args {
     require: Option<f64>,
 }
 
+impl Args {
+    fn precision(&self) -> Precision {
+        if self.half { Precision::Half } else { Precision::Single }
+    }
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     ensure!(args.temperature > 0.0 && args.temperature.is_finite(), "--temperature must be a number above 0");
@@ -104,19 +89,6 @@ fn main() -> Result<()> {
         Some(checkpoint) => write_text(checkpoint, &device, &args),
         None => train(&device, &args),
     }
-}
-
-fn build(vocabulary: &Vocabulary, half: bool, device: &Device, rng: &mut Rng) -> gatefold::Result<Sequential> {
-    let precision = if half { Precision::Half } else { Precision::Single };
-    Ok(Sequential::new()
-        .push(EmbeddingConfig::new(vocabulary.len(), EMBEDDING).init(device, rng)?)
-        .push(LstmConfig::new(EMBEDDING, HIDDEN).forget_bias(1.0).precision(precision).init(device, rng)?)
-        .push(LinearConfig::new(HIDDEN, vocabulary.len()).precision(precision).init(device, rng)?))
-}
-
-fn batch(device: &Device, window: &TokenWindow) -> gatefold::Result<Batch> {
-    let shape = [window.steps, window.rows];
-    Ok(Batch::new(Ids::from_slice(device, &window.inputs, shape)?, Ids::from_slice(device, &window.targets, shape)?))
 }
 
 fn train(device: &Device, args: &Args) -> Result<()> {
@@ -139,7 +111,7 @@ fn train(device: &Device, args: &Args) -> Result<()> {
     );
 
     let mut rng = Rng::seed(args.seed);
-    let model = build(&vocabulary, args.half, device, &mut rng)?;
+    let model = build(&vocabulary, HIDDEN, args.precision(), device, &mut rng)?;
     let mut trainer = Trainer::new(model, CrossEntropy::new(), AdamW::new(LEARNING_RATE))?.clip_grad_norm(1.0);
     if args.half {
         trainer = trainer.loss_scaling(LossScale::dynamic());
@@ -230,7 +202,7 @@ fn write_text(checkpoint: &Path, device: &Device, args: &Args) -> Result<()> {
     let json = metadata.get(VOCABULARY).with_context(|| format!("{}: there is no vocabulary in it", checkpoint.display()))?;
     let vocabulary = Vocabulary::from_json(json).with_context(|| checkpoint.display().to_string())?;
     let mut rng = Rng::seed(args.seed);
-    let model = build(&vocabulary, args.half, device, &mut rng)?;
+    let model = build(&vocabulary, HIDDEN, args.precision(), device, &mut rng)?;
     model.load(checkpoint)?;
 
     let mut out = std::io::stdout().lock();
@@ -246,19 +218,4 @@ fn write_text(checkpoint: &Path, device: &Device, args: &Args) -> Result<()> {
     }
     writeln!(out, "\n---")?;
     Ok(())
-}
-
-/// A character from softmax(logits / temperature), never padding or "unknown".
-fn draw(logits: &[f32], temperature: f32, rng: &mut Rng) -> u32 {
-    let largest = logits.iter().copied().fold(f32::MIN, f32::max);
-    let real = |id: usize| id != PAD as usize && id != UNK as usize;
-    let weight = |(id, logit): (usize, &f32)| if real(id) { ((logit - largest) / temperature).exp() } else { 0.0 };
-    let weights: Vec<f32> = logits.iter().enumerate().map(weight).collect();
-    let mut left = rng.uniform(0.0, weights.iter().sum());
-    // Rounding may leave a rest past the end: the last character takes it.
-    let reached = |weight: &f32| {
-        left -= weight;
-        left < 0.0
-    };
-    weights.iter().position(reached).unwrap_or(weights.len() - 1) as u32
 }

@@ -1,10 +1,11 @@
 //! Every kernel on every adapter of the machine: one test an adapter and kernel, named `backend:adapter::kernel`.
 
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use gatefold::Device;
-use gatefold::verify::{Report, cases, kernels};
+use gatefold::verify::{self, Report, cases, kernels};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures");
@@ -76,8 +77,21 @@ fn marks() -> Result<()> {
     Ok(())
 }
 
-fn main() {
+/// For `tests/mutations.py`: a folder with an edited copy of a shader.
+fn edit_shaders(folder: &Path) -> Result<()> {
+    for file in std::fs::read_dir(folder)? {
+        let (edited, original) = (file?.path(), Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders"));
+        let original = original.join(edited.file_name().unwrap_or_default());
+        verify::edit_shader(std::fs::read_to_string(original)?, std::fs::read_to_string(edited)?);
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
     let arguments = Arguments::from_args();
+    if let Some(folder) = std::env::var_os("GATEFOLD_EDITED_SHADERS") {
+        edit_shaders(Path::new(&folder)).context("GATEFOLD_EDITED_SHADERS")?;
+    }
     let infos = Device::list();
     let names = infos.iter().map(|info| match info.backend.as_str() {
         "native" => "cpu".to_owned(),

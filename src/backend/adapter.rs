@@ -95,10 +95,19 @@ pub(crate) async fn all() -> Vec<Adapter> {
     let mut adapters: Vec<Adapter> = found
         .into_iter()
         .filter(|adapter| adapter.get_downlevel_capabilities().flags.contains(FLAGS))
-        .map(|adapter| Adapter { info: adapter.get_info(), adapter })
+        .map(|adapter| Adapter { info: info(&adapter), adapter })
         .collect();
     adapters.sort_by_key(|a| rank(&a.info));
     adapters
+}
+
+/// What an adapter says of itself. Browsers may keep its name from programs.
+pub(crate) fn info(adapter: &wgpu::Adapter) -> wgpu::AdapterInfo {
+    let mut info = adapter.get_info();
+    if info.name.is_empty() {
+        info.name = "unnamed".into();
+    }
+    info
 }
 
 /// Smaller is better: hardware before software, discrete before integrated, native interfaces before GL.

@@ -4,6 +4,7 @@
 //! into one command buffer. Work in one queue runs in order, so a buffer may go back to the pool as soon as its last
 //! owner is gone, even while recorded work still uses it: whoever gets it next is recorded later.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroU64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,6 +41,10 @@ impl Drop for GpuBuffer {
         self.pool.free.lock().entry(self.buffer.size()).or_default().push(self.buffer.clone());
     }
 }
+
+/// The text of a shader file, and what stands in its place in the pipelines of this process: to see that tests notice.
+#[cfg(feature = "verify")]
+pub(crate) static EDITED: std::sync::OnceLock<(String, String)> = std::sync::OnceLock::new();
 
 /// Free buffers by their size in bytes.
 #[derive(Default)]
@@ -153,7 +158,7 @@ impl Gpu {
     }
 
     pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Self {
-        let info = adapter.get_info();
+        let info = adapter::info(adapter);
         let fault = Fault::default();
         let (lost, failed) = ((fault.clone(), info.name.clone()), (fault.clone(), info.name.clone()));
         device.set_device_lost_callback(move |reason, what| {
@@ -575,11 +580,17 @@ impl Gpu {
             bind_group_layouts: &[Some(&bind_group)],
             ..Default::default()
         });
-        let source = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(kernel.source.into()) };
-        // SAFETY: the shaders are this crate's own. Each guards its indices with the sizes in its uniform struct, which
+        let (text, checks) = (Cow::from(kernel.source), wgpu::ShaderRuntimeChecks::unchecked());
+        #[cfg(feature = "verify")]
+        let (text, checks) = match EDITED.get() {
+            Some((original, edited)) => (text.replace(original, edited).into(), wgpu::ShaderRuntimeChecks::checked()),
+            None => (text, checks),
+        };
+        let source = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text) };
+        // SAFETY: shaders that run unchecked are this crate's own. Each guards its indices with the sizes in its uniform struct, which
         // the host side checked against the bound ranges; every loop is bounded by one of those sizes or by a
         // constant.
-        let module = unsafe { self.device.create_shader_module_trusted(source, wgpu::ShaderRuntimeChecks::unchecked()) };
+        let module = unsafe { self.device.create_shader_module_trusted(source, checks) };
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label,
             layout: Some(&layout),

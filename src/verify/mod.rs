@@ -13,3 +13,9 @@ pub mod shaders;
 pub mod workloads;
 
 pub use compare::{Comparison, Report};
+
+/// From now on this process builds its GPU pipelines with `edited` in place of `original`, the text of a file of `shaders/`: to see
+/// that the checks notice an error. The first call counts.
+pub fn edit_shader(original: String, edited: String) {
+    let _ = crate::backend::gpu::EDITED.set((original, edited));
+}

@@ -98,3 +98,13 @@ cross_cargo() {
 
 # Where cross_cargo leaves what it built, above the folder of the profile: built_for TARGET
 built_for() { echo "$backends/build/$1"; }
+
+# A crate as a page for browsers: its module, the JavaScript side, and the page beside them: bundle PACKAGE PAGE FOLDER
+bundle() {
+  local package=$1 page=$2 folder=$3 module
+  RUSTFLAGS="-C target-feature=+simd128" CARGO_PROFILE_RELEASE_DEBUG=false \
+    cross_cargo wasm32-unknown-unknown build --release --package "$package"
+  module=$(built_for wasm32-unknown-unknown)/release/${package//-/_}.wasm
+  cargo run --quiet --package gatefold-bindgen --target-dir "$backends/build" -- "$module" "$folder"
+  cp "$page" "$folder"
+}

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Opens a page of a folder in headless Chromium and waits for its verdict. It needs nothing but Python's own library.
+
+    browser.py CHROMIUM FOLDER PAGE [--seconds N] [--screenshot FILE.png] [--save FOLDER] [--without-webgpu]
+
+The page tells what it does in `window.lines`, a list that grows, and ends by setting `window.verdict`, a line; `window.files` may hold
+texts by name, which --save writes. The exit code is 0 when the verdict starts with "ok" and the browser's console shows no
+error. PAGE is a path within FOLDER and may carry a query: `index.html?device=cpu`.
+"""
+
+import argparse
+import base64
+import functools
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+# They keep the browser from calling home. SwiftShader is the software driver that Chromium brings along.
+FLAGS = """--headless --no-sandbox --disable-background-networking --disable-component-update --disable-default-apps --disable-sync
+--no-first-run --disable-dev-shm-usage --disable-extensions --window-size=1000,1100 --remote-debugging-pipe""".split()
+WEBGPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
+
+
+class Pages(http.server.SimpleHTTPRequestHandler):
+    """Files of the folder, with no line of log for each."""
+
+    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".wasm": "application/wasm", ".js": "text/javascript"}
+
+    def log_message(self, *_):
+        pass
+
+
+class Browser:
+    """One page of a browser, driven by the DevTools protocol: JSON between NUL bytes on the browser's descriptors 3 and 4."""
+
+    def __init__(self, program, profile, flags):
+        command_read, self.commands = os.pipe()
+        answers, answer_write = os.pipe()
+
+        def descriptors():
+            # Out of the way first: either may be 3 or 4 already.
+            ends = [os.dup(command_read), os.dup(answer_write)]
+            os.dup2(ends[0], 3)
+            os.dup2(ends[1], 4)
+
+        command = [program, *flags, f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(command, preexec_fn=descriptors, close_fds=False, stderr=subprocess.DEVNULL)
+        os.close(command_read)
+        os.close(answer_write)
+        self.answers = os.fdopen(answers, "rb")
+        self.errors, self.session, self.count = [], None, 0
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ["Page", "Runtime", "Log"]:
+            self.call(f"{domain}.enable")
+
+    def message(self):
+        text = bytearray()
+        while (byte := self.answers.read(1)) != b"\0":
+            if not byte:
+                raise SystemExit("browser.py: the browser ended")
+            text += byte
+        return json.loads(text)
+
+    def call(self, method, **parameters):
+        self.count += 1
+        request = {"id": self.count, "method": method, "params": parameters}
+        if self.session:
+            request["sessionId"] = self.session
+        os.write(self.commands, json.dumps(request).encode() + b"\0")
+        while (message := self.message()).get("id") != self.count:
+            self.note(message.get("method"), message.get("params"))
+        if "error" in message:
+            raise SystemExit(f"browser.py: {method}: {message['error']}")
+        return message["result"]
+
+    def note(self, method, event):
+        """Keeps what a person would see in red on the console."""
+        if method == "Runtime.exceptionThrown":
+            self.errors.append(event["exceptionDetails"].get("exception", {}).get("description", event["exceptionDetails"]["text"]))
+        elif method == "Runtime.consoleAPICalled" and event["type"] in ("error", "assert"):
+            self.errors.append(" ".join(str(word.get("value", word.get("description"))) for word in event["args"]))
+        elif method == "Log.entryAdded" and event["entry"]["level"] == "error":
+            self.errors.append(f"{event['entry']['text']} {event['entry'].get('url', '')}")
+
+    def value(self, script):
+        outcome = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        return outcome["result"].get("value")
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1800, help="to wait for the verdict")
+    parser.add_argument("--screenshot", type=pathlib.Path)
+    parser.add_argument("--save", type=pathlib.Path)
+    parser.add_argument("--without-webgpu", action="store_true", help="the browser finds no adapter")
+    for name in ["browser", "folder", "page"]:
+        parser.add_argument(name)
+    arguments = parser.parse_args()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Pages, directory=arguments.folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(arguments.browser, profile, FLAGS + ([] if arguments.without_webgpu else WEBGPU))
+        try:
+            browser.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/{arguments.page}")
+            verdict, printed, end = None, 0, time.monotonic() + arguments.seconds
+            while verdict is None and not browser.errors and time.monotonic() < end:
+                time.sleep(0.2)
+                lines = browser.value(f"(window.lines ?? []).slice({printed})") or []
+                verdict = browser.value("window.verdict ?? null")
+                printed += len(lines)
+                print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+            if arguments.screenshot:
+                arguments.screenshot.write_bytes(base64.b64decode(browser.call("Page.captureScreenshot")["data"]))
+            if arguments.save:
+                for name, text in browser.value("window.files ?? {}").items():
+                    (arguments.save / name).write_text(text)
+        finally:
+            browser.close()
+    for message in browser.errors:
+        print("console:", message)
+    print(verdict or f"no verdict within {arguments.seconds:.0f} s")
+    sys.exit(0 if verdict and verdict.startswith("ok") and not browser.errors else 1)
+
+
+if __name__ == "__main__":
+    main()

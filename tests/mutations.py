@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Breaks the kernels one line at a time and looks whether the kernel tests see it: a test of the tests.
+
+    tests/mutations.py [--only WORD]
+
+Each entry below is an edit (file, old text, new text) and the families of `tests/kernels.rs` that must fail with it. The old text
+occurs once in the file. Edited shaders are read at run time (GATEFOLD_EDITED_SHADERS) and run on a Vulkan adapter, the first that the
+tests list; an edit of Rust is built first and runs on the native CPU. Prints what survived, and ends with a count; exit code 1 when an edit
+survived, could not be built, or no longer fits its file.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+EDITS = [
+    # LSTM
+    ("shaders/cell_lstm.wgsl", "Slots(i, f, g, o));\n}\n\nfn cell_totals", "Slots(f, i, g, o));\n}\n\nfn cell_totals", ["lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "clip_to(cell_clip, f * previous[1] + i * g);", "clip_to(cell_clip, i * previous[1] + f * g);", ["lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "x[2] + (r[2] + p[2])", "x[2] + r[2]", ["lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "var df = dc * previous[1];", "var df = dc * g;", ["lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "Slots(di, df, dg, d_out)", "Slots(di, df, -dg, d_out)", ["lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "State(0.0, dc * f + di * p[4]", "State(0.0, dc * f - di * p[4]", ["networks"]),
+    ("shaders/cell_lstm.wgsl", "peephole(p[6], c));", "peephole(p[6], previous[1]));", ["networks"]),
+    ("shaders/cell_lstm.wgsl", "if coupled { di -= df;", "if coupled { di += df;", ["networks"]),
+    ("shaders/cell_lstm.wgsl", "cell_clip > 0.0 && abs(free) > cell_clip", "cell_clip > 0.0 && abs(free) > 2.0 * cell_clip", ["networks"]),
+    ("shaders/cell_lstm.wgsl", "State(d[0], d[1] + d[0] * o", "State(d[0], d[1] - d[0] * o", ["gradient_flow"]),
+    # GRU
+    ("shaders/cell_gru.wgsl", "(1.0 - z) * n + z * previous[0]", "z * n + (1.0 - z) * previous[0]", ["lstm_sweep", "networks"]),
+    ("shaders/cell_gru.wgsl", "let q = r[2] + p[2];", "let q = r[2];", ["networks"]),
+    ("shaders/cell_gru.wgsl", "(previous[0] - n) * gate_slope(z)", "(n - previous[0]) * gate_slope(z)", ["networks"]),
+    ("shaders/cell_gru.wgsl", "select(dn * reset, q, reset_before)", "select(dn, q, reset_before)", ["networks"]),
+    ("shaders/cell_gru.wgsl", "select(gate, 3u, gate == 2u && !reset_before)", "select(gate, 3u, gate == 1u && !reset_before)", ["networks"]),
+    ("shaders/gru_reset.wgsl", "dh[at] += d * r;", "dh[at] = d * r;", ["gru_reset", "networks"]),
+    # Other cells
+    ("shaders/cell_rnn.wgsl", "let da = d[0] * clipped_slope", "let da = -d[0] * clipped_slope", ["networks"]),
+    ("shaders/cell_slstm.wgsl", "if g.past { da = d[3] - di; }", "if !g.past { da = d[3] - di; }", ["networks"]),
+    ("shaders/cell_slstm.wgsl", "dc * g.i * (1.0 - z * z)", "dc * g.i * (1.0 - z)", ["networks"]),
+    ("shaders/cell_indrnn.wgsl", "Unit(da * previous[0])", "Unit(da)", ["networks"]),
+    ("shaders/cell_min_gru.wgsl", "(1.0 - z) * previous[0] + z * g", "z * previous[0] + (1.0 - z) * g", ["networks"]),
+    # What every sweep does around a cell
+    ("shaders/sweep_unit.wgsl", "return (t + params.reverse) % params.depth;", "return t % params.depth;", ["lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "return t < lengths[row];", "return t <= lengths[row];", ["lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "select(0.0, state[0], valid)", "state[0]", ["lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "k * previous[s] + (1.0 - k) * state[s]", "(1.0 - k) * previous[s] + k * state[s]", ["networks"]),
+    ("shaders/sweep_unit.wgsl", "d[0] += kept.dy;", "d[0] = kept.dy;", ["lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "d[s] += held_back[s];", "d[s] -= held_back[s];", ["networks"]),
+    ("shaders/sweep_unit.wgsl", "params.start + t, row, unit", "t, row, unit", ["networks", "bptt"]),
+    # Sweeps
+    ("shaders/sweep_step.wgsl", "PRODUCT && k < H; k++", "PRODUCT && k + 1u < H; k++", ["lstm_sweep"]),
+    ("shaders/sweep_step.wgsl", "let at1 = (h0 + min(row + 1u, last)) * H;", "let at1 = (h0 + min(row, last)) * H;", ["lstm_sweep"]),
+    ("shaders/sweep_step_subgroup.wgsl", "(*sums)[g][7] += subgroupBroadcast(h, 7u) * w;", "(*sums)[g][7] += subgroupBroadcast(h, 6u) * w;", ["lstm_sweep"]),
+    ("shaders/sweep_step_subgroup.wgsl", "min(row + 24u + lane, last)", "min(row + 16u + lane, last)", ["lstm_sweep"]),
+    ("shaders/sweep_step_tiled.wgsl", "        workgroupBarrier();\n        if slice < half {", "        if slice < half {", ["step_tiled"]),
+    ("shaders/sweep_step_tiled.wgsl", "if k < params.hidden && unit < params.hidden {", "if k + 1u < params.hidden && unit < params.hidden {", ["step_tiled"]),
+    ("shaders/sweep_resident.wgsl", "    workgroupBarrier();\n    for (var other", "    for (var other", ["lstm_resident"]),
+    ("shaders/sweep_resident.wgsl", "values[3] * resident[w + 3u]", "values[3] * resident[w + 2u]", ["lstm_resident"]),
+    ("shaders/sweep_scan.wgsl", "b = step.x * b + step.y;", "b = b + step.y;", ["scans"]),
+    ("shaders/sweep_scan.wgsl", "carries[a_at] * value + carries", "carries[a_at] * value - carries", ["scans"]),
+    # Products and sums
+    ("shaders/gemm_subgroup.wgsl", "store_row(row + 31u, column, cw[7] + added);", "store_row(row + 31u, column, cz[7] + added);", ["gemm"]),
+    ("shaders/gemm_subgroup.wgsl", "if row < params.m && column < params.n {", "if row <= params.m && column < params.n {", ["gemm"]),
+    ("shaders/gemm_tiled.wgsl", "        workgroupBarrier();\n        next = by_k", "        next = by_k", ["gemm"]),
+    ("shaders/gemm_tiled.wgsl", "(*sums)[15] += a1.w * b1;", "(*sums)[15] += a1.z * b1;", ["gemm"]),
+    ("shaders/column_sum.wgsl", "let end = min(first + ROWS, params.rows);", "let end = min(first + ROWS - 1u, params.rows);", ["column_sum"]),
+    ("shaders/reduce.wgsl", "        workgroupBarrier();\n", "", ["reduce"]),
+    ("shaders/transpose.wgsl", "(row % params.a) * params.b + row / params.a", "(row / params.a) * params.b + row % params.a", ["transpose"]),
+    ("shaders/gather.wgsl", "rank < starts[i + 1u]", "rank + 1u < starts[i + 1u]", ["scatter"]),
+    # Losses, optimizers, masks, norms
+    ("shaders/cross_entropy.wgsl", "select(0.0, params.scale, v == wanted)", "select(params.scale, 0.0, v == wanted)", ["cross_entropy"]),
+    ("shaders/cross_entropy.wgsl", "        workgroupBarrier();\n        if lane < half { partial[lane] += ", "        if lane < half { partial[lane] += ", ["cross_entropy"]),
+    ("shaders/mean_squared_error.wgsl", "2.0 * difference", "difference", ["mean_squared_error"]),
+    ("shaders/optimizer.wgsl", "params.one_minus_beta2 * g * g", "params.one_minus_beta2 * g", ["adamw"]),
+    ("shaders/optimizer.wgsl", "control.skip = select(1u, 0u, finite);", "control.skip = 0u;", ["sgd"]),
+    ("shaders/optimizer.wgsl", "first[at] = velocity;", "first[at] = g;", ["sgd"]),
+    ("shaders/dropout.wgsl", ">= params.p", "< params.p", ["dropout"]),
+    ("shaders/gate_mask.wgsl", "params.first + gate, GATE", "gate, GATE", ["gate_mask"]),
+    ("shaders/layer_norm.wgsl", "- normal(row, v, stat) * means.y", "+ normal(row, v, stat) * means.y", ["layer_norm"]),
+    ("shaders/output_step.wgsl", "targets[(params.t - 1u) * count + at]", "targets[params.t * count + at]", ["jordan"]),
+    ("shaders/pooling.wgsl", "select(length - 1u, 0u, column", "select(length, 0u, column", ["pooling"]),
+    ("shaders/math.wgsl", "(bits & ~SIGN_BIT) > 0x411051ecu", "(bits & ~SIGN_BIT) > 0x7f000000u", ["math"]),
+    ("shaders/math.wgsl", "select(y | (bits & SIGN_BIT), bits, is_nan_bits(x))", "select(y, bits, is_nan_bits(x))", ["math"]),
+    # The native CPU
+    ("src/kernels/cell_lstm.rs", "[i, f, g, o])\n    }", "[f, i, g, o])\n    }", ["lstm_sweep"]),
+    ("src/kernels/cell_lstm.rs", "let (mut di, mut df) = (dc * g, dc * c_before);", "let (mut di, mut df) = (dc * c_before, dc * g);", ["lstm_sweep"]),
+    ("src/kernels/cell_gru.rs", "let q = r[2] + p[2];", "let q = r[2];", ["networks"]),
+    ("src/kernels/cell_gru.rs", "(previous[0] - n) * self.gate_slope(z)", "(n - previous[0]) * self.gate_slope(z)", ["networks"]),
+]
+
+
+class Tests:
+    """The program of tests/kernels.rs as it was built last."""
+
+    def __init__(self):
+        self.build()
+
+    def build(self):
+        command = ["cargo", "test", "--quiet", "--all-features", "--test", "kernels", "--no-run", "--message-format", "json"]
+        built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        found = re.findall(r'"executable":"([^"]*/kernels-[^"]*)"', built.stdout)
+        self.program = found[-1] if built.returncode == 0 and found else None
+        return self.program is not None
+
+    def names(self, device, family):
+        listed = subprocess.run([self.program, "--list"], capture_output=True, text=True, check=True).stdout
+        names = [line.removesuffix(": test") for line in listed.splitlines() if re.fullmatch(rf"{device}.*::{family}: test", line)]
+        if not names:
+            sys.exit(f"mutations.py: no test of {family} on {device}")
+        return names[:1]
+
+    def fails(self, device, families, environment=None):
+        """The words of the first failure, or None where all pass."""
+        for family in families:
+            for name in self.names(device, family):
+                run = subprocess.run([self.program, "--exact", name], capture_output=True, text=True, env=environment)
+                if run.returncode != 0:
+                    return run.stdout + run.stderr
+        return None
+
+
+def outcome(tests, file, old, new, families):
+    path = ROOT / file
+    text = path.read_text()
+    if text.count(old) != 1:
+        return f"the old text occurs {text.count(old)} times"
+    edited = text.replace(old, new)
+    if path.suffix == ".wgsl":
+        with tempfile.TemporaryDirectory() as folder:
+            (pathlib.Path(folder) / path.name).write_text(edited)
+            words = tests.fails("vulkan", families, {**os.environ, "GATEFOLD_EDITED_SHADERS": folder})
+        # A shader that does not compile proves nothing of the tests.
+        if words and re.search(r"parsing error|validation error|Shader '.*' parsing", words, re.IGNORECASE):
+            return "the edited shader is not valid"
+    else:
+        try:
+            path.write_text(edited)
+            if not tests.build():
+                return "the edited source does not compile"
+            words = tests.fails("cpu", families)
+        finally:
+            path.write_text(text)
+    return None if words else "survived"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="edits of files with this in their name")
+    arguments = parser.parse_args()
+    edits = [edit for edit in EDITS if arguments.only in edit[0]]
+    tests = Tests()
+    if tests.program is None:
+        sys.exit("mutations.py: the tests do not build")
+    caught, missed = 0, []
+    for file, old, new, families in edits:
+        start = time.monotonic()
+        problem = outcome(tests, file, old, new, families)
+        caught += problem is None
+        line = f"{file}: {old.strip().splitlines()[0]} -> {(new.strip().splitlines() or ['(nothing)'])[0]}"
+        print(f"{time.monotonic() - start:5.1f} s  {problem or 'caught'}  {line}", flush=True)
+        if problem:
+            missed.append(f"{problem}: {line}")
+    tests.build()
+    print(*missed, sep="\n", end="\n" if missed else "")
+    print(f"mutations: {caught} caught, {len(missed)} not")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
