@@ -6,10 +6,14 @@ pub mod case_file;
 pub mod cases;
 mod compare;
 pub mod kernels;
+mod known;
 pub mod layers;
 pub mod onnx_file;
 pub mod oracle;
+mod report;
 pub mod shaders;
 pub mod workloads;
 
-pub use compare::{Comparison, Report};
+pub use compare::{Comparison, Distance, Report};
+pub use known::{KNOWN_FAILURES, KnownFailure};
+pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown};
