@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use serde::Serialize;
 
 use crate::backend::adapter::{self, Adapter};
 use crate::backend::gpu::Gpu;
@@ -66,8 +67,8 @@ pub struct KernelTime {
     pub time: Duration,
 }
 
-/// What is known of one adapter (or the native CPU) without opening it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What is known of one adapter, an open device, or the native CPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DeviceInfo {
     /// The name that the driver gives, or `cpu`.
@@ -78,9 +79,9 @@ pub struct DeviceInfo {
     pub driver: String,
     /// `discrete`, `integrated`, `virtual`, `other`, `software`, or `native`.
     pub kind: String,
-    /// Optional features that kernels may use, by wgpu's names.
+    /// Optional features that kernels may use, by wgpu's names: those that the adapter offers, or that the device was opened with.
     pub features: Vec<String>,
-    /// The limits that matter here, by wgpu's names.
+    /// The limits that matter here, by wgpu's names, of the adapter or of the device.
     pub limits: Vec<(String, u64)>,
 }
 
@@ -101,10 +102,14 @@ impl DeviceInfo {
     }
 
     fn of_adapter(adapter: &Adapter) -> Self {
-        let (mut offered, limits) = (adapter.adapter.features(), adapter.adapter.limits());
+        let mut offered = adapter.adapter.features();
         if adapter::cooperative_edge(&adapter.adapter).is_none() {
             offered.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
         }
+        Self::of_wgpu(&adapter.info, offered, &adapter.adapter.limits())
+    }
+
+    fn of_wgpu(info: &wgpu::AdapterInfo, offered: wgpu::Features, limits: &wgpu::Limits) -> Self {
         let useful = [
             ("SUBGROUP", wgpu::Features::SUBGROUP),
             ("SHADER_F16", wgpu::Features::SHADER_F16),
@@ -117,17 +122,9 @@ impl DeviceInfo {
             ("max_storage_buffers_per_shader_stage", limits.max_storage_buffers_per_shader_stage.into()),
             ("max_compute_workgroup_storage_size", limits.max_compute_workgroup_storage_size.into()),
             ("max_compute_invocations_per_workgroup", limits.max_compute_invocations_per_workgroup.into()),
-            ("subgroup_min_size", adapter.info.subgroup_min_size.into()),
-            ("subgroup_max_size", adapter.info.subgroup_max_size.into()),
+            ("subgroup_min_size", info.subgroup_min_size.into()),
+            ("subgroup_max_size", info.subgroup_max_size.into()),
         ];
-        Self {
-            features: useful.iter().filter(|(_, f)| offered.contains(*f)).map(|(name, _)| (*name).to_owned()).collect(),
-            limits: limits.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
-            ..Self::of_wgpu(&adapter.info)
-        }
-    }
-
-    fn of_wgpu(info: &wgpu::AdapterInfo) -> Self {
         let kind = match info.device_type {
             wgpu::DeviceType::DiscreteGpu => "discrete",
             wgpu::DeviceType::IntegratedGpu => "integrated",
@@ -140,8 +137,8 @@ impl DeviceInfo {
             backend: adapter::backend_name(info.backend).to_owned(),
             driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
             kind: kind.to_owned(),
-            features: Vec::new(),
-            limits: Vec::new(),
+            features: useful.iter().filter(|(_, f)| offered.contains(*f)).map(|(name, _)| (*name).to_owned()).collect(),
+            limits: limits.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
         }
     }
 }
@@ -265,7 +262,7 @@ impl Device {
     pub fn info(&self) -> DeviceInfo {
         match self.backend() {
             Backend::Native => DeviceInfo::native(),
-            Backend::Gpu(gpu) => DeviceInfo::of_wgpu(&gpu.info),
+            Backend::Gpu(gpu) => DeviceInfo::of_wgpu(&gpu.info, gpu.features(), gpu.limits()),
         }
     }
 

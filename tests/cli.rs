@@ -74,14 +74,15 @@ impl Case {
 
 #[test]
 fn verify_passes_here_and_names_what_is_wrong_or_missing() {
-    let passed = gatefold(&["verify", "--device", "cpu", "--cases", CASES], &[]);
-    // The CPU has no matrix units.
-    expect(&passed, 0, " passed, 0 failed, 1 unsupported");
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).with_extension("safetensors");
+    let written = folder.path().join("report.md");
+    let passed = gatefold(&["verify", "--device", "cpu", "--cases", CASES, "--report", written.to_str().unwrap()], &[]);
+    expect(&passed, 0, " passed, 0 failed\n");
+    report_says_what_verify_printed(&passed.out, &written);
     let row = |name: &str| passed.out.lines().find(|line| line.contains(name)).unwrap_or_default().to_owned();
     assert!(row("lstm_bidirectional").starts_with("  ok ") && row("lstm_saturated").starts_with("  ok "), "{}", passed.out);
 
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).with_extension("safetensors");
     // One number of one gradient is off by a thousandth.
     let mut spoilt = Case::read("lstm_plain");
     let number = &mut spoilt.tensors.get_mut("grad.param.weight_hh_l0").unwrap().2[..8];
@@ -94,10 +95,11 @@ fn verify_passes_here_and_names_what_is_wrong_or_missing() {
     let folder = folder.path().to_str().unwrap();
     let failed = gatefold(&["verify", "--device", "cpu", "--cases", folder], &[("GATEFOLD_DEVICE", "nonesuch")]);
     expect(&failed, 1, "");
-    assert!(failed.out.contains(", 1 failed, 2 unsupported"), "{}", failed.out);
+    assert!(failed.out.ends_with(" passed, 1 failed\n"), "{}", failed.out);
     let wrong: Vec<&str> = failed.out.lines().filter(|line| line.contains("FAIL")).collect();
     assert_eq!(wrong.len(), 2, "{}", failed.out);
-    assert!(wrong.iter().all(|line| line.contains("spoilt") && line.ends_with(" grad.param.weight_hh_l0")), "{wrong:?}");
+    assert!(wrong[0].contains("spoilt") && wrong[1].contains(folder), "{wrong:?}");
+    assert!(wrong.iter().all(|line| line.ends_with(" grad.param.weight_hh_l0")), "{wrong:?}");
     let unsupported = failed.out.lines().find(|line| line.contains("foreign")).unwrap();
     assert!(
         unsupported.contains("unsupported") && unsupported.ends_with("it overflows in float32, in PyTorch too"),
@@ -108,6 +110,36 @@ fn verify_passes_here_and_names_what_is_wrong_or_missing() {
     let unread = gatefold(&["verify", "--device", "cpu", "--cases", folder], &[]);
     expect(&unread, 1, "torn.safetensors: not a safetensors file");
     assert_eq!(unread.out, "", "nothing should run before the files are read");
+}
+
+/// The report that `verify --report` wrote on the native CPU, as Markdown and JSON.
+fn report_says_what_verify_printed(out: &str, written: &Path) {
+    let text = std::fs::read_to_string(written).unwrap();
+    let reports: Value = serde_json::from_str(&std::fs::read_to_string(written.with_extension("json")).unwrap()).unwrap();
+    let [report] = &reports.as_array().unwrap()[..] else { panic!("one device, {reports}") };
+    assert_eq!((&report["device"]["backend"], &report["gatefold"]), (&"native".into(), &env!("CARGO_PKG_VERSION").into()));
+    let tests = report["tests"].as_array().unwrap();
+    let count = |verdict: &str| tests.iter().filter(|test| test["verdict"] == verdict).count();
+    let [passed, ignored] = ["passed", "ignored"].map(count);
+    assert!(passed > 40 && ignored > 0 && passed + ignored == tests.len(), "{passed} passed, {ignored} ignored");
+    assert!(out.ends_with(&format!("\n{ignored} not for this device\n{passed} passed, 0 failed\n")), "{out}");
+    assert!(text.contains(&format!("{passed} passed, 0 failed, {ignored} not for this device.")), "{text}");
+    // The kernels of matrix units did not run, and are named.
+    let matrices = tests.iter().find(|test| test["test"] == "gemm_cooperative_8").unwrap();
+    assert_eq!((&matrices["verdict"], &matrices["cases"]), (&"ignored".into(), &0.into()));
+    let tensor = |test: &str, tensor: &str| {
+        let tensors = tests.iter().filter(|found| found["test"] == test).flat_map(|found| found["tensors"].as_array().unwrap());
+        tensors.filter(|found| found["tensor"] == tensor).collect::<Vec<_>>()
+    };
+    let [c] = tensor("gemm", "c")[..] else { panic!("no c of gemm in {report}") };
+    let number = |name: &str| c[name].as_f64().unwrap();
+    // A unit in the last place is between 2^-24 and 2^-23 of a scale.
+    let units = number("ulps_of_scale") / number("relative");
+    assert!(number("comparisons") > 100.0 && number("relative") > 1e-8 && number("relative") < 2e-6, "{c}");
+    assert!((2f64.powi(22)..2f64.powi(25)).contains(&units), "{c}");
+    let tanh = tensor("math", "y");
+    assert!(tanh.len() == 1 && (0.5..2.5).contains(&tanh[0]["ulps"].as_f64().unwrap()), "{tanh:?}");
+    assert!(text.contains("| gemm | c | "), "{text}");
 }
 
 /// The JSON lines of a run that succeeds.

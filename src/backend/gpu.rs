@@ -528,6 +528,18 @@ impl Gpu {
         kernel.features.iter().all(|feature| self.features.contains(adapter::feature(*feature)))
     }
 
+    /// What the device was opened with; cooperative matrices only where kernels may use them.
+    pub fn features(&self) -> wgpu::Features {
+        match self.cooperative_edge() {
+            Some(_) => self.features,
+            None => self.features.difference(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+        }
+    }
+
+    pub fn limits(&self) -> &wgpu::Limits {
+        &self.limits
+    }
+
     pub fn class(&self) -> Class {
         Class::of(&self.info)
     }

@@ -64,8 +64,8 @@ const PART: usize = 256;
 const PARTS: usize = 8 << 20;
 
 /// Workgroup memory of the kernels that take more than the least that adapters have, in bytes.
-const TILED_128_MEMORY: u32 = 16 << 10;
-const COOPERATIVE_MEMORY: u32 = 24 << 10;
+pub(crate) const TILED_128_MEMORY: u32 = 16 << 10;
+pub(crate) const COOPERATIVE_MEMORY: u32 = 24 << 10;
 
 /// A product on a GPU: `C [m, n] = A [m, k] . B [k, n] (+ bias [n]) (+ C)`. In half precision the elements of A and B are words, which hold
 /// two numbers along k.

@@ -2,13 +2,11 @@
 
 use std::fmt::Display;
 use std::io::Write;
-use std::path::PathBuf;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use gatefold::Device;
+use anyhow::{Context, Result};
 use gatefold::verify::cases::{self, Case};
-use gatefold::verify::{Comparison, Report, kernels};
+use gatefold::verify::{Comparison, DeviceReport, Report, TestReport, Verdict, kernels, to_markdown};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -23,6 +21,10 @@ pub struct Args {
     /// PyTorch's own float32 error where that is more, and twice OUT for ONNX Runtime's outputs, which are float32
     #[arg(long, value_name = "OUT,GRAD", default_value = "1e-5,5e-5", value_parser = tolerance)]
     tolerance: [f64; 2],
+    /// Write what came of it, with the device, its driver and the largest errors of all outputs and gradients, to FILE.md and, for programs,
+    /// to FILE.json; an extension .md or .json of FILE is left out. To send along with a bug report, or from a machine that nobody else has
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Every tensor of every case
     #[arg(short, long)]
     verbose: bool,
@@ -35,104 +37,87 @@ fn tolerance(text: &str) -> Result<[f64; 2], String> {
     })
 }
 
-/// Whether everything that could run passed, on all devices.
+/// Whether tests ran and all of them passed, on all devices: a test is a kernel family or the folder of case files on one device.
 pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     // Unreadable files and unknown devices are told at once, not after minutes of checks.
-    let cases = args.cases.as_deref().map(cases::read_dir).transpose()?.unwrap_or_default();
+    let cases = args.cases.as_deref().map(cases::read_dir).transpose()?;
     let devices = match &args.device[..] {
         [] => vec![crate::device(None)?],
         names => names.iter().map(|name| crate::device(Some(name))).collect::<Result<_>>()?,
     };
-    let mut all_passed = true;
+    let [output, gradient] = args.tolerance;
+    let folder = args.cases.as_deref().map_or(String::new(), |folder| folder.display().to_string());
+    let mut reports: Vec<DeviceReport> = Vec::new();
     for device in &devices {
-        all_passed &= check(device, &cases, args, out)?;
+        writeln!(out, "{}", device.info())?;
+        reports.push(DeviceReport::new(device));
+        let kernels = kernels::all();
+        let of_kernels = kernels.iter().map(|kernel| TestReport::of_kernel(device, kernel));
+        let of_cases = |cases: &Vec<(String, Case)>| TestReport::of_cases(device, &folder, cases, (output, gradient));
+        for test in of_kernels.chain(cases.iter().map(of_cases)) {
+            let is_folder = cases.is_some() && test.test == folder;
+            Table { out, verbose: args.verbose, files: is_folder }.test(&test)?;
+            if let Some(report) = reports.last_mut() {
+                report.tests.push(test);
+            }
+            // After each test: a driver may take the program down with it.
+            args.report.as_deref().map_or(Ok(()), |file| write(file, &reports))?;
+        }
+        writeln!(out)?;
     }
-    Ok(all_passed)
+    let [passed, failed, ignored] = reports.iter().map(DeviceReport::counts).fold([0; 3], |a, b| [0, 1, 2].map(|n| a[n] + b[n]));
+    if ignored > 0 {
+        writeln!(out, "{ignored} not for this device")?;
+    }
+    writeln!(out, "{passed} passed, {failed} failed")?;
+    Ok(failed == 0 && passed > 0)
 }
 
-fn check(device: &Device, cases: &[(String, Case)], args: &Args, out: &mut impl Write) -> Result<bool> {
-    writeln!(out, "{}", device.info())?;
-    let start = Instant::now();
-    let mut table = Table { out, verbose: args.verbose, passed: 0, failed: 0, unsupported: 0 };
-    for kernel in kernels::all() {
-        table.row(kernel.name, kernel.run(device))?;
+/// As Markdown and JSON.
+fn write(file: &Path, reports: &[DeviceReport]) -> Result<()> {
+    let whole = || file.display().to_string();
+    let stem = whole().strip_suffix(".md").or(whole().strip_suffix(".json")).map_or_else(whole, str::to_owned);
+    for (extension, text) in [("md", to_markdown(reports)), ("json", serde_json::to_string_pretty(reports)? + "\n")] {
+        let path = format!("{stem}.{extension}");
+        std::fs::write(&path, text).context(path)?;
     }
-    let (mut outputs, mut gradients) = (0.0, 0.0);
-    let [output, gradient] = args.tolerance;
-    if let Some(folder) = &args.cases {
-        writeln!(table.out, "  case files of {}", folder.display())?;
-    }
-    for (name, case) in cases {
-        let report = case.run(device, name, (output, gradient));
-        for comparison in report.iter().flat_map(|report| &report.comparisons) {
-            let worst = if comparison.tensor.starts_with("grad.") { &mut gradients } else { &mut outputs };
-            *worst = worse(*worst, comparison.error);
-        }
-        table.row(name, report.map(|report| vec![report]))?;
-    }
-    let Table { passed, failed, unsupported, .. } = table;
-    if !cases.is_empty() {
-        writeln!(out, "Case files: worst error of outputs {outputs:.1e}, of gradients {gradients:.1e}")?;
-    }
-    let seconds = start.elapsed().as_secs_f64();
-    writeln!(out, "{passed} passed, {failed} failed, {unsupported} unsupported ({seconds:.1} s)\n")?;
-    Ok(failed == 0)
+    Ok(())
 }
 
 struct Table<'a, W> {
     out: &'a mut W,
     verbose: bool,
-    passed: usize,
-    failed: usize,
-    unsupported: usize,
+    /// Whether each case has a line of its own.
+    files: bool,
 }
 
 impl<W: Write> Table<'_, W> {
-    /// One line with the worst tensor of a kernel's cases or of a case file; then what failed, or all.
-    fn row(&mut self, name: &str, reports: gatefold::Result<Vec<Report>>) -> Result<()> {
-        let reports = match reports {
-            Ok(reports) => reports,
-            Err(error) => {
-                self.failed += 1;
-                return self.line("FAIL", name, error);
-            }
-        };
-        let mut ran = 0;
-        let before = self.failed;
-        for report in &reports {
-            match &report.unsupported {
-                Some(what) => {
-                    self.unsupported += 1;
-                    self.line("unsupported", &report.case, what)?;
-                }
-                None => {
-                    ran += 1;
-                    self.failed += usize::from(!report.passes());
-                }
+    /// A line with the worst tensor of all cases; then what failed, or all.
+    fn test(&mut self, test: &TestReport) -> Result<()> {
+        let all = || test.reports.iter().flat_map(|report| report.comparisons.iter().map(move |c| (report, c)));
+        let worst = |report: &Report| report.comparisons.iter().max_by(|a, b| severity(a).total_cmp(&severity(b))).map(text);
+        if self.files {
+            for report in &test.reports {
+                let verdict = if report.unsupported.is_some() { "unsupported" } else { verdict(report.passes()) };
+                self.line(verdict, &report.case, report.unsupported.clone().or_else(|| worst(report)).unwrap_or_default())?;
             }
         }
-        let failed = self.failed - before;
-        self.passed += ran - failed;
-        let all = || reports.iter().flat_map(|report| report.comparisons.iter().map(move |comparison| (report, comparison)));
-        if let Some((_, worst)) = all().max_by(|a, b| severity(a.1).total_cmp(&severity(b.1))) {
-            let cases = if ran == 1 { String::new() } else { format!(" ({ran} cases)") };
-            self.line(verdict(failed == 0), &format!("{name}{cases}"), text(worst))?;
-        } else if failed > 0 {
-            self.line(verdict(false), name, "nothing was compared")?;
-        }
-        for (report, comparison) in all().filter(|(_, comparison)| self.verbose || !comparison.passes()).collect::<Vec<_>>() {
+        let most = all().map(|(_, comparison)| comparison).max_by(|a, b| severity(a).total_cmp(&severity(b)));
+        let name = format!("{} ({} cases, {:.1} s)", test.test, test.cases, test.seconds);
+        self.line(test.verdict.name(), &name, most.map_or(String::new(), text))?;
+        for (report, comparison) in all().filter(|_| self.verbose).collect::<Vec<_>>() {
             self.line(&format!("  {}", verdict(comparison.passes())), &format!("  {}", report.case), text(comparison))?;
         }
-        Ok(())
+        test.notes.iter().try_for_each(|note| self.line("", "", note))
     }
 
     fn line(&mut self, verdict: &str, name: &str, text: impl Display) -> Result<()> {
-        Ok(writeln!(self.out, "  {verdict:11} {name:40} {text}")?)
+        Ok(writeln!(self.out, "  {verdict:14} {name:44} {text}")?)
     }
 }
 
 fn verdict(passes: bool) -> &'static str {
-    if passes { "ok" } else { "FAIL" }
+    if passes { Verdict::Passed.name() } else { Verdict::Failed.name() }
 }
 
 fn text(comparison: &Comparison) -> String {
@@ -142,9 +127,4 @@ fn text(comparison: &Comparison) -> String {
 /// How near its bound, or how far beyond, an error is: the worst tensor is not always the one with the largest error.
 fn severity(comparison: &Comparison) -> f64 {
     if comparison.error.is_nan() { f64::INFINITY } else { comparison.error / comparison.bound.max(f64::MIN_POSITIVE) }
-}
-
-/// The larger error; NaN is the largest.
-fn worse(a: f64, b: f64) -> f64 {
-    if a.is_nan() || a >= b { a } else { b }
 }

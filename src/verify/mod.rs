@@ -6,12 +6,15 @@ pub mod case_file;
 pub mod cases;
 mod compare;
 pub mod kernels;
+mod known;
 pub mod layers;
 pub mod onnx_file;
 pub mod oracle;
+mod report;
 pub mod shaders;
 pub mod workloads;
 
+<<<<<<< HEAD
 pub use compare::{Comparison, Report};
 
 /// From now on this process builds its GPU pipelines with `edited` in place of `original`, the text of a file of `shaders/`: to see
@@ -19,3 +22,8 @@ pub use compare::{Comparison, Report};
 pub fn edit_shader(original: String, edited: String) {
     let _ = crate::backend::gpu::EDITED.set((original, edited));
 }
+=======
+pub use compare::{Comparison, Distance, Report};
+pub use known::{KNOWN_FAILURES, KnownFailure};
+pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown};
+>>>>>>> suite

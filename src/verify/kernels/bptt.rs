@@ -33,13 +33,10 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "lstm_half", lstm().precision(Precision::Half))?;
     check(cases, "lstm_projection_half", lstm().layers(2).projection(7).precision(Precision::Half))?;
     check(cases, "gru_half", GruConfig::new(INPUT, HIDDEN).layers(2).precision(Precision::Half))?;
-    if !cases.device.is_cpu() {
-        let by = |kernel| KernelOverride::default().product(kernel);
-        let half = LstmConfig::new(INPUT, 132).precision(Precision::Half);
-        check_by(cases, "lstm_parts", LstmConfig::new(INPUT, 132), by(ProductKernel::Tiled64Parts))?;
-        check_by(cases, "lstm_parts_half", half, by(ProductKernel::HalfTiled64Parts))?;
-    }
-    Ok(())
+    let by = |kernel| KernelOverride::default().product(kernel);
+    let half = LstmConfig::new(INPUT, 132).precision(Precision::Half);
+    check_by(cases, "lstm_parts", LstmConfig::new(INPUT, 132), by(ProductKernel::Tiled64Parts))?;
+    check_by(cases, "lstm_parts_half", half, by(ProductKernel::HalfTiled64Parts))
 }
 
 fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>) -> Result<()> {
@@ -99,11 +96,11 @@ fn check_by<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<
         let cut = if one.segments == 1 && plan.segments > 1 { 0.0 } else { f64::NAN };
         let counts = (layer.clipped_gradients()? as f64 - 2.0 * clipped as f64).abs();
         let comparisons = vec![
-            Comparison { tensor: format!("segments of {plan:?}"), error: cut, bound: 0.0 },
+            Comparison::measured(format!("segments of {plan:?}"), cut, 0.0),
             Comparison::bits("y", &seen, &y),
             Comparison::bits("states and gradients", &words, &expected),
-            Comparison { tensor: "clipped".into(), error: counts, bound: 0.0 },
-            Comparison { tensor: format!("predicted {} bytes of {peak}", plan.peak_bytes), error: off, bound: 0.1 },
+            Comparison::measured("clipped", counts, 0.0),
+            Comparison::measured(format!("predicted {} bytes of {peak}", plan.peak_bytes), off, 0.1),
             Comparison::new("no NaN", &[if y.iter().any(|word| *word == NAN.to_bits()) { NAN } else { 0.0 }], &[0.0], 0.0),
         ];
         cases.reports.push(Report::new(format!("{name}{kind}"), comparisons));

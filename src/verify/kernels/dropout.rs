@@ -39,7 +39,7 @@ pub(super) fn dropout(cases: &mut Cases<'_>) -> Result<()> {
             let (zeros, n) = (mask.iter().filter(|mask| **mask == 0.0).count() as f64, mask.len() as f64);
             let p = f64::from(p);
             let error = if n > 1.0 { (zeros / n - p).abs() } else { 0.0 };
-            run.comparisons.push(Comparison { tensor: "rate".into(), error, bound: 5.0 * (p * (1.0 - p) / n).sqrt() });
+            run.comparisons.push(Comparison::measured("rate", error, 5.0 * (p * (1.0 - p) / n).sqrt()));
             Ok(())
         })?;
     }
@@ -57,7 +57,7 @@ pub(super) fn dropout(cases: &mut Cases<'_>) -> Result<()> {
         run.comparisons.push(Comparison::bits("masks of a later window", &late, &small[rows * width..]));
         let other: Vec<u32> = kernels::dropout::dropout(&ones(steps, rows)?, [0, rows, width], 0.5, key.layer(1))?.read_back()?;
         let differ = f64::from(u8::from(other == small));
-        run.comparisons.push(Comparison { tensor: "another key, the same mask".into(), error: differ, bound: 0.0 });
+        run.comparisons.push(Comparison::measured("another key, the same mask", differ, 0.0));
         Ok(())
     })
 }

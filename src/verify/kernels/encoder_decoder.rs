@@ -147,7 +147,7 @@ fn gradients<C: Cell>(
             model.backward(tape, &dlogits)?;
             let params = model.params();
             let missing = params.len().abs_diff(want.len());
-            run.comparisons.push(Comparison { tensor: "parameters".into(), error: missing as f64, bound: 0.0 });
+            run.comparisons.push(Comparison::measured("parameters", missing as f64, 0.0));
             for (name, param) in params {
                 let expected = want.iter().find(|(given, _)| *given == name).map_or(&[][..], |(_, gradient)| gradient);
                 run.near(&format!("grad.{name}"), param.grad(), expected, GRADIENT)?;
@@ -265,9 +265,9 @@ fn decoding<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<
                 }
             })?;
             run.comparisons.push(Comparison::bits("ids", &written, &by_hand));
-            run.comparisons.push(Comparison { tensor: "wrong draws".into(), error: wrong as f64, bound: 0.0 });
+            run.comparisons.push(Comparison::measured("wrong draws", wrong as f64, 0.0));
             let same = choice != Choice::Greedy && written[..ROWS * 6] == greedy[..ROWS * 6];
-            run.comparisons.push(Comparison { tensor: "a draw like none".into(), error: f64::from(u8::from(same)), bound: 0.0 });
+            run.comparisons.push(Comparison::measured("a draw like none", f64::from(u8::from(same)), 0.0));
 
             let ends = |row: usize| column(&by_hand, row).position(|id| Some(id) == end);
             let expected: Vec<u32> = (0..ROWS).map(|row| ends(row).map_or(MAX_STEPS, |at| at + 1) as u32).collect();
@@ -306,7 +306,7 @@ fn not_a_number(cases: &mut Cases<'_>) -> Result<()> {
         let told = [decoded.to_vec().err(), decoded.lengths().err(), decoded.rows().err()];
         let text = "encoder_decoder.decode: a logit of row 0 is NaN at step 0: are all weights finite?";
         let right = told.iter().flatten().filter(|e| e.kind() == ErrorKind::Argument && e.to_string() == text).count();
-        run.comparisons.push(Comparison { tensor: "errors".into(), error: 3.0 - right as f64, bound: 0.0 });
+        run.comparisons.push(Comparison::measured("errors", 3.0 - right as f64, 0.0));
         Ok(())
     })
 }

@@ -83,7 +83,7 @@ pub(super) fn gate_mask(cases: &mut Cases<'_>) -> Result<()> {
         }
         for (name, other) in [("key", drawn(1..2, 1, rows, key.layer(1))?), ("gate", drawn(0..1, 1, rows, key)?)] {
             let same = f64::from(u8::from(other == small));
-            run.comparisons.push(Comparison { tensor: format!("another {name}, the same mask"), error: same, bound: 0.0 });
+            run.comparisons.push(Comparison::measured(format!("another {name}, the same mask"), same, 0.0));
         }
         Ok(())
     })

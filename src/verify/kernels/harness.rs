@@ -136,6 +136,13 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// The values of a pointwise function, within `bound` units in the last place of each: [`Comparison::ulps`].
+    pub(super) fn near_ulps(&mut self, name: &str, tensor: &Tensor, expected: &[f64], bound: f64) -> Result<()> {
+        let computed: Vec<f32> = self.read(tensor)?.into_iter().map(f32::from_bits).collect();
+        self.comparisons.push(Comparison::ulps(name, &computed, expected, bound));
+        Ok(())
+    }
+
     pub(super) fn bits(&mut self, name: &str, tensor: &Tensor, expected: &[u32]) -> Result<()> {
         let words = self.read(tensor)?;
         self.comparisons.push(Comparison::bits(name, &words, expected));
@@ -146,7 +153,7 @@ impl Run<'_> {
     pub(super) fn nan(&mut self, name: &str, tensor: &Tensor, expected: impl Fn(usize) -> bool) -> Result<()> {
         let words = self.read(tensor)?;
         let wrong = words.iter().enumerate().filter(|(at, word)| is_nan(**word) != expected(*at)).count();
-        self.comparisons.push(Comparison { tensor: format!("NaN in {name}"), error: wrong as f64, bound: 0.0 });
+        self.comparisons.push(Comparison::measured(format!("NaN in {name}"), wrong as f64, 0.0));
         Ok(())
     }
 

@@ -27,23 +27,66 @@ mod sums;
 mod sweeps;
 
 use super::Report;
-use crate::device::Device;
+use crate::device::{Device, DeviceInfo};
 use crate::error::Result;
+use crate::kernels::gemm::{COOPERATIVE_MEMORY, TILED_128_MEMORY};
 use harness::Cases;
+use std::ops::RangeInclusive;
 
 /// The cases of one kernel family.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelCheck {
     /// The family: `gemm`, `lstm_sweep`.
     pub name: &'static str,
-    /// wgpu's name of the feature, as in [`DeviceInfo`](crate::DeviceInfo), without which no case can run.
-    pub feature: Option<&'static str>,
+    needs: Needs,
     cases: Family,
 }
 
 type Family = fn(&mut Cases<'_>) -> Result<()>;
 
+/// What an adapter must offer for any case of a family, by the names of [`DeviceInfo`]: features, and bounds of limits.
+#[derive(Clone, Copy, Debug)]
+struct Needs {
+    features: &'static [&'static str],
+    limits: &'static [(&'static str, RangeInclusive<u64>)],
+}
+
+const NOTHING: Needs = Needs { features: &[], limits: &[] };
+const SUBGROUPS_OF_8: Needs =
+    Needs { features: &["SUBGROUP"], limits: &[("subgroup_min_size", 8..=8), ("subgroup_max_size", 8..=8)] };
+const TILES_OF_128: Needs =
+    Needs { features: &[], limits: &[("max_compute_workgroup_storage_size", TILED_128_MEMORY as u64..=u64::MAX)] };
+const MATRICES: &[&str] = &["SUBGROUP", "EXPERIMENTAL_COOPERATIVE_MATRIX"];
+const MATRICES_OF_8: Needs = Needs {
+    features: MATRICES,
+    limits: &[("subgroup_max_size", 8..=8), ("max_compute_workgroup_storage_size", COOPERATIVE_MEMORY as u64..=u64::MAX)],
+};
+const MATRICES_OF_16: Needs = Needs {
+    features: MATRICES,
+    limits: &[("subgroup_max_size", 32..=32), ("max_compute_workgroup_storage_size", COOPERATIVE_MEMORY as u64..=u64::MAX)],
+};
+
 impl KernelCheck {
+    /// What a device lacks without which no case can run, for people; `None` where all cases run.
+    pub fn missing(&self, info: &DeviceInfo) -> Option<String> {
+        let feature = self.needs.features.iter().find(|needed| !info.features.iter().any(|has| has == *needed));
+        let limit = || {
+            self.needs.limits.iter().find_map(|(name, bounds)| match info.limits.iter().find(|(limit, _)| limit == name) {
+                Some((_, value)) if bounds.contains(value) => None,
+                Some((_, value)) if *bounds.end() == u64::MAX => {
+                    Some(format!("{name} is {value}, needed at least {}", bounds.start()))
+                }
+                Some((_, value)) => Some(format!("{name} is {value}, needed {}", bounds.start())),
+                None => Some(format!("{name} is not known")),
+            })
+        };
+        match (self.needs.features, self.needs.limits) {
+            ([], []) => None,
+            _ if info.backend == "native" => Some("a kernel for GPUs".to_owned()),
+            _ => feature.map(|name| format!("no {name}")).or_else(limit),
+        }
+    }
+
     /// Runs all cases on `device`, one report each. From then on new tensors of this device start as NaN.
     ///
     /// # Errors
@@ -64,7 +107,10 @@ pub fn all() -> Vec<KernelCheck> {
         ("gemm", products::gemm),
         ("half", products::half),
         ("gemm_half", products::gemm_half),
-        ("gemm_cooperative", products::gemm_cooperative),
+        ("gemm_subgroup", products::gemm_subgroup),
+        ("gemm_tiled_128", products::gemm_tiled_128),
+        ("gemm_cooperative_8", products::gemm_cooperative_8),
+        ("gemm_cooperative_16", products::gemm_cooperative_16),
         ("transpose", products::transpose),
         ("gather", products::gather),
         ("scatter", products::scatter),
@@ -83,6 +129,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("gate_mask", gates::gate_mask),
         ("gru_reset", gates::gru_reset),
         ("lstm_sweep", sweeps::lstm_sweep),
+        ("step_subgroup", sweeps::step_subgroup),
         ("step_tiled", sweeps::step_tiled),
         ("lstm_resident", sweeps::lstm_resident),
         ("resident_cells", sweeps::resident_cells),
@@ -100,6 +147,12 @@ pub fn all() -> Vec<KernelCheck> {
         ("bptt", bptt::bptt),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
     ];
-    let feature = |name| (name == "gemm_cooperative").then_some("EXPERIMENTAL_COOPERATIVE_MATRIX");
-    families.into_iter().map(|(name, cases)| KernelCheck { name, feature: feature(name), cases }).collect()
+    let needs = |name| match name {
+        "gemm_subgroup" | "step_subgroup" => SUBGROUPS_OF_8,
+        "gemm_tiled_128" => TILES_OF_128,
+        "gemm_cooperative_8" => MATRICES_OF_8,
+        "gemm_cooperative_16" => MATRICES_OF_16,
+        _ => NOTHING,
+    };
+    families.into_iter().map(|(name, cases)| KernelCheck { name, needs: needs(name), cases }).collect()
 }

@@ -698,9 +698,9 @@ fn gradient_clip(cases: &mut Cases<'_>) -> Result<()> {
             run.near("grad.bias_ih_l0", param.grad(), &bias, GRADIENT)?;
         }
         let counts = (layer.clipped_gradients()? - counted) as f64 - clipped;
-        run.comparisons.push(Comparison { tensor: format!("{clipped} clipped"), error: counts.abs(), bound: 0.0 });
+        run.comparisons.push(Comparison::measured(format!("{clipped} clipped"), counts.abs(), 0.0));
         let acted = if clipped > 0.0 { 0.0 } else { f64::NAN };
-        run.comparisons.push(Comparison { tensor: "the clip acts".into(), error: acted, bound: 0.0 });
+        run.comparisons.push(Comparison::measured("the clip acts", acted, 0.0));
         Ok(())
     })
 }

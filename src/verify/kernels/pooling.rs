@@ -119,7 +119,7 @@ pub(super) fn pooling(cases: &mut Cases<'_>) -> Result<()> {
         run.comparisons.push(Comparison::bits("found", &at, &[2, 5, 0, 6, 6]));
         let y: Vec<u32> = run.read(&y)?;
         let sure = y[8] == f32::INFINITY.to_bits() && y[9] != f32::NEG_INFINITY.to_bits() && y[10..].iter().all(|y| *y == 0);
-        run.comparisons.push(Comparison { tensor: "infinities".into(), error: f64::from(u8::from(!sure)), bound: 0.0 });
+        run.comparisons.push(Comparison::measured("infinities", f64::from(u8::from(!sure)), 0.0));
         Ok(())
     })?;
     // NaN in dy stays in its column, and reaches no step past the end.

@@ -8,7 +8,7 @@ use crate::kernels::gemm::{self, Matrix, ProductKernel, gemm_by};
 use crate::kernels::half::{Factor, Precision};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
-use crate::verify::{Comparison, Report, oracle};
+use crate::verify::{Comparison, oracle};
 
 /// `C [m, n] = A [m, k] . B [k, n]` and what comes with it.
 #[derive(Clone, Copy)]
@@ -105,29 +105,37 @@ impl Product {
     }
 }
 
-fn is_cooperative(kernel: Option<ProductKernel>) -> bool {
-    matches!(kernel, Some(ProductKernel::HalfCooperative8 | ProductKernel::HalfCooperative16))
-}
+use ProductKernel as By;
 
+/// What the device chooses, and what any device can run.
 pub(super) fn gemm(cases: &mut Cases<'_>) -> Result<()> {
-    products(cases, Precision::Single, |_| true)
+    products(cases, Precision::Single, |kernel| matches!(kernel, None | Some(By::General | By::Tiled64 | By::Tiled64Parts)))
 }
 
 /// The same products of rounded factors: with rounding the bound is that of single precision.
 pub(super) fn gemm_half(cases: &mut Cases<'_>) -> Result<()> {
-    products(cases, Precision::Half, |kernel| !is_cooperative(kernel))?;
+    let of = |kernel| matches!(kernel, None | Some(By::HalfGeneral | By::HalfTiled64 | By::HalfTiled64Parts));
+    products(cases, Precision::Half, of)?;
     windows(cases)
 }
 
-/// Those on matrix units.
-pub(super) fn gemm_cooperative(cases: &mut Cases<'_>) -> Result<()> {
-    match cases.device.backend() {
-        Backend::Gpu(gpu) if gpu.cooperative_edge().is_some() => products(cases, Precision::Half, is_cooperative),
-        _ => {
-            cases.reports.push(Report::unsupported("all", "no cooperative matrices of f16 with sums in f32"));
-            Ok(())
-        }
-    }
+pub(super) fn gemm_subgroup(cases: &mut Cases<'_>) -> Result<()> {
+    let of = |kernel| matches!(kernel, Some(By::SubgroupRows | By::SubgroupRows8 | By::SubgroupColumns));
+    products(cases, Precision::Single, of)
+}
+
+pub(super) fn gemm_tiled_128(cases: &mut Cases<'_>) -> Result<()> {
+    products(cases, Precision::Single, |kernel| kernel == Some(By::Tiled128))?;
+    products(cases, Precision::Half, |kernel| kernel == Some(By::HalfTiled128))
+}
+
+/// On matrix units.
+pub(super) fn gemm_cooperative_8(cases: &mut Cases<'_>) -> Result<()> {
+    products(cases, Precision::Half, |kernel| kernel == Some(By::HalfCooperative8))
+}
+
+pub(super) fn gemm_cooperative_16(cases: &mut Cases<'_>) -> Result<()> {
+    products(cases, Precision::Half, |kernel| kernel == Some(By::HalfCooperative16))
 }
 
 fn products(cases: &mut Cases<'_>, precision: Precision, of: fn(Option<ProductKernel>) -> bool) -> Result<()> {
@@ -336,7 +344,7 @@ pub(super) fn half(cases: &mut Cases<'_>) -> Result<()> {
             let numbers: Vec<f32> = (0..count).map(number).collect();
             run.comparisons.push(Comparison::bits("numbers", &to_bits(&numbers), &to_bits(&rounded)));
             let lost = (count..all).filter(|at| !number(*at).is_nan()).count();
-            run.comparisons.push(Comparison { tensor: "NaN".into(), error: lost as f64, bound: 0.0 });
+            run.comparisons.push(Comparison::measured("NaN", lost as f64, 0.0));
             Ok(())
         })?;
     }

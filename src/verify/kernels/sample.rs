@@ -154,13 +154,9 @@ fn draws(cases: &mut Cases<'_>) -> Result<()> {
         cases.run(format!("{rows}x{vocabulary}, {}", title(&choice)), |run| {
             let ids = step(run, &logits, rows, &choice)?;
             let wrong = ids.iter().zip(&expected).filter(|(id, expected)| !expected.contains(id)).count();
-            run.comparisons.push(Comparison { tensor: "wrong choices".into(), error: wrong as f64, bound: 0.0 });
+            run.comparisons.push(Comparison::measured("wrong choices", wrong as f64, 0.0));
             let open = expected.iter().filter(|expected| expected.len() > 1).count();
-            run.comparisons.push(Comparison {
-                tensor: "close choices".into(),
-                error: open as f64,
-                bound: 1.0 + rows as f64 * 1e-4,
-            });
+            run.comparisons.push(Comparison::measured("close choices", open as f64, 1.0 + rows as f64 * 1e-4));
             Ok(())
         })?;
         // A token of no probability changes nothing for the others.
@@ -169,7 +165,7 @@ fn draws(cases: &mut Cases<'_>) -> Result<()> {
         cases.run(format!("{rows}x{vocabulary}, temperature {temperature}, the first -inf"), |run| {
             let ids = step(run, &logits, rows, &Choice::Draw { temperature, top_k: None, key })?;
             let wrong = ids.iter().filter(|id| finite && **id == 0).count();
-            run.comparisons.push(Comparison { tensor: "drawn though impossible".into(), error: wrong as f64, bound: 0.0 });
+            run.comparisons.push(Comparison::measured("drawn though impossible", wrong as f64, 0.0));
             Ok(())
         })?;
     }
@@ -234,7 +230,7 @@ fn frequencies(cases: &mut Cases<'_>) -> Result<()> {
                 let to = Decoded::new(run.device, steps, &vec![0; rows])?;
                 (0..steps).try_for_each(|t| sample::sample(&logits, &to, t, NO_END, &choice))?;
                 let error = chi_squared(&run.read(&to.ids)?, &z, temperature, part);
-                run.comparisons.push(Comparison { tensor: "chi-squared".into(), error, bound });
+                run.comparisons.push(Comparison::measured("chi-squared", error, bound));
                 Ok(())
             })?;
         }
@@ -245,10 +241,10 @@ fn frequencies(cases: &mut Cases<'_>) -> Result<()> {
         let ids = step(run, &vec![-2.0; rows * vocabulary], rows, &draw(1.0, None))?;
         let tenths: Vec<u32> = ids.iter().map(|id| id / 100).collect();
         let error = chi_squared(&tenths, &[0.0; 10], 1.0, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
-        run.comparisons.push(Comparison { tensor: "chi-squared".into(), error, bound: 33.7 });
+        run.comparisons.push(Comparison::measured("chi-squared", error, 33.7));
         let digits: Vec<u32> = ids.iter().map(|id| id % 10).collect();
         let error = chi_squared(&digits, &[0.0; 10], 1.0, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
-        run.comparisons.push(Comparison { tensor: "chi-squared of last digits".into(), error, bound: 33.7 });
+        run.comparisons.push(Comparison::measured("chi-squared of last digits", error, 33.7));
         Ok(())
     })
 }
@@ -352,7 +348,7 @@ fn decode_loop(cases: &mut Cases<'_>) -> Result<()> {
             sample::sample(&gather::gather(&to.last, &table, vocabulary)?, &to, t, marks, &Choice::Greedy)?;
         }
         let submissions = run.device.submissions() - before;
-        run.comparisons.push(Comparison { tensor: "submissions in the loop".into(), error: submissions as f64, bound: 0.0 });
+        run.comparisons.push(Comparison::measured("submissions in the loop", submissions as f64, 0.0));
         run.bits("ids", &to.ids, &ids)?;
         run.bits("lengths", &to.lengths, &lengths)
     })

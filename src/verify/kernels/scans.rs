@@ -13,7 +13,7 @@ use crate::kernels::sweep_step;
 use crate::nn::{Cell, Direction, MinGruConfig, MinLstmConfig, RecurrentConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::Tensor;
-use crate::verify::oracle;
+use crate::verify::{Comparison, oracle};
 
 pub(super) fn scans(cases: &mut Cases<'_>) -> Result<()> {
     against_steps::<MinGruCell>(cases)?;
@@ -172,11 +172,7 @@ fn chosen<C: Cell>(cases: &mut Cases<'_>, name: &'static str, config: RecurrentC
         let (y, _, tape) = clipped.forward_train(&x, None)?;
         clipped.backward(tape, &y, None)?;
         let acted = clipped.clipped_gradients()? > before;
-        run.comparisons.push(crate::verify::Comparison {
-            tensor: "whether the clip acted".into(),
-            error: f64::from(u8::from(!acted)),
-            bound: 0.0,
-        });
+        run.comparisons.push(Comparison::measured("whether the clip acted", f64::from(u8::from(!acted)), 0.0));
         Ok(())
     })
 }

@@ -1,0 +1,283 @@
+//! What came of all families on one device, for people and for programs. Needs no command line, no files and no clock of std:
+//! a program in a browser, or with a wgpu device of its own, makes the same report.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+use web_time::{Instant, SystemTime};
+
+use super::cases::Case;
+use super::kernels::{self, KernelCheck};
+use super::known::{KNOWN_FAILURES, judge};
+use super::{Comparison, Distance, Report};
+use crate::device::{Device, DeviceInfo};
+use crate::error::Result;
+
+/// What came of all tests on one device. As JSON, numbers that are not finite are `null`.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct DeviceReport {
+    /// This crate's version.
+    pub gatefold: &'static str,
+    /// Operating system and processor of the program: `linux x86_64`.
+    pub target: String,
+    /// When the report was begun, UTC: `2026-11-25T23:30:00Z`.
+    pub date: String,
+    /// Name, backend, driver and its version, kind, features and limits of the open device.
+    pub device: DeviceInfo,
+    /// Kernel families and folders of case files, in the order in which they ran.
+    pub tests: Vec<TestReport>,
+}
+
+/// What came of one test: a kernel family, or a folder of case files, on one device.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct TestReport {
+    /// The family's or the folder's name.
+    pub test: String,
+    /// Whether it passed.
+    pub verdict: Verdict,
+    /// Cases that ran.
+    pub cases: usize,
+    /// What it took.
+    pub seconds: f64,
+    /// Where it failed; why it did not run, or not all of it; what is known.
+    pub notes: Vec<String>,
+    /// Each output and gradient that was compared with f64, in the order of their first comparison.
+    pub tensors: Vec<TensorReport>,
+    /// All cases.
+    #[serde(skip)]
+    pub reports: Vec<Report>,
+}
+
+/// Whether a test passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// All cases ran and all comparisons were within their bounds.
+    Passed,
+    /// As [`KNOWN_FAILURES`] says: counts as passed.
+    FailedAsKnown,
+    /// Something was wrong, or nothing ran.
+    Failed,
+    /// The device does not offer what the family's kernels need.
+    Ignored,
+}
+
+/// The largest distances of one tensor's numbers from those of f64, over all cases of a test.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct TensorReport {
+    /// The tensor's name; a number in it, as of a layer or a step, is `#`.
+    pub tensor: String,
+    /// How often it was compared.
+    pub comparisons: usize,
+    /// [`Distance::relative`].
+    pub relative: f64,
+    /// [`Distance::ulps_of_scale`].
+    pub ulps_of_scale: f64,
+    /// [`Distance::ulps`].
+    pub ulps: Option<f64>,
+}
+
+impl DeviceReport {
+    /// A report of no test so far.
+    pub fn new(device: &Device) -> Self {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let date = jiff::Timestamp::from_second(now.as_secs() as i64).unwrap_or_default();
+        Self {
+            gatefold: env!("CARGO_PKG_VERSION"),
+            target: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            date: date.to_string(),
+            device: device.info(),
+            tests: Vec::new(),
+        }
+    }
+
+    /// Runs every kernel family on `device`; `progress` gets each as soon as it is done. A program that must do something
+    /// else between two families calls [`TestReport::of_kernel`] for each of [`kernels::all`] itself.
+    pub fn run(device: &Device, mut progress: impl FnMut(&TestReport)) -> Self {
+        let mut report = Self::new(device);
+        for kernel in kernels::all() {
+            let test = TestReport::of_kernel(device, &kernel);
+            progress(&test);
+            report.tests.push(test);
+        }
+        report
+    }
+
+    /// Tests that passed, that failed, and that the device cannot run.
+    pub fn counts(&self) -> [usize; 3] {
+        let count = |of: &dyn Fn(Verdict) -> bool| self.tests.iter().filter(|test| of(test.verdict)).count();
+        [count(&Verdict::passes), count(&|verdict| verdict == Verdict::Failed), count(&|verdict| verdict == Verdict::Ignored)]
+    }
+
+    /// A section of Markdown: the device, a table of the tests, and one of all tensors.
+    pub fn to_markdown(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String never fails.
+        let _ = self.write_markdown(&mut text);
+        text
+    }
+
+    fn write_markdown(&self, text: &mut String) -> std::fmt::Result {
+        let Self { device, .. } = self;
+        let [passed, failed, ignored] = self.counts();
+        writeln!(text, "## {device}\n")?;
+        writeln!(
+            text,
+            "{passed} passed, {failed} failed, {ignored} not for this device. gatefold {}, {}, {}.\n",
+            self.gatefold, self.target, self.date
+        )?;
+        let limits: Vec<String> = device.limits.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        for (what, list) in [("Features", device.features.join(", ")), ("Limits", limits.join(", "))] {
+            if !list.is_empty() {
+                writeln!(text, "{what}: {list}.\n")?;
+            }
+        }
+        writeln!(
+            text,
+            "| test | verdict | cases | s | largest error | ULP of scale | ULP | tensor |\n|---|---|---|---|---|---|---|---|"
+        )?;
+        for test in &self.tests {
+            let worst = test.tensors.iter().reduce(|a, b| if b.relative > a.relative || b.relative.is_nan() { b } else { a });
+            let (name, numbers) = worst.map_or(("", " | | ".to_owned()), |worst| (&worst.tensor, worst.numbers()));
+            let TestReport { test, verdict, cases, seconds, .. } = test;
+            writeln!(text, "| {test} | {} | {cases} | {seconds:.1} | {numbers} | {} |", verdict.name(), cell(name))?;
+        }
+        for test in self.tests.iter().filter(|test| !test.notes.is_empty()) {
+            writeln!(text, "\n{}, {}:\n", test.test, test.verdict.name())?;
+            test.notes.iter().try_for_each(|note| writeln!(text, "- {}", note.replace('\n', "\n  ")))?;
+        }
+        writeln!(text, "\n| test | tensor | comparisons | largest error | ULP of scale | ULP |\n|---|---|---|---|---|---|")?;
+        for (test, tensor) in self.tests.iter().flat_map(|test| test.tensors.iter().map(move |tensor| (&test.test, tensor))) {
+            writeln!(text, "| {test} | {} | {} | {} |", cell(&tensor.tensor), tensor.comparisons, tensor.numbers())?;
+        }
+        Ok(())
+    }
+}
+
+/// Reports as one document, which says what its numbers mean.
+pub fn to_markdown(reports: &[DeviceReport]) -> String {
+    let title = "# gatefold verify\n\n\
+        Errors are the largest over all numbers of a tensor and all cases, against f64. The error is relative to the tensor's scale, \
+        its largest magnitude; ULP are units in the last place of f32, of that scale or, for pointwise functions, of each number.\n";
+    reports.iter().fold(title.to_owned(), |text, report| text + "\n" + &report.to_markdown())
+}
+
+/// What may stand in a cell of a table.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|")
+}
+
+impl TensorReport {
+    /// Three cells of a table.
+    fn numbers(&self) -> String {
+        let ulps = self.ulps.map_or(String::new(), |ulps| format!("{ulps:.2}"));
+        format!("{:.1e} | {:.1} | {ulps}", self.relative, self.ulps_of_scale)
+    }
+}
+
+impl Verdict {
+    /// Whether it counts as passed.
+    pub fn passes(self) -> bool {
+        matches!(self, Self::Passed | Self::FailedAsKnown)
+    }
+
+    /// In words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Passed => "ok",
+            Self::FailedAsKnown => "fails as known",
+            Self::Failed => "FAIL",
+            Self::Ignored => "not here",
+        }
+    }
+}
+
+impl TestReport {
+    /// Runs a kernel family where the device has what it needs.
+    pub fn of_kernel(device: &Device, kernel: &KernelCheck) -> Self {
+        let info = device.info();
+        match kernel.missing(&info) {
+            Some(what) => Self {
+                test: kernel.name.to_owned(),
+                verdict: Verdict::Ignored,
+                cases: 0,
+                seconds: 0.0,
+                notes: vec![what],
+                tensors: Vec::new(),
+                reports: Vec::new(),
+            },
+            None => Self::of(&info, kernel.name, || kernel.run(device)),
+        }
+    }
+
+    /// Runs a folder of case files as one test; `tolerance`: see [`Case::run`]. What a file needs and this crate does not have is
+    /// noted, and no failure as long as another file runs.
+    pub fn of_cases(device: &Device, folder: &str, cases: &[(String, Case)], tolerance: (f64, f64)) -> Self {
+        Self::of(&device.info(), folder, || cases.iter().map(|(name, case)| case.run(device, name, tolerance)).collect())
+    }
+
+    fn of(info: &DeviceInfo, test: &str, run: impl FnOnce() -> Result<Vec<Report>>) -> Self {
+        let start = Instant::now();
+        let outcome = run();
+        let seconds = start.elapsed().as_secs_f64();
+        let (reports, error) = match outcome {
+            Ok(reports) => (reports, None),
+            Err(error) => (Vec::new(), Some(error.to_string())),
+        };
+        let missing =
+            reports.iter().filter_map(|report| report.unsupported.as_ref().map(|what| format!("{}: {what}", report.case)));
+        let missing: Vec<String> = missing.collect();
+        let cases = reports.len() - missing.len();
+        // A case that compared nothing has not passed.
+        let silent = reports.iter().filter(|report| report.unsupported.is_none() && report.comparisons.is_empty());
+        let silent = silent.map(|report| format!("{}: nothing was compared", report.case));
+        let nothing = (cases == 0 && error.is_none()).then(|| "no case ran".to_owned());
+        let failures = reports.iter().flat_map(Report::failures).chain(silent).chain(error).chain(nothing).collect();
+        let (verdict, mut notes) = match judge(KNOWN_FAILURES, info, test, failures) {
+            Ok(reasons) if reasons.is_empty() => (Verdict::Passed, Vec::new()),
+            Ok(reasons) => (Verdict::FailedAsKnown, reasons.into_iter().map(str::to_owned).collect()),
+            Err(failures) => (Verdict::Failed, failures),
+        };
+        notes.extend(missing);
+        let tensors = tensors(reports.iter().flat_map(|report| &report.comparisons));
+        Self { test: test.to_owned(), verdict, cases, seconds, notes, tensors, reports }
+    }
+}
+
+/// The worst of each tensor.
+fn tensors<'a>(comparisons: impl Iterator<Item = &'a Comparison>) -> Vec<TensorReport> {
+    let mut tensors: Vec<TensorReport> = Vec::new();
+    for comparison in comparisons {
+        let Some(distance) = comparison.distance else { continue };
+        let tensor = without_numbers(&comparison.tensor);
+        match tensors.iter_mut().find(|known| known.tensor == tensor) {
+            Some(known) => {
+                let TensorReport { relative, ulps_of_scale, ulps, .. } = *known;
+                let worst = Distance { relative, ulps_of_scale, ulps }.worse(distance);
+                let Distance { relative, ulps_of_scale, ulps } = worst;
+                *known = TensorReport { tensor, comparisons: known.comparisons + 1, relative, ulps_of_scale, ulps };
+            }
+            None => {
+                let Distance { relative, ulps_of_scale, ulps } = distance;
+                tensors.push(TensorReport { tensor, comparisons: 1, relative, ulps_of_scale, ulps });
+            }
+        }
+    }
+    tensors
+}
+
+/// `step #` for `step 12`.
+fn without_numbers(name: &str) -> String {
+    let mut text = String::with_capacity(name.len());
+    for letter in name.chars() {
+        match letter.is_ascii_digit() {
+            true if text.ends_with('#') => {}
+            true => text.push('#'),
+            false => text.push(letter),
+        }
+    }
+    text
+}
