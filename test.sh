@@ -1,19 +1,16 @@
 #!/usr/bin/env bash
-# Runs all tests, on a bare Debian or Ubuntu machine too: installs a C linker and a software Vulkan driver where there
-# are none. A machine with a GPU and its driver needs nothing installed. Arguments go to `cargo test`.
+# Runs all tests, on a bare Debian or Ubuntu machine too: installs a C linker and software drivers of Vulkan and GL where
+# there are none. A machine with a GPU and its driver needs nothing installed. Arguments go to `cargo test`.
 #
 #   ./test.sh                    every test on every device of this machine
 #   ./test.sh --test kernels gl  some of them
 set -euo pipefail
 cd "$(dirname "$0")"
-
 source tests/backends/common.sh
 
 # Whether the Vulkan loader and at least one driver (a JSON file) are installed.
 have_vulkan() {
-  local libraries
-  libraries=$(ldconfig -p 2> /dev/null || /sbin/ldconfig -p) # no pipe: grep -q would break it, and pipefail call that a miss
-  grep -q 'libvulkan\.so\.1' <<< "$libraries" || return 1
+  have_library libvulkan.so.1 || return 1
   local listed=${VK_DRIVER_FILES:-${VK_ICD_FILENAMES:-}}
   if [ -n "$listed" ]; then
     local place
@@ -30,6 +27,7 @@ if [ "$(uname -s)" = Linux ]; then
   packages=()
   have cc || packages+=(gcc libc6-dev)
   have_vulkan || packages+=(libvulkan1 mesa-vulkan-drivers)
+  have_library libEGL.so.1 || packages+=(libegl1 libgl1-mesa-dri)
   [ ${#packages[@]} -eq 0 ] || install_packages "${packages[@]}"
 fi
 

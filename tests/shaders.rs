@@ -1,7 +1,9 @@
 //! Every shader, without a GPU: parsed, validated and translated to every language that wgpu speaks; and what Rust takes it to
 //! be (uniform struct, bindings, workgroup) compared with what it is.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use gatefold::verify::shaders::{self, Access, Feature, Kernel, Layout};
@@ -103,6 +105,24 @@ fn for_each(check: impl Fn(&Kernel, &Shader) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
+/// Whether the checkers of other makers are asked too: `spirv-val` and `glslangValidator` (packages spirv-tools, glslang-tools).
+fn ask_others() -> bool {
+    std::env::var_os("GATEFOLD_VALIDATORS").is_some()
+}
+
+/// Hands a translated shader to another maker's checker.
+fn ask(checker: &str, arguments: &[&str], translated: &[u8]) -> Result<()> {
+    let pipes = || Stdio::piped();
+    let mut command = Command::new(checker);
+    let mut child =
+        command.args(arguments).stdin(pipes()).stdout(pipes()).stderr(pipes()).spawn().with_context(|| checker.to_owned())?;
+    child.stdin.take().context("no pipe")?.write_all(translated)?;
+    let output = child.wait_with_output()?;
+    let said = || [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text)).concat();
+    ensure!(output.status.success(), "{checker} {}: {}", arguments.join(" "), said());
+    Ok(())
+}
+
 #[test]
 fn parse_and_validate() -> Result<()> {
     for_each(|_, _| Ok(()))
@@ -113,7 +133,13 @@ fn translate_to_spir_v() -> Result<()> {
     for_each(|kernel, Shader { module, info }| {
         let options = spv::Options { lang_version: (1, 3), ..Default::default() };
         let pipeline = spv::PipelineOptions { shader_stage: ShaderStage::Compute, entry_point: kernel.entry.into() };
-        ensure!(!spv::write_vec(module, info, &options, Some(&pipeline))?.is_empty(), "nothing was written");
+        let words = spv::write_vec(module, info, &options, Some(&pipeline))?;
+        ensure!(!words.is_empty(), "nothing was written");
+        // Debian 12's spirv-val is older than cooperative matrices.
+        if ask_others() && !kernel.features.contains(&Feature::CooperativeMatrices) {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            ask("spirv-val", &["--target-env", "vulkan1.1", "-"], &bytes)?;
+        }
         Ok(())
     })
 }
@@ -160,6 +186,9 @@ fn translate_to_glsl() -> Result<()> {
             let mut text = String::new();
             let policies = Default::default();
             glsl::Writer::new(&mut text, module, info, &options, &pipeline, policies)?.write()?;
+            if ask_others() {
+                ask("glslangValidator", &["--stdin", "-S", "comp"], text.as_bytes())?;
+            }
         }
         Ok(())
     })

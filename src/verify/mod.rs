@@ -14,16 +14,12 @@ mod report;
 pub mod shaders;
 pub mod workloads;
 
-<<<<<<< HEAD
-pub use compare::{Comparison, Report};
+pub use compare::{Comparison, Distance, Report};
+pub use known::{KNOWN_FAILURES, KnownFailure};
+pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown};
 
 /// From now on this process builds its GPU pipelines with `edited` in place of `original`, the text of a file of `shaders/`: to see
 /// that the checks notice an error. The first call counts.
 pub fn edit_shader(original: String, edited: String) {
     let _ = crate::backend::gpu::EDITED.set((original, edited));
 }
-=======
-pub use compare::{Comparison, Distance, Report};
-pub use known::{KNOWN_FAILURES, KnownFailure};
-pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown};
->>>>>>> suite

@@ -13,6 +13,13 @@ export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-${TMPDIR:-/tmp}}
 
 have() { command -v "$1" > /dev/null; }
 
+# Whether the dynamic linker knows a library: have_library libEGL.so.1
+have_library() {
+  local libraries
+  libraries=$(ldconfig -p 2> /dev/null || /sbin/ldconfig -p) # no pipe: grep -q would break it, and pipefail call that a miss
+  grep -qF "$1" <<< "$libraries"
+}
+
 die() {
   echo "$(basename "$0"): $*" >&2
   exit 1
@@ -107,4 +114,24 @@ bundle() {
   module=$(built_for wasm32-unknown-unknown)/release/${package//-/_}.wasm
   cargo run --quiet --package gatefold-bindgen --target-dir "$backends/build" -- "$module" "$folder"
   cp "$page" "$folder"
+}
+
+# The program of the kernel tests, built for this machine.
+kernel_tests() {
+  cargo test --all-features --test kernels --no-run --message-format json-render-diagnostics |
+    grep -o '"executable":"[^"]*/kernels-[^"]*"' | cut -d'"' -f4
+}
+
+# Runs a suite by a command and says as the last line what the suite counted: count NAME COMMAND..
+# Fails with the command, and when no test ran: without an adapter there are none, and none that fails.
+count() {
+  local name=$1 log counted status=0
+  shift
+  log=$(mktemp)
+  "$@" 2>&1 | tee "$log" || status=$?
+  counted=$(sed -En 's/^(test result: .*\. )?([0-9]+ passed)[;,] ([0-9]+ failed).*/\2, \3/p' "$log" | tail -1)
+  rm "$log"
+  [[ $counted = [1-9]* ]] || status=1
+  echo "$name: ${counted:-0 passed, 0 failed}"
+  return "$status"
 }

@@ -1,5 +1,12 @@
+//! The suite in a browser: each kernel family on WebGPU, or on the CPU as the browser runs it, and the report of `gatefold verify`.
+//!
+//! The suite is written in calls that wait. Here they suspend the whole stack of WebAssembly by JavaScript Promise Integration
+//! until the browser has run other work, and go on.
+
+#![allow(deprecated, reason = "wasm-bindgen marks its support of Promise Integration as experimental by deprecating it")]
+
 use gatefold::Device;
-use gatefold::verify::{Report, kernels};
+use gatefold::verify::{DeviceReport, TestReport, kernels};
 use wasm_bindgen::prelude::*;
 
 #[wasm_bindgen(inline_js = "
@@ -9,52 +16,64 @@ use wasm_bindgen::prelude::*;
     }
 ")]
 extern "C" {
+    /// Lets the browser run other work.
     #[wasm_bindgen(suspending)]
     fn turn();
 }
 
+/// The suite on one device.
 #[wasm_bindgen]
-extern "C" {
-    #[wasm_bindgen(js_namespace = console)]
-    fn log(text: &str);
+pub struct Suite {
+    device: Device,
+    kernels: Vec<kernels::KernelCheck>,
+    report: DeviceReport,
 }
 
+/// Opens a device for the families that have `family` in their names.
+///
+/// # Errors
+/// What the device reports.
 #[wasm_bindgen(jspi)]
-pub fn suite(device: &str, filter: &str) -> String {
+pub fn open(device: &str, family: &str) -> Result<Suite, JsError> {
     console_error_panic_hook::set_once();
     gatefold::set_suspend(turn);
-    let device = match Device::by_name(device) {
-        Ok(device) => device,
-        Err(error) => return error.to_string(),
-    };
-    log(&format!("{device:?}"));
-    let (mut passed, mut failed) = (0, 0);
-    for family in kernels::all() {
-        if !family.name.contains(filter) {
-            continue;
-        }
-        let text = match family.run(&device) {
-            Ok(reports) => {
-                let failures: Vec<String> = reports.iter().flat_map(Report::failures).collect();
-                if failures.is_empty() {
-                    passed += 1
-                } else {
-                    failed += 1
-                }
-                format!(
-                    "{}: {} cases, {} failures {:?}",
-                    family.name,
-                    reports.len(),
-                    failures.len(),
-                    failures.iter().take(3).collect::<Vec<_>>()
-                )
-            }
-            Err(error) => {
-                failed += 1;
-                format!("{}: {error}", family.name)
-            }
-        };
-        log(&text);
+    let device = Device::by_name(device)?;
+    let kernels = kernels::all().into_iter().filter(|kernel| kernel.name.contains(family)).collect();
+    Ok(Suite { report: DeviceReport::new(&device), kernels, device })
+}
+
+/// Runs one family: a line about it, or nothing when there is none left.
+#[wasm_bindgen(jspi)]
+pub fn run(suite: &mut Suite, family: usize) -> Option<String> {
+    let test = TestReport::of_kernel(&suite.device, suite.kernels.get(family)?);
+    let mut line = format!("{}: {}, {} cases, {:.1} s", test.test, test.verdict.name(), test.cases, test.seconds);
+    test.notes.iter().for_each(|note| line += &format!("\n  {note}"));
+    suite.report.tests.push(test);
+    Some(line)
+}
+
+#[wasm_bindgen]
+impl Suite {
+    /// Families that passed, failed, and are not for this device.
+    pub fn counts(&self) -> Vec<usize> {
+        self.report.counts().to_vec()
     }
-    format!("{passed} passed, {failed} failed")
+
+    /// The device, in words.
+    pub fn device(&self) -> String {
+        self.device.info().to_string()
+    }
+
+    /// The report as Markdown.
+    pub fn markdown(&self) -> String {
+        gatefold::verify::to_markdown(std::slice::from_ref(&self.report))
+    }
+
+    /// The report as JSON.
+    ///
+    /// # Errors
+    /// None that is known.
+    pub fn json(&self) -> Result<String, JsError> {
+        Ok(serde_json::to_string_pretty(&[&self.report])?)
+    }
 }

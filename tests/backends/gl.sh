@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs a command, or the kernel tests, on GL without a GPU and without a display: the system's Mesa, on the CPU. Installs Mesa
+# where it is missing.
+#
+#   tests/backends/gl.sh                     # the kernel tests: prints N passed, N failed
+#   tests/backends/gl.sh COMMAND [ARGS..]    # e.g. target/release/gatefold bench --device gl:
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source tests/backends/common.sh
+
+{ have_library libEGL_mesa.so.0 && compgen -G "/usr/lib/*/dri/swrast_dri.so" > /dev/null; } || install_packages libegl1 libgl1-mesa-dri
+export WGPU_BACKEND=gl EGL_PLATFORM=surfaceless LIBGL_ALWAYS_SOFTWARE=1
+
+if [ $# -gt 0 ]; then
+  "$@"
+else
+  count gl "$(kernel_tests)" gl:
+fi
