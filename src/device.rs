@@ -91,7 +91,8 @@ impl fmt::Display for DeviceInfo {
         if self.backend == "native" {
             return write!(f, "cpu (native, {} threads)", crate::backend::native::threads());
         }
-        write!(f, "{} ({}, {}, {})", self.name, self.backend, self.kind, self.driver)
+        let driver = if self.driver.is_empty() { String::new() } else { format!(", {}", self.driver) };
+        write!(f, "{} ({}, {}{driver})", self.name, self.backend, self.kind)
     }
 }
 
