@@ -89,7 +89,8 @@ impl fmt::Display for DeviceInfo {
     /// `NVIDIA H200 (vulkan, discrete, NVIDIA 580.159)`, or `cpu (native, 2 threads)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.backend == "native" {
-            return write!(f, "cpu (native, {} threads)", crate::backend::native::threads());
+            let threads = crate::backend::native::threads();
+            return write!(f, "cpu (native, {threads} thread{})", if threads == 1 { "" } else { "s" });
         }
         let driver = if self.driver.is_empty() { String::new() } else { format!(", {}", self.driver) };
         write!(f, "{} ({}, {}{driver})", self.name, self.backend, self.kind)

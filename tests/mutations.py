@@ -102,7 +102,9 @@ class Tests:
         self.build()
 
     def build(self):
-        command = ["cargo", "test", "--quiet", "--all-features", "--test", "kernels", "--no-run", "--message-format", "json"]
+        # Not optimised: an edit of Rust is built once and run for seconds.
+        config = ["--config", "profile.dev.package.gatefold.opt-level=0"]
+        command = ["cargo", "test", *config, "--all-features", "--test", "kernels", "--no-run", "--message-format", "json"]
         built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         found = re.findall(r'"executable":"([^"]*/kernels-[^"]*)"', built.stdout)
         self.program = found[-1] if built.returncode == 0 and found else None
