@@ -295,7 +295,7 @@ impl Device {
         }
     }
 
-    /// [`Device::synchronize`] for programs that may not wait.
+    /// [`Device::synchronize`] for programs that may not wait, as in a browser. On other targets it waits when it is polled.
     ///
     /// # Errors
     /// As [`Device::submit`].

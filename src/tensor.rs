@@ -155,7 +155,7 @@ impl Tensor {
         self.read_back()
     }
 
-    /// [`Tensor::to_vec`] for programs that may not wait, as in a browser.
+    /// [`Tensor::to_vec`] for programs that may not wait, as in a browser. On other targets it waits when it is polled.
     ///
     /// # Errors
     /// As [`Tensor::to_vec`].

@@ -5,7 +5,7 @@
 
 #![allow(deprecated, reason = "wasm-bindgen marks its support of Promise Integration as experimental by deprecating it")]
 
-use gatefold::Device;
+use gatefold::{Device, ErrorKind};
 use gatefold::verify::{DeviceReport, TestReport, kernels};
 use wasm_bindgen::prelude::*;
 
@@ -27,6 +27,18 @@ pub struct Suite {
     device: Device,
     kernels: Vec<kernels::KernelCheck>,
     report: DeviceReport,
+}
+
+/// What a call that waits says where the program cannot be suspended; to be asked before [`open`].
+///
+/// # Errors
+/// It waited.
+#[wasm_bindgen]
+pub fn refusal_to_wait() -> Result<String, JsError> {
+    match Device::by_name("webgpu:") {
+        Err(error) if error.kind() == ErrorKind::Unsupported => Ok(error.to_string()),
+        other => Err(JsError::new(&format!("expected Unsupported, got {other:?}"))),
+    }
 }
 
 /// Opens a device for the families that have `family` in their names.
