@@ -5,8 +5,8 @@
 
 #![allow(deprecated, reason = "wasm-bindgen marks its support of Promise Integration as experimental by deprecating it")]
 
-use gatefold::{Device, ErrorKind};
 use gatefold::verify::{DeviceReport, TestReport, kernels};
+use gatefold::{Device, ErrorKind};
 use wasm_bindgen::prelude::*;
 
 #[wasm_bindgen(inline_js = "
