@@ -25,7 +25,7 @@ fn store(base: u32, at: vec2<u32>, sums: vec4<f32>) {
     if at.x >= params.m { return; }
     for (var i = 0u; i < 4u && at.y + i < params.n; i++) {
         let word = base + at.x * params.c_row + at.y + i;
-        var value = sums[i];
+        var value = component(sums, i);
         if params.biased == 1u { value += bias[at.y + i]; }
         if params.accumulate == 1u { value += c[word]; }
         c[word] = value;

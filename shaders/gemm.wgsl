@@ -1,4 +1,4 @@
-// C = A . B (+ bias) (+ C) (product.wgsl), for any device and any strides.
+// C = A . B (+ bias) (+ C) (product.wgsl, component.wgsl), for any device and any strides.
 //
 // One lane computes ROWS rows of COLUMNS columns in registers: 12 loads feed 32 multiply-adds. Its columns lie `stride`
 // apart, so that neighbouring lanes read and write neighbouring columns, and each lane has all of its columns even where n
@@ -61,7 +61,7 @@ fn store(row: u32, column: u32, stride: u32, values: vec4<f32>) {
     if row >= params.m { return; }
     for (var i = 0u; i < COLUMNS && column + i * stride < params.n; i++) {
         let at = params.c_offset + row * params.c_row + column + i * stride;
-        var value = values[i];
+        var value = component(values, i);
         if params.biased == 1u { value += bias[column + i * stride]; }
         if params.accumulate == 1u { value += c[at]; }
         c[at] = value;

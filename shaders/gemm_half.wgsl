@@ -67,7 +67,7 @@ fn store(row: u32, column: u32, stride: u32, values: vec4<f32>) {
     if row >= params.m { return; }
     for (var i = 0u; i < COLUMNS && column + i * stride < params.n; i++) {
         let at = params.c_offset + row * params.c_row + column + i * stride;
-        var value = values[i];
+        var value = component(values, i);
         if params.biased == 1u { value += bias[column + i * stride]; }
         if params.accumulate == 1u { value += c[at]; }
         c[at] = value;

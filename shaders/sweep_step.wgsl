@@ -42,7 +42,7 @@ fn forward(
     let p = load_unit(unit);
     for (var i = 0u; i < ROWS && row + i < params.rows; i++) {
         var product: Pre;
-        for (var g = 0u; g < GATES; g++) { product[g] = r[g][i]; }
+        for (var g = 0u; g < GATES; g++) { product[g] = component(r[g], i); }
         step_forward(row + i, unit, product, p);
     }
 }
@@ -104,12 +104,12 @@ fn backward(
 
     for (var i = 0u; i < UNITS && unit + i * stride < H; i++) {
         let p = load_unit(unit + i * stride);
-        let dh = vec4(dh0[i], dh1[i], dh2[i], dh3[i]);
+        let dh = vec4(component(dh0, i), component(dh1, i), component(dh2, i), component(dh3, i));
         var dunit: Unit;
         for (var j = 0u; j < PARAMS; j++) { dunit[j] = 0.0; }
         var clipped = 0u;
         for (var j = 0u; j < ROWS && row + j < params.rows; j++) {
-            let step = step_backward(row + j, unit + i * stride, dh[j], p);
+            let step = step_backward(row + j, unit + i * stride, component(dh, j), p);
             for (var k = BIASES; k < PARAMS; k++) { dunit[k] += step.dunit[k]; }
             clipped += step.clipped;
         }

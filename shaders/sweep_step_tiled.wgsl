@@ -61,7 +61,7 @@ fn forward_tiled(
     if row0 + row < params.rows && w_unit < H {
         var product: Pre;
         let at = row / 4u * FORWARD_UNITS + lane % FORWARD_UNITS;
-        for (var g = 0u; g < GATES; g++) { product[g] = tiled_vectors[g * 64u + at][row % 4u]; }
+        for (var g = 0u; g < GATES; g++) { product[g] = component(tiled_vectors[g * 64u + at], row % 4u); }
         step_forward(row0 + row, w_unit, product, load_unit(w_unit));
     }
 }
@@ -86,7 +86,7 @@ fn load_gates(k: u32, unit: u32) -> vec4<f32> {
 fn add_gates(h_from: u32, w_from: u32, k: u32) {
     let h = tiled_vectors[h_from + k];
     let w = tiled_vectors[w_from + k * FORWARD_UNITS];
-    for (var g = 0u; g < GATES; g++) { tiled_sums[g] += h * w[g]; }
+    for (var g = 0u; g < GATES; g++) { tiled_sums[g] += h * component(w, g); }
 }
 
 // The sums of all slices, halved again and again: those of the first end in tiled_vectors [vector, place].
@@ -160,7 +160,7 @@ fn backward_tiled(
         if row0 + row < params.rows && unit < H {
             var dh = 0.0;
             if params.recurrent == 1u {
-                dh = tiled_vectors[row % 4u * 32u + row / 4u * UNIT_VECTORS + lane % BACKWARD_UNITS / 4u][lane % 4u];
+                dh = component(tiled_vectors[row % 4u * 32u + row / 4u * UNIT_VECTORS + lane % BACKWARD_UNITS / 4u], lane % 4u);
             }
             let step = step_backward(row0 + row, unit, dh, load_unit(unit));
             if sums { add_sums(row0 + row, unit, step.dunit, step.clipped); }

@@ -33,7 +33,11 @@ params! {
 pub(crate) static GEMM: Kernel = GEMM_KERNEL;
 pub(super) const GEMM_KERNEL: Kernel = Kernel {
     name: "gemm",
-    source: concat!(include_str!("../../shaders/gemm.wgsl"), include_str!("../../shaders/product.wgsl")),
+    source: concat!(
+        include_str!("../../shaders/gemm.wgsl"),
+        include_str!("../../shaders/product.wgsl"),
+        include_str!("../../shaders/component.wgsl")
+    ),
     entry: "gemm",
     params: Gemm::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE)],

@@ -9,7 +9,11 @@ use crate::tensor::Tensor;
 
 pub(crate) static GEMM_HALF: Kernel = Kernel {
     name: "gemm_half",
-    source: concat!(include_str!("../../shaders/gemm_half.wgsl"), include_str!("../../shaders/product.wgsl")),
+    source: concat!(
+        include_str!("../../shaders/gemm_half.wgsl"),
+        include_str!("../../shaders/product.wgsl"),
+        include_str!("../../shaders/component.wgsl")
+    ),
     entry: "gemm_half",
     ..GEMM_KERNEL
 };

@@ -9,6 +9,7 @@ macro_rules! tiled {
         concat!(
             include_str!("../../shaders/gemm_tiled.wgsl"),
             include_str!("../../shaders/product.wgsl"),
+            include_str!("../../shaders/component.wgsl"),
             include_str!("../../shaders/tile_source.wgsl"),
             include_str!(concat!("../../shaders/", $tile, ".wgsl")),
             include_str!(concat!("../../shaders/", $factors, ".wgsl")),

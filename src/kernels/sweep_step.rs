@@ -37,6 +37,7 @@ macro_rules! composed {
             include_str!("../../shaders/cell_contract.wgsl"),
             include_str!(concat!("../../shaders/", $cell)),
             $(include_str!(concat!("../../shaders/", $more)),)*
+            include_str!("../../shaders/component.wgsl"),
             include_str!("../../shaders/hold.wgsl"),
             include_str!("../../shaders/activation.wgsl"),
             include_str!("../../shaders/math.wgsl"),
