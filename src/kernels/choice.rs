@@ -6,8 +6,6 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
-use serde::Serialize;
-
 use super::cell_contract::CellKernel;
 use super::gemm::{Product, ProductKernel};
 use super::half::Precision;
@@ -251,16 +249,16 @@ impl KernelOverride {
 
     /// Each kernel's table and name.
     fn names(&self) -> impl Iterator<Item = (&'static str, String)> {
-        let product = self.product.map(|kernel| (PRODUCTS.name, name(&kernel)));
-        let step = self.step.map(|kernel| (STEPS.name, name(&kernel)));
-        let sweep = self.sweep.map(|kernel| (SWEEPS.name, name(&kernel)));
+        let product = self.product.map(|kernel| (PRODUCTS.name, kernel.to_string()));
+        let step = self.step.map(|kernel| (STEPS.name, kernel.to_string()));
+        let sweep = self.sweep.map(|kernel| (SWEEPS.name, kernel.to_string()));
         [product, step, sweep].into_iter().flatten()
     }
 
     /// `device.override_kernels: ..` for a kernel that `gpu` cannot run at all.
     pub(crate) fn check(&self, gpu: &Gpu, device: &Device) -> Result<()> {
-        let product = self.product.filter(|kernel| !kernel.runs_on(gpu)).map(|kernel| (PRODUCTS.name, name(&kernel)));
-        let step = self.step.filter(|kernel| !kernel.runs_on(gpu)).map(|kernel| (STEPS.name, name(&kernel)));
+        let product = self.product.filter(|kernel| !kernel.runs_on(gpu)).map(|kernel| (PRODUCTS.name, kernel.to_string()));
+        let step = self.step.filter(|kernel| !kernel.runs_on(gpu)).map(|kernel| (STEPS.name, kernel.to_string()));
         match product.or(step) {
             None => Ok(()),
             Some((table, kernel)) => {
@@ -277,11 +275,6 @@ impl fmt::Display for KernelOverride {
         let names: Vec<String> = self.names().map(|(table, kernel)| format!("{table} {kernel}")).collect();
         f.write_str(if names.is_empty() { "none".to_owned() } else { names.join(", ") }.as_str())
     }
-}
-
-/// A kernel's name in words, as serde knows it.
-fn name(kernel: &impl Serialize) -> String {
-    serde_json::to_value(kernel).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// The kernel for a product. On a device that is batch invariant the numbers of rows and of outputs play no part.
@@ -341,7 +334,7 @@ fn work(plan: &Plan<'_>) -> String {
 }
 
 /// The override where it can do the work, else by the table. `work` says for people what it is for.
-fn choose<S: Copy + fmt::Debug, K: Copy + Serialize>(
+fn choose<S: Copy + fmt::Debug, K: Copy + fmt::Display>(
     table: &'static Table<S, K>,
     device: &Device,
     gpu: &Gpu,
@@ -362,7 +355,7 @@ fn choose<S: Copy + fmt::Debug, K: Copy + Serialize>(
             Some((_, None)) => (None, "Device::override_kernels"),
             None => (None, "the one that any device takes"),
         };
-        let kernel = name(&chosen.map_or(table.otherwise, |(kernel, _)| kernel));
+        let kernel = chosen.map_or(table.otherwise, |(kernel, _)| kernel).to_string();
         KernelChoice { table: table.name, work: work(), kernel, row, reason }
     });
     chosen.map_or(table.otherwise, |(kernel, _)| kernel)

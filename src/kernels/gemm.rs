@@ -1,5 +1,7 @@
 //! Matrix product: `C = A . B (+ bias) (+ C)` on strided windows, every transposition by strides.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::choice;
@@ -126,6 +128,13 @@ pub enum ProductKernel {
     HalfCooperative8,
     /// The same of 16 x 16, by subgroups of 32 lanes.
     HalfCooperative16,
+}
+
+impl fmt::Display for ProductKernel {
+    /// Its name as serde knows it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 impl ProductKernel {

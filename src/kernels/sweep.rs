@@ -1,5 +1,7 @@
 //! What all sweeps over time share: the plan of one direction of one layer, and its buffers.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel};
@@ -95,6 +97,13 @@ pub enum SweepKernel {
     Grid,
     /// A launch a step.
     Step,
+}
+
+impl fmt::Display for SweepKernel {
+    /// Its name as serde knows it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 impl SweepKernel {

@@ -1,5 +1,7 @@
 //! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel};
@@ -126,6 +128,13 @@ pub enum StepKernel {
     Tiled,
     /// Subgroups of 8 lanes: tiles of 16 rows, in backward 32, and 32 units.
     Subgroup,
+}
+
+impl fmt::Display for StepKernel {
+    /// Its name as serde knows it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 impl StepKernel {

@@ -2,13 +2,13 @@
 //! `kernels/choice.rs`.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::io::Write;
 
 use anyhow::{Context, Result};
 use gatefold::nn::Precision;
 use gatefold::verify::workloads::{self, Clock, Workload};
 use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -193,7 +193,7 @@ impl<W: Write> Tuner<'_, W> {
     }
 
     /// The gain of every kernel on `general`, which can do anything; the loads of `work` count together.
-    fn gains<K: Copy + PartialEq + Serialize>(
+    fn gains<K: Copy + PartialEq + Display>(
         &mut self,
         table: &str,
         work: &str,
@@ -214,9 +214,8 @@ impl<W: Write> Tuner<'_, W> {
             write!(self.out, "{table:8} {work:24}")?;
         }
         for ((kernel, ms), (_, gain)) in times.iter().zip(&gains) {
-            let kernel = name(kernel)?;
             if self.json {
-                let fields = json!({"peer": "gatefold", "mode": "tune", "table": table, "work": work, "kernel": kernel, "ms_min": ms,
+                let fields = json!({"peer": "gatefold", "mode": "tune", "table": table, "work": work, "kernel": kernel.to_string(), "ms_min": ms,
                     "gain": gain, "device": self.device.info().to_string()});
                 writeln!(self.out, "{fields}")?;
             } else {
@@ -230,8 +229,8 @@ impl<W: Write> Tuner<'_, W> {
     }
 
     /// Milliseconds of all loads together by the host's clock, or `None` where the kernel cannot do them.
-    fn time<K: Serialize>(&self, table: &str, kernel: K, loads: &[Workload], by: KernelOverride) -> Result<Option<f64>> {
-        let name = name(&kernel)?;
+    fn time<K: Display>(&self, table: &str, kernel: K, loads: &[Workload], by: KernelOverride) -> Result<Option<f64>> {
+        let name = kernel.to_string();
         if self.device.override_kernels(by).is_err() {
             return Ok(None);
         }
@@ -262,11 +261,6 @@ impl<W: Write> Tuner<'_, W> {
         }
         Ok(())
     }
-}
-
-/// A kernel's name as [`kernel`] takes it.
-fn name(kernel: &impl Serialize) -> Result<String> {
-    Ok(serde_json::to_value(kernel)?.as_str().context("a kernel without a name")?.to_owned())
 }
 
 /// The kernel that gains most, if it gains anything worth a row.
