@@ -103,6 +103,9 @@ impl<W: Write> Table<'_, W> {
             }
         }
         let most = all().map(|(_, comparison)| comparison).max_by(|a, b| severity(a).total_cmp(&severity(b)));
+        if test.verdict == Verdict::Ignored {
+            return self.line(test.verdict.name(), &test.test, test.notes.join(", "));
+        }
         let name = format!("{} ({} cases, {:.1} s)", test.test, test.cases, test.seconds);
         self.line(test.verdict.name(), &name, most.map_or(String::new(), text))?;
         for (report, comparison) in all().filter(|_| self.verbose).collect::<Vec<_>>() {

@@ -32,7 +32,11 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4))?;
     check(cases, "lstm_half", lstm().precision(Precision::Half))?;
     check(cases, "lstm_projection_half", lstm().layers(2).projection(7).precision(Precision::Half))?;
-    check(cases, "gru_half", GruConfig::new(INPUT, HIDDEN).layers(2).precision(Precision::Half))?;
+    check(cases, "gru_half", GruConfig::new(INPUT, HIDDEN).layers(2).precision(Precision::Half))
+}
+
+/// With products in parts of k, which take memory of their own.
+pub(super) fn bptt_parts(cases: &mut Cases<'_>) -> Result<()> {
     let by = |kernel| KernelOverride::default().product(kernel);
     let half = LstmConfig::new(INPUT, 132).precision(Precision::Half);
     check_by(cases, "lstm_parts", LstmConfig::new(INPUT, 132), by(ProductKernel::Tiled64Parts))?;

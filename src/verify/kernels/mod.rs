@@ -25,6 +25,7 @@ mod sample;
 mod scans;
 mod sums;
 mod sweeps;
+mod training;
 
 use super::Report;
 use crate::device::{Device, DeviceInfo};
@@ -52,6 +53,7 @@ struct Needs {
 }
 
 const NOTHING: Needs = Needs { features: &[], limits: &[] };
+const A_GPU: Needs = Needs { features: &[], limits: &[("max_buffer_size", 0..=u64::MAX)] };
 const SUBGROUPS_OF_8: Needs =
     Needs { features: &["SUBGROUP"], limits: &[("subgroup_min_size", 8..=8), ("subgroup_max_size", 8..=8)] };
 const TILES_OF_128: Needs =
@@ -145,9 +147,12 @@ pub fn all() -> Vec<KernelCheck> {
         ("scans", scans::scans),
         ("batch_invariant", batch_invariant::batch_invariant),
         ("bptt", bptt::bptt),
+        ("bptt_parts", bptt::bptt_parts),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
+        ("training", training::training),
     ];
     let needs = |name| match name {
+        "bptt_parts" => A_GPU,
         "gemm_subgroup" | "step_subgroup" => SUBGROUPS_OF_8,
         "gemm_tiled_128" => TILES_OF_128,
         "gemm_cooperative_8" => MATRICES_OF_8,

@@ -287,7 +287,8 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
     // turns. Workgroups that do not run at once never do, and the rest is done without them.
     const TRIES: usize = 100;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    for (steps, rows, hidden, is_possible) in [(3, 2, 20, true), (3, 2, 90, threads > 1), (3, 2, 512, false)] {
+    let sizes = [(3, 2, 20, true), (3, 2, 90, threads > 1), (3, 2, 512, false)];
+    for ((steps, rows, hidden, is_possible), backward) in sizes.into_iter().flat_map(|size| [(size, false), (size, true)]) {
         let sweep = Sweep { kind: SweepKernel::Grid, ..Sweep::new(&mut rng, steps, rows, hidden, false, false, 1.0) };
         let expected = sweep.expected();
         let (mut comparisons, mut tries, mut halts) = (Vec::new(), 0, 0);
@@ -295,8 +296,15 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
             let device = overridden(cases.device, KernelOverride::default())?; // without an alarm, and not probed yet
             let (mut run, mut at_once) = (Run::new(&device), false);
             sweep.launch(&mut run, steps + 1, |run, launched| {
-                at_once = sweep_grid::runs_at_once(&device, &LstmCell::default(), &launched.plan, false)?;
-                run.near("states", launched.states, &expected.states, OUTPUT)
+                at_once = sweep_grid::runs_at_once(&device, &LstmCell::default(), &launched.plan, backward)?;
+                run.near("states", launched.states, &expected.states, OUTPUT)?;
+                if backward {
+                    device.reset_alarm()?;
+                    let dstates = launched.backward(run, &sweep)?;
+                    run.near("dslots", launched.slots, &expected.dslots, GRADIENT)?;
+                    run.near("dstates", &dstates, &expected.dstates, GRADIENT)?;
+                }
+                Ok(())
             })?;
             comparisons.extend(run.comparisons);
             tries += 1;
@@ -308,7 +316,8 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
         let (ended, halted) = (at_once && halts < tries, halts == tries);
         let error = f64::from(u8::from(if is_possible { !ended } else { at_once == halted }));
         comparisons.push(Comparison::measured(format!("{halts} of {tries} halted, at once: {at_once}"), error, 0.0));
-        cases.reports.push(Report::new(format!("alarm at {hidden} units"), comparisons));
+        let pass = if backward { "backward" } else { "forward" };
+        cases.reports.push(Report::new(format!("alarm at {hidden} units, {pass}"), comparisons));
     }
     Ok(())
 }
