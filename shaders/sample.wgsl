@@ -53,6 +53,11 @@ fn sample(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
+    // What decides over barriers is read before all loops: what a loop reads, and lanes leave at different times, differs from lane to
+    // lane for FXC, and barriers must not depend on it.
+    let last_id = params.vocabulary - 1u;
+    let draws = params.sampling == 1u;
+    let from_top = params.top_k <= last_id;
     for (var row = group.x; row < params.rows; row += groups.x) {
         if lane == 0u { state = stopped[row]; }
         // The same value in every lane, known to the compiler: barriers may follow.
@@ -67,9 +72,9 @@ fn sample(
         for (var v = lane; v < params.vocabulary; v += LANES) { top = larger(top, vec2(image(logits[first + v]), reversed(v))); }
         top = largest(lane, top);
         var chosen = top;
-        if params.sampling == 1u && top.x > LOWEST && top.x < HIGHEST {
+        if draws && top.x > LOWEST && top.x < HIGHEST {
             var least = vec2(0u);
-            if params.top_k < params.vocabulary { least = kth_largest(first, lane); }
+            if from_top { least = kth_largest(first, lane, last_id); }
             let highest = bitcast<f32>(logits[first + reversed(top.y)]);
             least.x = max(least.x, image(bitcast<u32>(highest - REACH * params.temperature)));
 
@@ -136,14 +141,14 @@ fn largest(lane: u32, pair: vec2<u32>) -> vec2<u32> {
 
 // The pair at place k of the row's pairs, the largest first: digit by digit, each time counting the pairs that begin with
 // the digits found so far by their next one. Sums of integers: no order of the lanes changes them.
-fn kth_largest(first: u32, lane: u32) -> vec2<u32> {
+fn kth_largest(first: u32, lane: u32, last_id: u32) -> vec2<u32> {
     var place = params.top_k; // among the pairs that begin so
     var found = vec2(0u);
     for (var digit = 0u; digit < 16u; digit++) {
         let shift = 28u - 4u * (digit % 8u);
         let in_id = digit >= 8u;
         // Ids have no more digits than the largest.
-        if in_id && (params.vocabulary - 1u) >> shift == 0u { continue; }
+        if in_id && last_id >> shift == 0u { continue; }
         workgroupBarrier(); // the last counts were read by all
         if lane < 16u { atomicStore(&bins[lane], 0u); }
         workgroupBarrier();

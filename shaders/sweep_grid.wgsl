@@ -104,13 +104,13 @@ fn wait_for(at: u32) -> u32 {
 
 // The vector of a line that a lane brings, once all of it is there. at: where the words of the line start in the exchange.
 fn receive(c: Cut, lane: u32, at: u32) -> vec4<f32> {
-    var values: vec4<f32>;
+    var values: array<f32, 4>; // FXC writes no vector at a place that is not constant
     for (var j = 0u; j < 4u; j++) {
         var word = coming[j];
         if word == 0u { word = wait_for(at + lane + j * c.slices * VECTORS); }
         values[j] = decode(word);
     }
-    return values;
+    return vec4(values[0], values[1], values[2], values[3]);
 }
 
 // A run of no steps: how many workgroups of this grid run at once. It is over when all are there, or when one has waited long enough.
@@ -158,11 +158,11 @@ fn load_vectors(c: Cut, v: u32, unit: u32, by_k: u32, by_gate: u32) {
     let stride = c.slices * VECTORS;
     let k = vec4(c.slice * VECTORS + v) + vec4(0u, 1u, 2u, 3u) * stride;
     for (var g = 0u; g < GATES; g++) {
-        var w: vec4<f32>;
+        var w: array<f32, 4>;
         for (var j = 0u; j < 4u; j++) {
             if k[j] < params.hidden && unit < params.hidden { w[j] = weights[k[j] * by_k + g * by_gate + unit]; }
         }
-        resident[g * VECTORS + v] = w;
+        resident[g * VECTORS + v] = vec4(w[0], w[1], w[2], w[3]);
     }
 }
 
@@ -260,7 +260,7 @@ fn forward(
 // A lane's words of h before the step, as far as they are there: at the first step of a run, and in a rescue, in `states`.
 fn look_for_h(c: Cut, lane: u32, t: u32, n: u32, row: u32) -> vec4<u32> {
     let stride = c.slices * VECTORS;
-    var words = vec4(ABSENT); // a zero
+    var words = array(ABSENT, ABSENT, ABSENT, ABSENT); // a zero
     for (var j = 0u; j < 4u; j++) {
         let k = lane + j * stride;
         if lane >= stride || k >= params.hidden { continue; }
@@ -270,7 +270,7 @@ fn look_for_h(c: Cut, lane: u32, t: u32, n: u32, row: u32) -> vec4<u32> {
             words[j] = atomicLoad(&exchange[word_at(n - 1u, 1u, row, 0u, k)]);
         }
     }
-    return words;
+    return vec4(words[0], words[1], words[2], words[3]);
 }
 
 // A lane's slice of the product of a line with the weights of all gates of its unit.
@@ -363,7 +363,7 @@ fn backward(
 // As look_for_h, for the gradients of one gate's product, which lie in `slots`.
 fn look_for_gradients(c: Cut, lane: u32, later: u32, n: u32, row: u32, gate: u32) -> vec4<u32> {
     let stride = c.slices * VECTORS;
-    var words = vec4(ABSENT);
+    var words = array(ABSENT, ABSENT, ABSENT, ABSENT);
     for (var j = 0u; j < 4u; j++) {
         let k = lane + j * stride;
         if lane >= stride || k >= params.hidden { continue; }
@@ -373,7 +373,7 @@ fn look_for_gradients(c: Cut, lane: u32, later: u32, n: u32, row: u32, gate: u32
             words[j] = atomicLoad(&exchange[word_at(n - 1u, GATES, row, gate, k)]);
         }
     }
-    return words;
+    return vec4(words[0], words[1], words[2], words[3]);
 }
 
 // A gate's line of row i, and a lane's slice of its product, added to that of the gates before.

@@ -76,11 +76,11 @@ fn load_h(k: u32, row: u32) -> vec4<f32> {
 
 // The weights of all gates of a unit.
 fn load_gates(k: u32, unit: u32) -> vec4<f32> {
-    var w: vec4<f32>;
+    var w: array<f32, 4>; // FXC writes no vector at a place that is not constant
     if k < params.hidden && unit < params.hidden {
         for (var g = 0u; g < GATES; g++) { w[g] = weights[(k * GATES + g) * params.hidden + unit]; }
     }
-    return w;
+    return vec4(w[0], w[1], w[2], w[3]);
 }
 
 fn add_gates(h_from: u32, w_from: u32, k: u32) {
@@ -180,14 +180,14 @@ fn load_gradients(gate: u32, k: u32, row: u32) -> vec4<f32> {
 }
 
 fn load_units(gate: u32, k: u32, unit: u32) -> vec4<f32> {
-    var w: vec4<f32>;
+    var w: array<f32, 4>;
     if k < params.hidden {
         let at = (gate * params.hidden + k) * params.hidden + unit;
         for (var i = 0u; i < 4u; i++) {
             if unit + i < params.hidden { w[i] = weights[at + i]; }
         }
     }
-    return w;
+    return vec4(w[0], w[1], w[2], w[3]);
 }
 
 fn add_units(d_from: u32, w_from: u32, k: u32) {

@@ -136,7 +136,9 @@ struct Kept { saved: Slots, previous: State, dy: f32 }
 fn load_kept(t: u32, row: u32, unit: u32) -> Kept {
     var kept: Kept;
     if is_valid(t, row) {
-        for (var s = 0u; s < SLOTS; s++) { kept.saved[s] = slots[slot_at(t, row, s, unit)]; }
+        var saved: Slots; // FXC writes no array inside a struct at a place that is not constant
+        for (var s = 0u; s < SLOTS; s++) { saved[s] = slots[slot_at(t, row, s, unit)]; }
+        kept.saved = saved;
         kept.previous = load_state(slot_before(t), row, unit);
         if params.output == 1u { kept.dy = y[y_at(t, row, unit)]; }
     }
@@ -150,7 +152,6 @@ struct UnitBackward { d: State, dslots: Slots, dunit: Unit, clipped: u32 }
 fn backward_unit(t: u32, row: u32, unit: u32, kept: Kept, later: State, p: Unit) -> UnitBackward {
     var result: UnitBackward;
     var d = later;
-    for (var s = 0u; s < SLOTS; s++) { result.dslots[s] = 0.0; }
     var totals: State;
     if is_valid(t, row) {
         for (var s = 0u; s < STATES; s++) {

@@ -67,8 +67,9 @@ fn can_say(kernel: &Kernel, subgroups: bool) -> bool {
 }
 
 fn parse(kernel: &Kernel) -> Result<Shader> {
-    let whole = naga::front::wgsl::parse_str(kernel.source)
-        .map_err(|error| anyhow!("does not parse:\n{}", error.emit_to_string(kernel.source)))?;
+    let source = shaders::without_aliases(kernel.source);
+    let whole =
+        naga::front::wgsl::parse_str(&source).map_err(|error| anyhow!("does not parse:\n{}", error.emit_to_string(&source)))?;
     // No capability beyond those that every adapter has, and those that the kernel asks for.
     let asked: Capabilities = kernel.features.iter().map(|feature| capabilities(*feature)).collect();
     // Pairs of f16 in a word can be read on every adapter that `backend::adapter` lists.
@@ -77,7 +78,7 @@ fn parse(kernel: &Kernel) -> Result<Shader> {
         let mut validator = Validator::new(ValidationFlags::all(), capabilities);
         validator.subgroup_stages(ShaderStages::COMPUTE).subgroup_operations(SubgroupOperationSet::all());
         let validated = validator.validate(module);
-        validated.map_err(|error| anyhow!("is not valid:\n{}", error.emit_to_string(kernel.source)))
+        validated.map_err(|error| anyhow!("is not valid:\n{}", error.emit_to_string(&source)))
     };
     let info = validate(&whole)?;
     let entry = (ShaderStage::Compute, kernel.entry);
@@ -168,6 +169,10 @@ fn translate_to_hlsl() -> Result<()> {
             let pipeline = hlsl::PipelineOptions { entry_point: Some((ShaderStage::Compute, kernel.entry.to_owned())) };
             let mut text = String::new();
             let translated = hlsl::Writer::new(&mut text, &options, &pipeline).write(module, info, None)?;
+            // Of the functions that naga adds, and the types of what they return, none may be there twice: see `without_aliases`.
+            let mut added: Vec<&str> = text.lines().filter(|line| line.starts_with("typedef ")).collect();
+            added.sort_unstable();
+            ensure!(added.windows(2).all(|pair| pair[0] != pair[1]), "something is there twice: {added:?}");
             ensure!(translated.entry_point_names.len() == 1, "not one entry point but {:?}", translated.entry_point_names);
             translated.entry_point_names.into_iter().collect::<Result<Vec<_>, _>>()?;
         }

@@ -18,7 +18,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::adapter::{self, Adapter, Class};
 use super::clock::Clock;
 use super::wait::wait_for;
-use super::{Access, Feature, Kernel};
+use super::{Access, Feature, Kernel, without_aliases};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes between two uniform structs: the largest alignment of dynamic offsets that WebGPU allows an adapter to ask for.
@@ -598,7 +598,7 @@ impl Gpu {
             Some((original, edited)) => (text.replace(original, edited).into(), wgpu::ShaderRuntimeChecks::checked()),
             None => (text, checks),
         };
-        let source = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text) };
+        let source = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(without_aliases(&text).into()) };
         // SAFETY: shaders that run unchecked are this crate's own. Each guards its indices with the sizes in its uniform struct, which
         // the host side checked against the bound ranges; every loop is bounded by one of those sizes or by a
         // constant.

@@ -45,6 +45,27 @@ pub struct Kernel {
     pub features: &'static [Feature],
 }
 
+/// WGSL with what its aliases stand for in their place.
+///
+/// To naga an alias is a type of its own. In HLSL it writes for each type that needs them functions that make zeros or put values
+/// together, and names them by what the type is made of: with two aliases of one array there are two functions of one name.
+pub fn without_aliases(source: &str) -> String {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut text = source.to_owned();
+    while let Some((before, (alias, after))) =
+        text.split_once("\nalias ").and_then(|(before, rest)| Some((before, rest.split_once(';')?)))
+    {
+        let Some((name, meaning)) = alias.split_once(" = ") else { break };
+        let rest = [before, "\n", after].concat();
+        let pieces = rest.split_inclusive(|c| !is_word(c)).map(|piece| match piece.trim_end_matches(|c| !is_word(c)) {
+            word if word == name => piece.replacen(name, meaning, 1),
+            _ => piece.to_owned(),
+        });
+        text = pieces.collect();
+    }
+    text
+}
+
 /// What some adapters offer beyond what every kernel may take for granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {

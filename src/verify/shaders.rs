@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-pub use crate::backend::{Access, Feature, Kernel, Layout};
+pub use crate::backend::{Access, Feature, Kernel, Layout, without_aliases};
 use crate::kernels::optimizer::Control;
 
 /// Every kernel of the crate.

@@ -52,9 +52,10 @@ pub(super) fn layer_norm(cases: &mut Cases<'_>) -> Result<()> {
             let (dy, before) = (draw(rows * width, 0.5, 1.0), draw(rows * width, 0.0, 1.0));
             let dgain = draw(width, 0.0, 1.0);
             let (xhat, inverses) = normalize(&x, width);
+            let wide_dy = wide(&dy);
             let (mut y, mut dx, mut gains) = (Vec::new(), Vec::new(), wide(&dgain));
             for (row, inverse) in inverses.iter().enumerate() {
-                let (xhat, dy) = (&xhat[row * width..][..width], &wide(&dy)[row * width..][..width]);
+                let (xhat, dy) = (&xhat[row * width..][..width], &wide_dy[row * width..][..width]);
                 y.extend(xhat.iter().zip(&gain).map(|(xhat, gain)| xhat * f64::from(*gain)));
                 let g: Vec<f64> = dy.iter().zip(&gain).map(|(dy, gain)| dy * f64::from(*gain)).collect();
                 let over = |f: &dyn Fn(usize) -> f64| (0..width).map(f).sum::<f64>() / width as f64;
