@@ -291,12 +291,13 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
     for ((steps, rows, hidden, is_possible), backward) in sizes.into_iter().flat_map(|size| [(size, false), (size, true)]) {
         let sweep = Sweep { kind: SweepKernel::Grid, ..Sweep::new(&mut rng, steps, rows, hidden, false, false, 1.0) };
         let expected = sweep.expected();
-        let (mut comparisons, mut tries, mut halts) = (Vec::new(), 0, 0);
-        let at_once = loop {
+        let (mut comparisons, mut tries, mut halts, mut at_once) = (Vec::new(), 0, 0, false);
+        // Until one has come to an end and the probe, maybe at another try, has found that they can.
+        while tries < if is_possible { TRIES } else { 1 } && !(at_once && halts < tries) {
             let device = overridden(cases.device, KernelOverride::default())?; // without an alarm, and not probed yet
-            let (mut run, mut at_once) = (Run::new(&device), false);
+            let mut run = Run::new(&device);
             sweep.launch(&mut run, steps + 1, |run, launched| {
-                at_once = sweep_grid::runs_at_once(&device, &LstmCell::default(), &launched.plan, backward)?;
+                at_once |= sweep_grid::runs_at_once(&device, &LstmCell::default(), &launched.plan, backward)?;
                 run.near("states", launched.states, &expected.states, OUTPUT)?;
                 if backward {
                     device.reset_alarm()?;
@@ -309,10 +310,7 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
             comparisons.extend(run.comparisons);
             tries += 1;
             halts += usize::from(device.is_alarmed());
-            if !is_possible || tries == TRIES || (at_once && !device.is_alarmed()) {
-                break at_once;
-            }
-        };
+        }
         let (ended, halted) = (at_once && halts < tries, halts == tries);
         let error = f64::from(u8::from(if is_possible { !ended } else { at_once == halted }));
         comparisons.push(Comparison::measured(format!("{halts} of {tries} halted, at once: {at_once}"), error, 0.0));
