@@ -13,6 +13,9 @@ pub struct Args {
     /// A device to check, as `gatefold devices` names it; several are checked in turn [default: the default device]
     #[arg(long, value_name = "NAME")]
     device: Vec<String>,
+    /// Only the kernel families with TEXT in their names; case files run all the same
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// A folder of case files (*.safetensors) that PyTorch or ONNX Runtime wrote; generate.py and generate_onnx.py of tests/fixtures
     /// describe them
     #[arg(long, value_name = "FOLDER")]
@@ -51,7 +54,8 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     for device in &devices {
         writeln!(out, "{}", device.info())?;
         reports.push(DeviceReport::new(device));
-        let kernels = kernels::all();
+        let is_wanted = |name: &str| args.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
+        let kernels: Vec<_> = kernels::all().into_iter().filter(|kernel| is_wanted(kernel.name)).collect();
         let of_kernels = kernels.iter().map(|kernel| TestReport::of_kernel(device, kernel));
         let of_cases = |cases: &Vec<(String, Case)>| TestReport::of_cases(device, &folder, cases, (output, gradient));
         for test in of_kernels.chain(cases.iter().map(of_cases)) {
