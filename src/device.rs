@@ -220,7 +220,7 @@ impl Device {
     /// # Errors
     /// [`ErrorKind::Limit`] when the device was requested with limits that are too small.
     pub fn from_wgpu(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
-        adapter::check_limits(&adapter.get_info().name, &device.limits())?;
+        adapter::check_limits(&adapter::info(adapter).name, &device.limits())?;
         Ok(Self::with(Backend::Gpu(Gpu::from_wgpu(adapter, device, queue))))
     }
 

@@ -74,20 +74,12 @@ fn marks() -> Result<()> {
     Ok(())
 }
 
-/// For `tests/mutations.py`: a folder with an edited copy of a shader.
-fn edit_shaders(folder: &Path) -> Result<()> {
-    for file in std::fs::read_dir(folder)? {
-        let (edited, original) = (file?.path(), Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders"));
-        let original = original.join(edited.file_name().unwrap_or_default());
-        verify::edit_shader(std::fs::read_to_string(original)?, std::fs::read_to_string(edited)?);
-    }
-    Ok(())
-}
-
 fn main() -> Result<()> {
     let arguments = Arguments::from_args();
-    if let Some(folder) = std::env::var_os("GATEFOLD_EDITED_SHADERS") {
-        edit_shaders(Path::new(&folder)).context("GATEFOLD_EDITED_SHADERS")?;
+    // For tests/mutations.py.
+    if let Some(file) = std::env::var_os("GATEFOLD_EDITED_SHADER") {
+        verify::edit_shader(&Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders"), Path::new(&file))
+            .context("GATEFOLD_EDITED_SHADER")?;
     }
     let infos = Device::list();
     let names = infos.iter().map(|info| match info.backend.as_str() {

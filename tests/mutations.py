@@ -3,7 +3,7 @@
 
     tests/mutations.py [--only WORD]
 
-Each entry below is an edit (file, old text, new text) and the families of `tests/kernels.rs` that must fail with it. The old text
+Each entry below is an edit (file, old text, new text) and families of `tests/kernels.rs`, the quickest first, one of which must fail. The old text
 occurs once in the file. Edited shaders are read at run time (GATEFOLD_EDITED_SHADERS) and run on a Vulkan adapter, the first that the
 tests list; an edit of Rust is built first and runs on the native CPU. Prints what survived, and ends with a count; exit code 1 when an edit
 survived, could not be built, or no longer fits its file.
@@ -22,42 +22,42 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 EDITS = [
     # LSTM
-    ("shaders/cell_lstm.wgsl", "Slots(i, f, g, o));\n}\n\nfn cell_totals", "Slots(f, i, g, o));\n}\n\nfn cell_totals", ["lstm_sweep"]),
-    ("shaders/cell_lstm.wgsl", "clip_to(cell_clip, f * previous[1] + i * g);", "clip_to(cell_clip, i * previous[1] + f * g);", ["lstm_sweep"]),
-    ("shaders/cell_lstm.wgsl", "x[2] + (r[2] + p[2])", "x[2] + r[2]", ["lstm_sweep"]),
-    ("shaders/cell_lstm.wgsl", "var df = dc * previous[1];", "var df = dc * g;", ["lstm_sweep"]),
-    ("shaders/cell_lstm.wgsl", "Slots(di, df, dg, d_out)", "Slots(di, df, -dg, d_out)", ["lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "Slots(i, f, g, o));\n}\n\nfn cell_totals", "Slots(f, i, g, o));\n}\n\nfn cell_totals", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "clip_to(cell_clip, f * previous[1] + i * g);", "clip_to(cell_clip, i * previous[1] + f * g);", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "x[2] + (r[2] + p[2])", "x[2] + r[2]", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "var df = dc * previous[1];", "var df = dc * g;", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/cell_lstm.wgsl", "Slots(di, df, dg, d_out)", "Slots(di, df, -dg, d_out)", ["lstm_layers", "lstm_sweep"]),
     ("shaders/cell_lstm.wgsl", "State(0.0, dc * f + di * p[4]", "State(0.0, dc * f - di * p[4]", ["networks"]),
     ("shaders/cell_lstm.wgsl", "peephole(p[6], c));", "peephole(p[6], previous[1]));", ["networks"]),
     ("shaders/cell_lstm.wgsl", "if coupled { di -= df;", "if coupled { di += df;", ["networks"]),
     ("shaders/cell_lstm.wgsl", "cell_clip > 0.0 && abs(free) > cell_clip", "cell_clip > 0.0 && abs(free) > 2.0 * cell_clip", ["networks"]),
     ("shaders/cell_lstm.wgsl", "State(d[0], d[1] + d[0] * o", "State(d[0], d[1] - d[0] * o", ["gradient_flow"]),
     # GRU
-    ("shaders/cell_gru.wgsl", "(1.0 - z) * n + z * previous[0]", "z * n + (1.0 - z) * previous[0]", ["lstm_sweep", "networks"]),
-    ("shaders/cell_gru.wgsl", "let q = r[2] + p[2];", "let q = r[2];", ["networks"]),
-    ("shaders/cell_gru.wgsl", "(previous[0] - n) * gate_slope(z)", "(n - previous[0]) * gate_slope(z)", ["networks"]),
-    ("shaders/cell_gru.wgsl", "select(dn * reset, q, reset_before)", "select(dn, q, reset_before)", ["networks"]),
-    ("shaders/cell_gru.wgsl", "select(gate, 3u, gate == 2u && !reset_before)", "select(gate, 3u, gate == 1u && !reset_before)", ["networks"]),
+    ("shaders/cell_gru.wgsl", "(1.0 - z) * n + z * previous[0]", "z * n + (1.0 - z) * previous[0]", ["resident_cells", "networks"]),
+    ("shaders/cell_gru.wgsl", "let q = r[2] + p[2];", "let q = r[2];", ["resident_cells", "networks"]),
+    ("shaders/cell_gru.wgsl", "(previous[0] - n) * gate_slope(z)", "(n - previous[0]) * gate_slope(z)", ["resident_cells", "networks"]),
+    ("shaders/cell_gru.wgsl", "select(dn * reset, q, reset_before)", "select(dn, q, reset_before)", ["resident_cells", "networks"]),
+    ("shaders/cell_gru.wgsl", "select(gate, 3u, gate == 2u && !reset_before)", "select(gate, 3u, gate == 1u && !reset_before)", ["resident_cells", "networks"]),
     ("shaders/gru_reset.wgsl", "dh[at] += d * r;", "dh[at] = d * r;", ["gru_reset", "networks"]),
     # Other cells
-    ("shaders/cell_rnn.wgsl", "let da = d[0] * clipped_slope", "let da = -d[0] * clipped_slope", ["networks"]),
-    ("shaders/cell_slstm.wgsl", "if g.past { da = d[3] - di; }", "if !g.past { da = d[3] - di; }", ["networks"]),
-    ("shaders/cell_slstm.wgsl", "dc * g.i * (1.0 - z * z)", "dc * g.i * (1.0 - z)", ["networks"]),
-    ("shaders/cell_indrnn.wgsl", "Unit(da * previous[0])", "Unit(da)", ["networks"]),
-    ("shaders/cell_min_gru.wgsl", "(1.0 - z) * previous[0] + z * g", "z * previous[0] + (1.0 - z) * g", ["networks"]),
+    ("shaders/cell_rnn.wgsl", "let da = d[0] * clipped_slope", "let da = -d[0] * clipped_slope", ["resident_cells", "networks"]),
+    ("shaders/cell_slstm.wgsl", "if g.past { da = d[3] - di; }", "if !g.past { da = d[3] - di; }", ["resident_cells", "networks"]),
+    ("shaders/cell_slstm.wgsl", "dc * g.i * (1.0 - z * z)", "dc * g.i * (1.0 - z)", ["resident_cells", "networks"]),
+    ("shaders/cell_indrnn.wgsl", "Unit(da * previous[0])", "Unit(da)", ["resident_cells", "networks"]),
+    ("shaders/cell_min_gru.wgsl", "(1.0 - z) * previous[0] + z * g", "z * previous[0] + (1.0 - z) * g", ["resident_cells", "networks"]),
     # What every sweep does around a cell
-    ("shaders/sweep_unit.wgsl", "return (t + params.reverse) % params.depth;", "return t % params.depth;", ["lstm_sweep"]),
-    ("shaders/sweep_unit.wgsl", "return t < lengths[row];", "return t <= lengths[row];", ["lstm_sweep"]),
-    ("shaders/sweep_unit.wgsl", "select(0.0, state[0], valid)", "state[0]", ["lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "return (t + params.reverse) % params.depth;", "return t % params.depth;", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "return t < lengths[row];", "return t <= lengths[row];", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "select(0.0, state[0], valid)", "state[0]", ["lstm_layers", "lstm_sweep"]),
     ("shaders/sweep_unit.wgsl", "k * previous[s] + (1.0 - k) * state[s]", "(1.0 - k) * previous[s] + k * state[s]", ["networks"]),
-    ("shaders/sweep_unit.wgsl", "d[0] += kept.dy;", "d[0] = kept.dy;", ["lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "d[0] += kept.dy;", "d[0] = kept.dy;", ["lstm_layers", "lstm_sweep"]),
     ("shaders/sweep_unit.wgsl", "d[s] += held_back[s];", "d[s] -= held_back[s];", ["networks"]),
     ("shaders/sweep_unit.wgsl", "params.start + t, row, unit", "t, row, unit", ["networks", "bptt"]),
     # Sweeps
-    ("shaders/sweep_step.wgsl", "PRODUCT && k < H; k++", "PRODUCT && k + 1u < H; k++", ["lstm_sweep"]),
-    ("shaders/sweep_step.wgsl", "let at1 = (h0 + min(row + 1u, last)) * H;", "let at1 = (h0 + min(row, last)) * H;", ["lstm_sweep"]),
-    ("shaders/sweep_step_subgroup.wgsl", "(*sums)[g][7] += subgroupBroadcast(h, 7u) * w;", "(*sums)[g][7] += subgroupBroadcast(h, 6u) * w;", ["lstm_sweep"]),
-    ("shaders/sweep_step_subgroup.wgsl", "min(row + 24u + lane, last)", "min(row + 16u + lane, last)", ["lstm_sweep"]),
+    ("shaders/sweep_step.wgsl", "PRODUCT && k < H; k++", "PRODUCT && k + 1u < H; k++", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/sweep_step.wgsl", "let at1 = (h0 + min(row + 1u, last)) * H;", "let at1 = (h0 + min(row, last)) * H;", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/sweep_step_subgroup.wgsl", "(*sums)[g][7] += subgroupBroadcast(h, 7u) * w;", "(*sums)[g][7] += subgroupBroadcast(h, 6u) * w;", ["lstm_layers", "step_subgroup"]),
+    ("shaders/sweep_step_subgroup.wgsl", "min(row + 24u + lane, last)", "min(row + 16u + lane, last)", ["lstm_layers", "step_subgroup"]),
     ("shaders/sweep_step_tiled.wgsl", "        workgroupBarrier();\n        if slice < half {", "        if slice < half {", ["step_tiled"]),
     ("shaders/sweep_step_tiled.wgsl", "if k < params.hidden && unit < params.hidden {", "if k + 1u < params.hidden && unit < params.hidden {", ["step_tiled"]),
     ("shaders/sweep_resident.wgsl", "    workgroupBarrier();\n    for (var other", "    for (var other", ["lstm_resident"]),
@@ -65,10 +65,10 @@ EDITS = [
     ("shaders/sweep_scan.wgsl", "b = step.x * b + step.y;", "b = b + step.y;", ["scans"]),
     ("shaders/sweep_scan.wgsl", "carries[a_at] * value + carries", "carries[a_at] * value - carries", ["scans"]),
     # Products and sums
-    ("shaders/gemm_subgroup.wgsl", "store_row(row + 31u, column, cw[7] + added);", "store_row(row + 31u, column, cz[7] + added);", ["gemm"]),
-    ("shaders/gemm_subgroup.wgsl", "if row < params.m && column < params.n {", "if row <= params.m && column < params.n {", ["gemm"]),
-    ("shaders/gemm_tiled.wgsl", "        workgroupBarrier();\n        next = by_k", "        next = by_k", ["gemm"]),
-    ("shaders/gemm_tiled.wgsl", "(*sums)[15] += a1.w * b1;", "(*sums)[15] += a1.z * b1;", ["gemm"]),
+    ("shaders/gemm_subgroup.wgsl", "store_row(row + 31u, column, cw[7] + added);", "store_row(row + 31u, column, cz[7] + added);", ["gemm_subgroup"]),
+    ("shaders/gemm_subgroup.wgsl", "if row < params.m && column < params.n {", "if row <= params.m && column < params.n {", ["gemm_subgroup"]),
+    ("shaders/gemm_tiled.wgsl", "        workgroupBarrier();\n        next = by_k", "        next = by_k", ["gemm_tiled_128", "gemm"]),
+    ("shaders/gemm_tiled.wgsl", "(*sums)[15] += a1.w * b1;", "(*sums)[15] += a1.z * b1;", ["gemm_tiled_128", "gemm"]),
     ("shaders/column_sum.wgsl", "let end = min(first + ROWS, params.rows);", "let end = min(first + ROWS - 1u, params.rows);", ["column_sum"]),
     ("shaders/reduce.wgsl", "        workgroupBarrier();\n", "", ["reduce"]),
     ("shaders/transpose.wgsl", "(row % params.a) * params.b + row / params.a", "(row / params.a) * params.b + row % params.a", ["transpose"]),
@@ -88,8 +88,8 @@ EDITS = [
     ("shaders/math.wgsl", "(bits & ~SIGN_BIT) > 0x411051ecu", "(bits & ~SIGN_BIT) > 0x7f000000u", ["math"]),
     ("shaders/math.wgsl", "select(y | (bits & SIGN_BIT), bits, is_nan_bits(x))", "select(y, bits, is_nan_bits(x))", ["math"]),
     # The native CPU
-    ("src/kernels/cell_lstm.rs", "[i, f, g, o])\n    }", "[f, i, g, o])\n    }", ["lstm_sweep"]),
-    ("src/kernels/cell_lstm.rs", "let (mut di, mut df) = (dc * g, dc * c_before);", "let (mut di, mut df) = (dc * c_before, dc * g);", ["lstm_sweep"]),
+    ("src/kernels/cell_lstm.rs", "[i, f, g, o])\n    }", "[f, i, g, o])\n    }", ["lstm_layers", "lstm_sweep"]),
+    ("src/kernels/cell_lstm.rs", "let (mut di, mut df) = (dc * g, dc * c_before);", "let (mut di, mut df) = (dc * c_before, dc * g);", ["lstm_layers", "lstm_sweep"]),
     ("src/kernels/cell_gru.rs", "let q = r[2] + p[2];", "let q = r[2];", ["networks"]),
     ("src/kernels/cell_gru.rs", "(previous[0] - n) * self.gate_slope(z)", "(n - previous[0]) * self.gate_slope(z)", ["networks"]),
 ]

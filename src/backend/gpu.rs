@@ -639,15 +639,12 @@ impl Gpu {
         self.told(is_done).await
     }
 
-    /// What a callback of wgpu sends, once all submitted work ran: natively that takes a wait, a browser calls back by itself.
+    /// What a callback of wgpu sends, once all submitted work ran: a browser calls back by itself, natively it takes somebody's wait,
+    /// which may be another thread's.
     async fn told<T>(&self, receiver: oneshot::Receiver<T>) -> Result<T> {
-        #[cfg(not(target_arch = "wasm32"))]
-        let told = {
-            let mut receiver = receiver;
+        if cfg!(not(target_arch = "wasm32")) {
             self.wait(None)?;
-            receiver.try_recv().ok().flatten()
-        };
-        #[cfg(target_arch = "wasm32")]
+        }
         let told = receiver.await.ok();
         self.check()?;
         told.ok_or_else(|| self.fail(ErrorKind::DeviceLost, "work was submitted, and nothing was heard of its end"))
@@ -689,7 +686,7 @@ impl Gpu {
 
     /// The content of `range`, after all recorded work; the alarm of the exchange comes along.
     pub fn read(&self, range: Range) -> Result<Vec<u8>> {
-        wait_for("Tensor.to_vec", self.read_async(range))
+        wait_for("reading back", self.read_async(range))
     }
 
     /// The same, where the caller may not wait.

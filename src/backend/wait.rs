@@ -26,7 +26,12 @@ pub(crate) fn wait_for<T>(op: &str, future: impl Future<Output = Result<T>>) -> 
         }
         match SUSPEND.get() {
             Some(suspend) => suspend(),
-            None => return Err(Error::unsupported(op, "a browser lets no program wait: use the async call of this name")),
+            None => {
+                return Err(Error::unsupported(
+                    op,
+                    "a browser lets no program wait: see Device::new_async and gatefold::set_suspend",
+                ));
+            }
         }
     }
 }
@@ -36,6 +41,8 @@ static SUSPEND: std::sync::OnceLock<fn()> = std::sync::OnceLock::new();
 
 /// In a browser: from now on, calls that wait do so by calling `suspend` again and again. It must let the browser run other work
 /// before it returns, as an import of JavaScript Promise Integration does (`WebAssembly.Suspending`); the first function given is kept.
+/// Calls that wait must then come from exports that can be suspended (`WebAssembly.promising`), and meanwhile no other export that
+/// uses the same device may be entered.
 ///
 /// Without it, calls that wait give [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported), and the async calls
 /// ([`Device::new_async`](crate::Device::new_async), [`Tensor::to_vec_async`](crate::Tensor::to_vec_async)) are the way.

@@ -306,7 +306,9 @@ pub(crate) fn sweep<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &
     let invariant = device.is_batch_invariant();
     // Who overrides the table wants to see the grid, or its rescue, at work. A probe fails with its device: the next launch says so.
     let overridden = device.kernel_override().sweep == Some(SweepKernel::Grid);
-    let may_run = || overridden || sweep_grid::may_run(device, cell, plan, backward).unwrap_or(false);
+    // A browser lets no probe wait.
+    let may_probe = cfg!(not(target_arch = "wasm32"));
+    let may_run = || overridden || may_probe && sweep_grid::may_run(device, cell, plan, backward).unwrap_or(false);
     let takes = |kernel: SweepKernel| match kernel {
         SweepKernel::Step => true,
         _ if invariant => false,

@@ -51,6 +51,7 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     let [output, gradient] = args.tolerance;
     let folder = args.cases.as_deref().map_or(String::new(), |folder| folder.display().to_string());
     let mut reports: Vec<DeviceReport> = Vec::new();
+    args.report.as_deref().map_or(Ok(()), |file| write(file, &reports))?;
     for device in &devices {
         writeln!(out, "{}", device.info())?;
         reports.push(DeviceReport::new(device));

@@ -1,6 +1,8 @@
 //! The built-in checks: every kernel against an independent f64 oracle, and whole layers against case files that PyTorch
 //! and ONNX Runtime wrote. One body for `cargo test`, the `gatefold verify` command, and other platforms' runs.
 
+use std::path::Path;
+
 pub mod autodiff;
 pub mod case_file;
 pub mod cases;
@@ -18,8 +20,18 @@ pub use compare::{Comparison, Distance, Report};
 pub use known::{KNOWN_FAILURES, KnownFailure};
 pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown};
 
-/// From now on this process builds its GPU pipelines with `edited` in place of `original`, the text of a file of `shaders/`: to see
-/// that the checks notice an error. The first call counts.
-pub fn edit_shader(original: String, edited: String) {
-    let _ = crate::backend::gpu::EDITED.set((original, edited));
+/// From now on this process builds its GPU pipelines with `edited` in place of a file of `shaders/`: to see that the checks notice an
+/// error. The file's name says which it stands for; `shaders` is the folder of the originals.
+///
+/// # Errors
+/// What reading either gives; a file that equals its original; a second call.
+pub fn edit_shader(shaders: &Path, edited: &Path) -> std::io::Result<()> {
+    let original = std::fs::read_to_string(shaders.join(edited.file_name().unwrap_or_default()))?;
+    let text = std::fs::read_to_string(edited)?;
+    match text == original || crate::backend::gpu::EDITED.set((original, text)).is_err() {
+        true => {
+            Err(std::io::Error::other(format!("{}: the first edit of a shader, and a real one, was expected", edited.display())))
+        }
+        false => Ok(()),
+    }
 }

@@ -20,7 +20,7 @@ const ROUNDED: [f64; 2] = [1.5e-4, 4e-4];
 /// Beside the oracle that rounds nothing: what half precision costs.
 const UNROUNDED: [f64; 2] = [1.5e-3, 3e-3];
 /// What divides by a deviation makes either larger.
-const NORMALIZED: [[f64; 2]; 2] = [[6e-4, 3e-3], [1e-2, 2e-2]];
+const NORMALIZED: [[f64; 2]; 2] = [[1.5e-3, 3e-3], [1e-2, 2e-2]];
 
 /// Both comparisons of a network.
 fn both<C: Cell>(cases: &mut Cases<'_>, make: impl Fn() -> Network<C>) -> Result<()> {

@@ -46,8 +46,9 @@ struct Args {
 
 fn main() -> Result<ExitCode> {
     let Args { family, folder, report: file, seed, simd, resident, fast_math } = Args::parse();
-    if let Some(folder) = std::env::var_os("GATEFOLD_EDITED_SHADERS") {
-        edit_shaders(Path::new(&folder)).context("GATEFOLD_EDITED_SHADERS")?;
+    // For tests/mutations.py.
+    if let Some(file) = std::env::var_os("GATEFOLD_EDITED_SHADER") {
+        verify::edit_shader(&Path::new(ROOT).join("shaders"), Path::new(&file)).context("GATEFOLD_EDITED_SHADER")?;
     }
     let options = msl::Options { folder, seed, simd, resident, fast_math };
     // A launch that fails takes its device along: each test has its own.
@@ -76,14 +77,4 @@ fn main() -> Result<ExitCode> {
     let [passed, failed, ignored] = report.counts();
     println!("{ignored} not for this device\n{passed} passed, {failed} failed");
     Ok(ExitCode::from(u8::from(failed > 0 || passed == 0)))
-}
-
-/// For `tests/mutations.py`: a folder with an edited copy of a shader.
-fn edit_shaders(folder: &Path) -> Result<()> {
-    for file in std::fs::read_dir(folder)? {
-        let (edited, original) = (file?.path(), Path::new(ROOT).join("shaders"));
-        let original = original.join(edited.file_name().unwrap_or_default());
-        verify::edit_shader(std::fs::read_to_string(original)?, std::fs::read_to_string(edited)?);
-    }
-    Ok(())
 }
