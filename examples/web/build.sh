@@ -10,6 +10,5 @@ cd "$(dirname "$0")/../.."
 source tests/backends/common.sh
 
 folder=${1:-target/web}
-mkdir -p "$folder"
 bundle gatefold-web examples/web/index.html "$folder"
 echo "built: $folder/index.html"

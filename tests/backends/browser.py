@@ -15,6 +15,7 @@ import http.server
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import time
 
 # They keep the browser from calling home. SwiftShader is the software driver that Chromium brings along.
 FLAGS = """--headless --no-sandbox --disable-background-networking --disable-component-update --disable-default-apps --disable-sync
---no-first-run --disable-dev-shm-usage --disable-extensions --window-size=1000,1100 --remote-debugging-pipe""".split()
+--no-first-run --disable-dev-shm-usage --disable-extensions --window-size=1000,760 --remote-debugging-pipe""".split()
 WEBGPU = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
 
 
@@ -39,7 +40,7 @@ class Pages(http.server.SimpleHTTPRequestHandler):
 class Browser:
     """One page of a browser, driven by the DevTools protocol: JSON between NUL bytes on the browser's descriptors 3 and 4."""
 
-    def __init__(self, program, profile, flags):
+    def __init__(self, program, profile, flags, end):
         command_read, self.commands = os.pipe()
         answers, answer_write = os.pipe()
 
@@ -50,22 +51,30 @@ class Browser:
             os.dup2(ends[1], 4)
 
         command = [program, *flags, f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(command, preexec_fn=descriptors, close_fds=False, stderr=subprocess.DEVNULL)
+        self.log = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(command, preexec_fn=descriptors, close_fds=False, stderr=self.log)
         os.close(command_read)
         os.close(answer_write)
-        self.answers = os.fdopen(answers, "rb")
+        self.answers, self.received, self.end = answers, bytearray(), end
         self.errors, self.session, self.count = [], None, 0
+
+    def open(self):
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ["Page", "Runtime", "Log"]:
             self.call(f"{domain}.enable")
 
     def message(self):
-        text = bytearray()
-        while (byte := self.answers.read(1)) != b"\0":
-            if not byte:
-                raise SystemExit("browser.py: the browser ended")
-            text += byte
+        """The next one; a page that hangs answers nothing, but not beyond the end."""
+        while b"\0" not in self.received:
+            if not select.select([self.answers], [], [], max(0, self.end - time.monotonic()))[0]:
+                raise SystemExit("browser.py: the page gave no answer in time")
+            part = os.read(self.answers, 1 << 16)
+            if not part:
+                self.log.seek(0)
+                raise SystemExit(f"browser.py: the browser ended\n{self.log.read().decode(errors='replace')[-2000:]}")
+            self.received += part
+        text, _, self.received = self.received.partition(b"\0")
         return json.loads(text)
 
     def call(self, method, **parameters):
@@ -111,14 +120,17 @@ def main():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Pages, directory=arguments.folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(arguments.browser, profile, FLAGS + ([] if arguments.without_webgpu else WEBGPU))
+        end = time.monotonic() + arguments.seconds
+        browser = Browser(arguments.browser, profile, FLAGS + ([] if arguments.without_webgpu else WEBGPU), end)
         try:
+            browser.open()
             browser.call("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/{arguments.page}")
-            verdict, printed, end = None, 0, time.monotonic() + arguments.seconds
+            verdict, printed = None, 0
             while verdict is None and not browser.errors and time.monotonic() < end:
                 time.sleep(0.2)
-                lines = browser.value(f"(window.lines ?? []).slice({printed})") or []
+                # The verdict first: no line comes after it.
                 verdict = browser.value("window.verdict ?? null")
+                lines = browser.value(f"(window.lines ?? []).slice({printed})") or []
                 printed += len(lines)
                 print(*lines, sep="\n", end="\n" if lines else "", flush=True)
             if arguments.screenshot:
@@ -130,7 +142,7 @@ def main():
             browser.close()
     for message in browser.errors:
         print("console:", message)
-    print(verdict or f"no verdict within {arguments.seconds:.0f} s")
+    print(verdict or "failed: no verdict")
     sys.exit(0 if verdict and verdict.startswith("ok") and not browser.errors else 1)
 
 

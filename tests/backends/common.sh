@@ -112,6 +112,7 @@ bundle() {
   RUSTFLAGS="-C target-feature=+simd128" CARGO_PROFILE_RELEASE_DEBUG=false \
     cross_cargo wasm32-unknown-unknown build --release --package "$package"
   module=$(built_for wasm32-unknown-unknown)/release/${package//-/_}.wasm
+  mkdir -p "$folder"
   cargo run --quiet --package gatefold-bindgen --target-dir "$backends/build" -- "$module" "$folder"
   cp "$page" "$folder"
 }

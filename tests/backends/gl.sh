@@ -14,5 +14,6 @@ export WGPU_BACKEND=gl EGL_PLATFORM=surfaceless LIBGL_ALWAYS_SOFTWARE=1
 if [ $# -gt 0 ]; then
   "$@"
 else
-  count gl "$(kernel_tests)" gl:
+  program=$(kernel_tests)
+  count gl "$program" gl:
 fi

@@ -40,5 +40,6 @@ run() {
 if [ $# -gt 0 ]; then
   run "$@"
 else
-  count "$driver" run "$(kernel_tests)" vulkan:
+  program=$(kernel_tests)
+  count "$driver" run "$program" vulkan:
 fi
