@@ -31,8 +31,8 @@ fn is_finite_bits(x: f32) -> bool {
 fn exp_in_range(x: f32) -> f32 {
     let n = round(x * 1.442695);
     let k = i32(n);
-    // Written with fma because a fast-math compiler, as Metal's is, may merge the two parts of ln 2 in sums and lose 60 ULP.
-    let r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, x));
+    // f32(k) is n, and the sums are fma: else a fast-math compiler would merge the two parts of ln 2, and lose 60 ULP.
+    let r = fma(f32(k), -LN2_LOW, fma(n, -LN2_HIGH, x));
     // exp(r) = 1 + r + r^2 p(r) for |r| <= ln(2) / 2.
     let p = (((0.0013814536 * r + 0.008368745) * r + 0.041668393) * r + 0.16666521) * r + 0.49999994;
     let y = 1.0 + (r + r * r * p);
