@@ -26,14 +26,9 @@ use gatefold::nn::{Module, Precision};
 use gatefold::optim::{AdamW, LossScale};
 use gatefold::{CrossEntropy, Device, Ids, Rng, Tensor, Trainer};
 
-use characters::{SOURCES, batch, build, draw};
+use characters::{LEARNING_RATE, ROWS, SOURCES, WINDOW, batch, build, draw};
 
 const HIDDEN: usize = 256;
-/// Streams read side by side.
-const ROWS: usize = 16;
-/// Characters of each stream in one step of training: how far gradients flow back.
-const WINDOW: usize = 64;
-const LEARNING_RATE: f64 = 4e-3;
 /// The name of the vocabulary among a checkpoint's texts.
 const VOCABULARY: &str = "vocabulary";
 

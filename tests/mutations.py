@@ -100,26 +100,31 @@ EDITS = [
 class Tests:
     """The program of tests/kernels.rs as it was built last."""
 
-    def __init__(self):
-        self.program = None
-
     def build(self, is_quick=False):
         """Quick: hardly optimised, for an edit of Rust that is built once and run for seconds."""
         config = ["--config", "profile.dev.package.gatefold.opt-level=1"] if is_quick else []
         command = ["cargo", "test", *config, "--all-features", "--test", "kernels", "--no-run", "--message-format", "json"]
         built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         found = re.findall(r'"executable":"([^"]*/kernels-[^"]*)"', built.stdout)
-        self.program = found[-1] if built.returncode == 0 and found else None
-        return self.program is not None
+        if built.returncode != 0 or not found:
+            return False
+        self.program = found[-1]
+        # What an adapter cannot run would pass whatever is broken.
+        idle = self.listed("--ignored")
+        self.names = [name for name in self.listed() if name not in idle]
+        return True
+
+    def listed(self, *which):
+        """Looking for adapters takes a while: once for each program."""
+        lines = subprocess.run([self.program, "--list", *which], capture_output=True, text=True, check=True).stdout.splitlines()
+        return [line.removesuffix(": test") for line in lines if line.endswith(": test")]
 
     def name(self, device, family):
-        """The first test of a family on a kind of device. One that the adapter cannot run would pass whatever is broken."""
-        listed = subprocess.run([self.program, "--list"], capture_output=True, text=True, check=True).stdout
-        idle = subprocess.run([self.program, "--list", "--ignored"], capture_output=True, text=True, check=True).stdout
-        names = [line.removesuffix(": test") for line in listed.splitlines() if re.fullmatch(rf"{device}.*::{family}: test", line)]
-        if not names or f"{names[0]}: test" in idle.splitlines():
-            sys.exit(f"mutations.py: no test of {family} can run on {device}")
-        return names[0]
+        """The first test of a family on a kind of device."""
+        for name in self.names:
+            if name.startswith(device) and name.endswith(f"::{family}"):
+                return name
+        sys.exit(f"mutations.py: no test of {family} can run on {device}")
 
     def failure(self, device, family, environment=None):
         """What a family prints where it fails, else None. One that does not end has failed too."""
@@ -134,17 +139,22 @@ class Tests:
         return next((words for family in families if (words := self.failure(device, family, environment))), None)
 
 
+def device_of(file):
+    """The tests' device that runs a file."""
+    return "vulkan" if file.endswith(".wgsl") else "cpu"
+
+
 def outcome(tests, file, old, new, families):
     path = ROOT / file
     text = path.read_text()
     if text.count(old) != 1:
         return f"the old text occurs {text.count(old)} times"
     edited = text.replace(old, new)
-    if path.suffix == ".wgsl":
+    if file.endswith(".wgsl"):
         with tempfile.TemporaryDirectory() as folder:
             copy = pathlib.Path(folder) / path.name
             copy.write_text(edited)
-            words = tests.first_failure("vulkan", families, {**os.environ, "GATEFOLD_EDITED_SHADER": str(copy)})
+            words = tests.first_failure(device_of(file), families, {**os.environ, "GATEFOLD_EDITED_SHADER": str(copy)})
         # A shader that does not compile proves nothing of the tests.
         if words and re.search(r"parsing error|validation error", words, re.IGNORECASE):
             return "the edited shader is not valid"
@@ -153,7 +163,7 @@ def outcome(tests, file, old, new, families):
             path.write_text(edited)
             if not tests.build(is_quick=True):
                 return "the edited source does not compile"
-            words = tests.first_failure("cpu", families)
+            words = tests.first_failure(device_of(file), families)
         finally:
             path.write_text(text)
     return None if words else "survived"
@@ -168,10 +178,9 @@ def main():
     tests = Tests()
     if not tests.build():
         sys.exit("mutations.py: the tests do not build")
-    for family in sorted({family for edit in edits for family in edit[3]}):
-        for device in {"vulkan" if file.endswith(".wgsl") else "cpu" for file, _, _, families in edits if family in families}:
-            if words := tests.failure(device, family):
-                sys.exit(f"mutations.py: {family} fails on {device} without any edit:\n{words}")
+    for device, family in sorted({(device_of(file), family) for file, _, _, families in edits for family in families}):
+        if words := tests.failure(device, family):
+            sys.exit(f"mutations.py: {family} fails on {device} without any edit:\n{words}")
     caught, missed = 0, []
     for file, old, new, families in edits:
         start = time.monotonic()

@@ -30,6 +30,12 @@ pub const SOURCES: &[&str] = &[
     include_str!("../../src/trainer.rs"),
 ];
 const EMBEDDING: usize = 64;
+/// Streams read side by side.
+pub const ROWS: usize = 16;
+/// Characters of each stream in one step of training: how far gradients flow back.
+pub const WINDOW: usize = 64;
+/// At the start of training.
+pub const LEARNING_RATE: f64 = 4e-3;
 
 /// Embedding, an LSTM of `hidden` units, and a score for each token of the vocabulary.
 pub fn build(

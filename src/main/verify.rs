@@ -2,11 +2,11 @@
 
 use std::fmt::Display;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use gatefold::verify::cases::{self, Case};
-use gatefold::verify::{Comparison, DeviceReport, Report, TestReport, Verdict, kernels, to_markdown};
+use gatefold::verify::{Comparison, DeviceReport, Report, TestReport, Verdict, kernels, write_reports};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -50,8 +50,9 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     };
     let [output, gradient] = args.tolerance;
     let folder = args.cases.as_deref().map_or(String::new(), |folder| folder.display().to_string());
+    let write = |reports: &[DeviceReport]| args.report.as_deref().map_or(Ok(()), |file| write_reports(file, reports));
     let mut reports: Vec<DeviceReport> = Vec::new();
-    args.report.as_deref().map_or(Ok(()), |file| write(file, &reports))?;
+    write(&reports)?;
     for device in &devices {
         writeln!(out, "{}", device.info())?;
         reports.push(DeviceReport::new(device));
@@ -66,7 +67,7 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
                 report.tests.push(test);
             }
             // After each test: a driver may take the program down with it.
-            args.report.as_deref().map_or(Ok(()), |file| write(file, &reports))?;
+            write(&reports)?;
         }
         writeln!(out)?;
     }
@@ -76,17 +77,6 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     }
     writeln!(out, "{passed} passed, {failed} failed")?;
     Ok(failed == 0 && passed > 0)
-}
-
-/// As Markdown and JSON.
-fn write(file: &Path, reports: &[DeviceReport]) -> Result<()> {
-    let whole = || file.display().to_string();
-    let stem = whole().strip_suffix(".md").or(whole().strip_suffix(".json")).map_or_else(whole, str::to_owned);
-    for (extension, text) in [("md", to_markdown(reports)), ("json", serde_json::to_string_pretty(reports)? + "\n")] {
-        let path = format!("{stem}.{extension}");
-        std::fs::write(&path, text).context(path)?;
-    }
-    Ok(())
 }
 
 struct Table<'a, W> {

@@ -1,5 +1,7 @@
 //! How results are compared and reported.
 
+use serde::Serialize;
+
 /// The distance of one output or gradient from what it should be.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
@@ -19,7 +21,7 @@ pub struct Comparison {
 /// A unit in the last place (ULP) is that of f32: `2^(e - 23)` for a magnitude from `2^e` to `2^(e + 1)`, and for smaller ones that of the
 /// smallest normal number. In sums terms cancel, and what is left of them may be off by many units of its own and still be as
 /// good as f32 can do: so their distance is told in units of the tensor's scale, and only that of pointwise functions in units of each number.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Distance {
     /// Relative to the tensor's scale: the largest expected magnitude, or 1 where all are 0.
     pub relative: f64,

@@ -18,7 +18,7 @@ pub mod workloads;
 
 pub use compare::{Comparison, Distance, Report};
 pub use known::{KNOWN_FAILURES, KnownFailure};
-pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown};
+pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown, write_reports};
 
 /// From now on this process builds its GPU pipelines with `edited` in place of a file of `shaders/`: to see that the checks notice an
 /// error. The file's name says which it stands for; `shaders` is the folder of the originals.

@@ -2,16 +2,17 @@
 //! a program in a browser, or with a wgpu device of its own, makes the same report.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use serde::Serialize;
 use web_time::{Instant, SystemTime};
 
 use super::cases::Case;
-use super::kernels::{self, KernelCheck};
+use super::kernels::KernelCheck;
 use super::known::{KNOWN_FAILURES, judge};
 use super::{Comparison, Distance, Report};
 use crate::device::{Device, DeviceInfo};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What came of all tests on one device. As JSON, numbers that are not finite are `null`.
 #[derive(Clone, Debug, Serialize)]
@@ -72,16 +73,13 @@ pub struct TensorReport {
     pub tensor: String,
     /// How often it was compared.
     pub comparisons: usize,
-    /// [`Distance::relative`].
-    pub relative: f64,
-    /// [`Distance::ulps_of_scale`].
-    pub ulps_of_scale: f64,
-    /// [`Distance::ulps`].
-    pub ulps: Option<f64>,
+    /// The largest distance of each kind.
+    #[serde(flatten)]
+    pub distance: Distance,
 }
 
 impl DeviceReport {
-    /// A report of no test so far.
+    /// A report of no test so far: a program adds one for each of [`kernels::all`](super::kernels::all), and does between two what it must.
     pub fn new(device: &Device) -> Self {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let date = jiff::Timestamp::from_second(now.as_secs() as i64).unwrap_or_default();
@@ -92,18 +90,6 @@ impl DeviceReport {
             device: device.info(),
             tests: Vec::new(),
         }
-    }
-
-    /// Runs every kernel family on `device`; `progress` gets each as soon as it is done. A program that must do something
-    /// else between two families calls [`TestReport::of_kernel`] for each of [`kernels::all`] itself.
-    pub fn run(device: &Device, mut progress: impl FnMut(&TestReport)) -> Self {
-        let mut report = Self::new(device);
-        for kernel in kernels::all() {
-            let test = TestReport::of_kernel(device, &kernel);
-            progress(&test);
-            report.tests.push(test);
-        }
-        report
     }
 
     /// Tests that passed, that failed, and that the device cannot run.
@@ -140,7 +126,8 @@ impl DeviceReport {
             "| test | verdict | cases | s | largest error | ULP of scale | ULP | tensor |\n|---|---|---|---|---|---|---|---|"
         )?;
         for test in &self.tests {
-            let worst = test.tensors.iter().reduce(|a, b| if b.relative > a.relative || b.relative.is_nan() { b } else { a });
+            let relative = |tensor: &TensorReport| tensor.distance.relative;
+            let worst = test.tensors.iter().reduce(|a, b| if relative(b) > relative(a) || relative(b).is_nan() { b } else { a });
             let (name, numbers) = worst.map_or(("", " | | ".to_owned()), |worst| (&worst.tensor, worst.numbers()));
             let TestReport { test, verdict, cases, seconds, .. } = test;
             writeln!(text, "| {test} | {} | {cases} | {seconds:.1} | {numbers} | {} |", verdict.name(), cell(name))?;
@@ -165,6 +152,22 @@ pub fn to_markdown(reports: &[DeviceReport]) -> String {
     reports.iter().fold(title.to_owned(), |text, report| text + "\n" + &report.to_markdown())
 }
 
+/// Writes reports to FILE.md and FILE.json; an extension .md or .json of `file` is left out.
+///
+/// # Errors
+/// That of the file which could not be written.
+pub fn write_reports(file: &Path, reports: &[DeviceReport]) -> Result<()> {
+    let failed = |path: &str, error| Error::io("verify.write_reports", Path::new(path), error);
+    let whole = file.display().to_string();
+    let stem = whole.strip_suffix(".md").or(whole.strip_suffix(".json")).unwrap_or(&whole);
+    let json = format!("{stem}.json");
+    let text = serde_json::to_string_pretty(reports).map_err(|error| failed(&json, error.into()))?;
+    for (path, text) in [(format!("{stem}.md"), to_markdown(reports)), (json, text + "\n")] {
+        std::fs::write(&path, text).map_err(|error| failed(&path, error))?;
+    }
+    Ok(())
+}
+
 /// What may stand in a cell of a table.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|")
@@ -173,8 +176,9 @@ fn cell(text: &str) -> String {
 impl TensorReport {
     /// Three cells of a table.
     fn numbers(&self) -> String {
-        let ulps = self.ulps.map_or(String::new(), |ulps| format!("{ulps:.2}"));
-        format!("{:.1e} | {:.1} | {ulps}", self.relative, self.ulps_of_scale)
+        let Distance { relative, ulps_of_scale, ulps } = self.distance;
+        let ulps = ulps.map_or(String::new(), |ulps| format!("{ulps:.2}"));
+        format!("{relative:.1e} | {ulps_of_scale:.1} | {ulps}")
     }
 }
 
@@ -255,15 +259,10 @@ fn tensors<'a>(comparisons: impl Iterator<Item = &'a Comparison>) -> Vec<TensorR
         let tensor = without_numbers(&comparison.tensor);
         match tensors.iter_mut().find(|known| known.tensor == tensor) {
             Some(known) => {
-                let TensorReport { relative, ulps_of_scale, ulps, .. } = *known;
-                let worst = Distance { relative, ulps_of_scale, ulps }.worse(distance);
-                let Distance { relative, ulps_of_scale, ulps } = worst;
-                *known = TensorReport { tensor, comparisons: known.comparisons + 1, relative, ulps_of_scale, ulps };
+                known.comparisons += 1;
+                known.distance = known.distance.worse(distance);
             }
-            None => {
-                let Distance { relative, ulps_of_scale, ulps } = distance;
-                tensors.push(TensorReport { tensor, comparisons: 1, relative, ulps_of_scale, ulps });
-            }
+            None => tensors.push(TensorReport { tensor, comparisons: 1, distance }),
         }
     }
     tensors

@@ -13,11 +13,7 @@ use gatefold::optim::AdamW;
 use gatefold::{CrossEntropy, Device, Ids, Rng, Tensor, Trainer};
 use wasm_bindgen::prelude::*;
 
-use characters::{batch, build, draw};
-
-/// Streams read side by side, and characters of each in a step of training.
-const ROWS: usize = 16;
-const WINDOW: usize = 64;
+use characters::{LEARNING_RATE, ROWS, WINDOW, batch, build, draw};
 
 /// The text that the page begins with.
 #[wasm_bindgen]
@@ -55,7 +51,7 @@ impl Demo {
         TokenStreams::new(&text, ROWS, WINDOW)?;
         let mut rng = Rng::seed(0);
         let model = build(&vocabulary, hidden, Precision::Single, &device, &mut rng)?;
-        let trainer = Trainer::new(model, CrossEntropy::new(), AdamW::new(4e-3))?.clip_grad_norm(1.0);
+        let trainer = Trainer::new(model, CrossEntropy::new(), AdamW::new(LEARNING_RATE))?.clip_grad_norm(1.0);
         Ok(Self { device, vocabulary, text, trainer, window: 0, state: None, rng })
     }
 
@@ -75,14 +71,16 @@ impl Demo {
     /// What the device reports.
     pub async fn train(&mut self, steps: usize) -> Result<f32, JsError> {
         let mut total: Option<Tensor> = None;
+        let streams = TokenStreams::new(&self.text, ROWS, WINDOW)?;
+        let mut windows = streams.windows().skip(self.window);
         for _ in 0..steps {
-            let streams = TokenStreams::new(&self.text, ROWS, WINDOW)?;
-            let window = match streams.windows().nth(self.window) {
+            let window = match windows.next() {
                 Some(window) => window,
                 None => {
                     // The text begins again: with it the memory of what came before.
                     (self.window, self.state) = (0, None);
-                    streams.windows().next().ok_or_else(|| JsError::new("a text of no windows"))?
+                    windows = streams.windows().skip(self.window);
+                    windows.next().ok_or_else(|| JsError::new("a text of no windows"))?
                 }
             };
             self.window += 1;

@@ -71,8 +71,7 @@ fn main() -> Result<ExitCode> {
         add(TestReport::of_cases(&open()?, folder, &cases, (1e-5, 5e-5)));
     }
     if let Some(file) = file {
-        std::fs::write(file.with_extension("md"), verify::to_markdown(std::slice::from_ref(&report)))?;
-        std::fs::write(file.with_extension("json"), serde_json::to_string_pretty(&[&report])? + "\n")?;
+        verify::write_reports(&file, std::slice::from_ref(&report))?;
     }
     let [passed, failed, ignored] = report.counts();
     println!("{ignored} not for this device\n{passed} passed, {failed} failed");

@@ -84,7 +84,7 @@ impl Suite {
     /// The report as JSON.
     ///
     /// # Errors
-    /// None that is known.
+    /// What serde reports.
     pub fn json(&self) -> Result<String, JsError> {
         Ok(serde_json::to_string_pretty(&[&self.report])?)
     }
