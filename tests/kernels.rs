@@ -51,8 +51,8 @@ fn marks() -> Result<()> {
     let mut table = readme.lines().skip_while(|line| !line.starts_with("| option |")).take_while(|line| line.starts_with('|'));
     let header = cells(table.next().unwrap_or_default());
     let networks = kernels::all().into_iter().find(|check| check.name == "networks");
-    let reports = networks.map_or(Ok(Vec::new()), |networks| networks.run(&Device::cpu()))?;
-    let (mut missing, mut marks) = (Vec::new(), 0);
+    let (mut reports, mut missing, mut marks) = (Vec::new(), Vec::new(), 0);
+    networks.context("there is no family `networks`")?.run(&Device::cpu(), &mut reports)?;
     for row in table.skip(1).map(cells) {
         for (cell, mark) in header.iter().zip(&row).skip(1) {
             for letter in mark.chars() {

@@ -141,7 +141,7 @@ pub(crate) struct Gpu {
     device: wgpu::Device,
     queue: wgpu::Queue,
     pool: Arc<Pool>,
-    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+    pipelines: Arc<Mutex<HashMap<PipelineKey, Arc<Pipeline>>>>,
     state: Mutex<State>,
     fault: Fault,
     exchange: Mutex<Option<GpuBuffer>>,
@@ -177,11 +177,12 @@ impl Gpu {
         Self::with(info, adapter::cooperative_edge(adapter), device, queue, fault)
     }
 
-    /// The same wgpu device with memory, pipelines and an exchange of its own.
+    /// The same wgpu device and pipelines, with memory and an exchange of its own.
     #[cfg(feature = "verify")]
     pub fn again(&self) -> Self {
         let (device, queue) = (self.device.clone(), self.queue.clone());
-        Self::with(self.info.clone(), self.cooperative_edge, device, queue, self.fault.clone())
+        let again = Self::with(self.info.clone(), self.cooperative_edge, device, queue, self.fault.clone());
+        Self { pipelines: self.pipelines.clone(), ..again }
     }
 
     fn with(
@@ -199,7 +200,7 @@ impl Gpu {
             device,
             queue,
             pool: Arc::default(),
-            pipelines: Mutex::default(),
+            pipelines: Arc::default(),
             state: Mutex::default(),
             fault,
             exchange: Mutex::default(),

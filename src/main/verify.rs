@@ -17,9 +17,9 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// A folder of case files (*.safetensors) that PyTorch or ONNX Runtime wrote; generate.py and generate_onnx.py of tests/fixtures
-    /// describe them
+    /// describe them. Several are checked in turn
     #[arg(long, value_name = "FOLDER")]
-    cases: Option<PathBuf>,
+    cases: Vec<PathBuf>,
     /// The largest errors of a case file's outputs and gradients, relative to a tensor's largest magnitude; ten times
     /// PyTorch's own float32 error where that is more, and twice OUT for ONNX Runtime's outputs, which are float32
     #[arg(long, value_name = "OUT,GRAD", default_value = "1e-5,5e-5", value_parser = tolerance)]
@@ -43,13 +43,13 @@ fn tolerance(text: &str) -> Result<[f64; 2], String> {
 /// Whether tests ran and all of them passed, on all devices: a test is a kernel family or the folder of case files on one device.
 pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
     // Unreadable files and unknown devices are told at once, not after minutes of checks.
-    let cases = args.cases.as_deref().map(cases::read_dir).transpose()?;
+    let read = |folder: &PathBuf| Ok((folder.display().to_string(), cases::read_dir(folder)?));
+    let folders: Vec<(String, Vec<(String, Case)>)> = args.cases.iter().map(read).collect::<Result<_>>()?;
     let devices = match &args.device[..] {
         [] => vec![crate::device(None)?],
         names => names.iter().map(|name| crate::device(Some(name))).collect::<Result<_>>()?,
     };
     let [output, gradient] = args.tolerance;
-    let folder = args.cases.as_deref().map_or(String::new(), |folder| folder.display().to_string());
     let write = |reports: &[DeviceReport]| args.report.as_deref().map_or(Ok(()), |file| write_reports(file, reports));
     let mut reports: Vec<DeviceReport> = Vec::new();
     write(&reports)?;
@@ -58,11 +58,13 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<bool> {
         reports.push(DeviceReport::new(device));
         let is_wanted = |name: &str| args.only.as_ref().is_none_or(|only| name.contains(only.as_str()));
         let kernels: Vec<_> = kernels::all().into_iter().filter(|kernel| is_wanted(kernel.name)).collect();
-        let of_kernels = kernels.iter().map(|kernel| TestReport::of_kernel(device, kernel));
-        let of_cases = |cases: &Vec<(String, Case)>| TestReport::of_cases(device, &folder, cases, (output, gradient));
-        for test in of_kernels.chain(cases.iter().map(of_cases)) {
-            let is_folder = cases.is_some() && test.test == folder;
-            Table { out, verbose: args.verbose, files: is_folder }.test(&test)?;
+        let of_kernels = kernels.iter().map(|kernel| (TestReport::of_kernel(device, kernel), false));
+        let of_folders = folders.iter().map(|(folder, cases)| {
+            let test = TestReport::of_cases(device, folder, cases, (output, gradient));
+            (test, true)
+        });
+        for (test, files) in of_kernels.chain(of_folders) {
+            Table { out, verbose: args.verbose, files }.test(&test)?;
             if let Some(report) = reports.last_mut() {
                 report.tests.push(test);
             }

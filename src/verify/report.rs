@@ -110,11 +110,18 @@ impl DeviceReport {
         let Self { device, .. } = self;
         let [passed, failed, ignored] = self.counts();
         writeln!(text, "## {device}\n")?;
-        writeln!(
-            text,
-            "{passed} passed, {failed} failed, {ignored} not for this device. gatefold {}, {}, {}.\n",
-            self.gatefold, self.target, self.date
-        )?;
+        write!(text, "{passed} passed, {failed} failed, {ignored} not for this device.")?;
+        // Families of half precision have it in their names.
+        let single = self.tests.iter().filter(|test| !test.test.contains("half"));
+        let compared = single.flat_map(|test| test.tensors.iter().map(|tensor| (&test.test, tensor)));
+        if let Some((test, TensorReport { tensor, distance, .. })) = worst(compared, |(_, tensor)| tensor) {
+            let Distance { relative, ulps_of_scale, .. } = distance;
+            write!(
+                text,
+                " Largest error in single precision: {relative:.1e} ({ulps_of_scale:.0} ULP of scale), {tensor} of {test}."
+            )?;
+        }
+        writeln!(text, " gatefold {}, {}, {}.\n", self.gatefold, self.target, self.date)?;
         let limits: Vec<String> = device.limits.iter().map(|(name, value)| format!("{name} {value}")).collect();
         for (what, list) in [("Features", device.features.join(", ")), ("Limits", limits.join(", "))] {
             if !list.is_empty() {
@@ -126,8 +133,7 @@ impl DeviceReport {
             "| test | verdict | cases | s | largest error | ULP of scale | ULP | tensor |\n|---|---|---|---|---|---|---|---|"
         )?;
         for test in &self.tests {
-            let relative = |tensor: &TensorReport| tensor.distance.relative;
-            let worst = test.tensors.iter().reduce(|a, b| if relative(b) > relative(a) || relative(b).is_nan() { b } else { a });
+            let worst = worst(test.tensors.iter(), |tensor| tensor);
             let (name, numbers) = worst.map_or(("", " | | ".to_owned()), |worst| (&worst.tensor, worst.numbers()));
             let TestReport { test, verdict, cases, seconds, .. } = test;
             writeln!(text, "| {test} | {} | {cases} | {seconds:.1} | {numbers} | {} |", verdict.name(), cell(name))?;
@@ -166,6 +172,13 @@ pub fn write_reports(file: &Path, reports: &[DeviceReport]) -> Result<()> {
         std::fs::write(&path, text).map_err(|error| failed(&path, error))?;
     }
     Ok(())
+}
+
+/// What has the tensor with the largest error relative to its scale; NaN is larger than any.
+fn worst<'a, T>(mut all: impl Iterator<Item = T>, tensor: impl Fn(&T) -> &'a TensorReport) -> Option<T> {
+    let relative = |of: &T| tensor(of).distance.relative;
+    let first = all.next()?;
+    Some(all.fold(first, |a, b| if relative(&b) > relative(&a) || relative(&b).is_nan() { b } else { a }))
 }
 
 /// What may stand in a cell of a table.
@@ -213,24 +226,22 @@ impl TestReport {
                 tensors: Vec::new(),
                 reports: Vec::new(),
             },
-            None => Self::of(&info, kernel.name, || kernel.run(device)),
+            None => Self::of(&info, kernel.name, |reports| kernel.run(device, reports)),
         }
     }
 
     /// Runs a folder of case files as one test; `tolerance`: see [`Case::run`]. What a file needs and this crate does not have is
     /// noted, and no failure as long as another file runs.
     pub fn of_cases(device: &Device, folder: &str, cases: &[(String, Case)], tolerance: (f64, f64)) -> Self {
-        Self::of(&device.info(), folder, || cases.iter().map(|(name, case)| case.run(device, name, tolerance)).collect())
+        Self::of(&device.info(), folder, |reports| {
+            cases.iter().try_for_each(|(name, case)| case.run(device, name, tolerance).map(|report| reports.push(report)))
+        })
     }
 
-    fn of(info: &DeviceInfo, test: &str, run: impl FnOnce() -> Result<Vec<Report>>) -> Self {
-        let start = Instant::now();
-        let outcome = run();
+    fn of(info: &DeviceInfo, test: &str, run: impl FnOnce(&mut Vec<Report>) -> Result<()>) -> Self {
+        let (start, mut reports) = (Instant::now(), Vec::new());
+        let error = run(&mut reports).err().map(|error| error.to_string());
         let seconds = start.elapsed().as_secs_f64();
-        let (reports, error) = match outcome {
-            Ok(reports) => (reports, None),
-            Err(error) => (Vec::new(), Some(error.to_string())),
-        };
         let missing =
             reports.iter().filter_map(|report| report.unsupported.as_ref().map(|what| format!("{}: {what}", report.case)));
         let missing: Vec<String> = missing.collect();

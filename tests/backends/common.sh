@@ -6,6 +6,7 @@
 
 backends=${GATEFOLD_BACKENDS:-target/backends}
 [[ $backends = /* ]] || backends=$PWD/$backends
+reports=$backends/reports
 # The system's own release, as its archive names it: bookworm. None where the system is not Linux.
 release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release 2> /dev/null || true)
 # EGL, Mesa and Wine complain without it.
@@ -117,10 +118,20 @@ bundle() {
   cp "$page" "$folder"
 }
 
-# The program of the kernel tests, built for this machine.
-kernel_tests() {
-  cargo test --all-features --test kernels --no-run --message-format json-render-diagnostics |
-    grep -o '"executable":"[^"]*/kernels-[^"]*"' | cut -d'"' -f4
+# The program `gatefold`, built for this machine.
+gatefold() {
+  cargo build --quiet --all-features --bin gatefold >&2
+  echo target/debug/gatefold
+}
+
+# Runs the suite of `gatefold verify` on a device, by the words before its arguments, and says what it counted; the report stays
+# as NAME.md and NAME.json in the folder `reports`: verify NAME DEVICE COMMAND..
+verify() {
+  local name=$1 device=$2
+  shift 2
+  mkdir -p "$reports"
+  echo "The report: $reports/$name.md" >&2
+  count "$name" "$@" verify --device "$device" --cases tests/fixtures/cases --cases tests/fixtures/onnx --report "$reports/$name"
 }
 
 # Runs a suite by a command and says as the last line what the suite counted: count NAME COMMAND..

@@ -2,7 +2,7 @@
 # Runs the Windows build of the `gatefold` command on Direct3D 12 without Windows or a GPU: Wine of Debian 13 in a folder of its
 # own, vkd3d on Mesa's llvmpipe, shaders compiled by Microsoft's FXC.
 #
-#   tests/backends/dx12.sh                 # verify with the case files: prints N passed, N failed
+#   tests/backends/dx12.sh                 # the suite: prints N passed, N failed
 #   tests/backends/dx12.sh ARGUMENTS..     # of the command, e.g. devices, or bench --device dx12:
 #
 # Files are those of the repository: name them relative to its root. Needs root, or user namespaces.
@@ -20,17 +20,17 @@ wine() {
   [ "$(id -u)" -eq 0 ] || user=(--user --map-root-user)
   # shellcheck disable=SC2016 # scripts for the shells inside
   unshare "${user[@]}" --mount --net --pid --fork --kill-child bash -euc '
-    root=$1 built=$2
-    shift 2
+    root=$1 built=$2 reports=$3
+    shift 3
     mount -t proc proc "$root/proc"
     for place in /dev /sys; do mount --rbind "$place" "$root$place"; done
     mount -t tmpfs tmpfs "$root/tmp"
-    for place in "$PWD" "$built"; do
+    for place in "$PWD" "$built" "$reports"; do
       mkdir -p "$place" "$root$place"
       mount --bind "$place" "$root$place"
     done
     exec chroot "$root" env --ignore-environment --chdir="$PWD" "$@"
-  ' bash "$folder" "$(built_for "$target")" \
+  ' bash "$folder" "$(built_for "$target")" "$reports" \
     HOME=/root PATH=/usr/bin XDG_RUNTIME_DIR=/tmp ${RUST_LOG:+"RUST_LOG=$RUST_LOG"} \
     WINEARCH=win64 WINEDEBUG="${WINEDEBUG:--all}" WINEDLLOVERRIDES='mscoree,mshtml=;d3dcompiler_47=n' \
     VK_DRIVER_FILES=/usr/share/vulkan/icd.d/lvp_icd.json WGPU_BACKEND=dx12 \
@@ -72,5 +72,5 @@ gatefold=$(built_for "$target")/debug/gatefold.exe
 if [ $# -gt 0 ]; then
   wine "$gatefold" "$@"
 else
-  count dx12 wine "$gatefold" verify --device dx12: --cases tests/fixtures/cases
+  verify dx12 dx12: wine "$gatefold"
 fi

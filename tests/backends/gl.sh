@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a command, or the kernel tests, on GL without a GPU and without a display: the system's Mesa, on the CPU. Installs Mesa
+# Runs a command, or the suite, on GL without a GPU and without a display: the system's Mesa, on the CPU. Installs Mesa
 # where it is missing.
 #
-#   tests/backends/gl.sh                     # the kernel tests: prints N passed, N failed
+#   tests/backends/gl.sh                     # the suite: prints N passed, N failed
 #   tests/backends/gl.sh COMMAND [ARGS..]    # e.g. target/release/gatefold bench --device gl:
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,6 +14,6 @@ export WGPU_BACKEND=gl EGL_PLATFORM=surfaceless LIBGL_ALWAYS_SOFTWARE=1
 if [ $# -gt 0 ]; then
   "$@"
 else
-  program=$(kernel_tests)
-  count gl "$program" gl:
+  program=$(gatefold)
+  verify gl gl: "$program"
 fi

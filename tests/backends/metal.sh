@@ -10,4 +10,5 @@ source tests/backends/common.sh
 
 have "${CXX:-g++}" || { [ -z "${CXX:-}" ] || die "there is no $CXX"; install_packages g++; }
 cargo test --quiet --package gatefold-metal # what the harness must notice
+[ $# -gt 0 ] || { mkdir -p "$reports"; set -- --report "$reports/metal"; }
 count metal cargo run --quiet --package gatefold-metal -- --folder "$backends/metal" "$@"

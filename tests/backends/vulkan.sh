@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a command, or the kernel tests, on a Vulkan driver of another release than the system's. The driver's packages are
+# Runs a command, or the suite, on a Vulkan driver of another release than the system's. The driver's packages are
 # fetched from the mirror that this Debian machine already uses and unpacked into a folder of their own; nothing is installed.
 #
-#   tests/backends/vulkan.sh DRIVER                    # the kernel tests: prints N passed, N failed
+#   tests/backends/vulkan.sh DRIVER                    # the suite: prints N passed, N failed
 #   tests/backends/vulkan.sh DRIVER COMMAND [ARGS..]   # e.g. target/release/gatefold bench --device vulkan:llvmpipe
 #
 # DRIVER: mesa22 (Debian 12), mesa25 (its backports), mesa26 (unstable; has cooperative matrices), swiftshader (Chromium's)
@@ -40,6 +40,6 @@ run() {
 if [ $# -gt 0 ]; then
   run "$@"
 else
-  program=$(kernel_tests)
-  count "$driver" run "$program" vulkan:
+  program=$(gatefold)
+  verify "$driver" vulkan: run "$program"
 fi

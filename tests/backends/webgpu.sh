@@ -32,7 +32,7 @@ case "${1:-}" in
   *)
     page=$backends/webgpu-suite
     bundle gatefold-webgpu-suite tests/backends/webgpu/index.html "$page"
-    # The report stays beside the page.
-    visit "$page" "index.html?device=webgpu:&family=${1:-}" --seconds 5400 --save "$page"
+    mkdir -p "$reports"
+    visit "$page" "index.html?device=webgpu:&family=${1:-}" --seconds 5400 --save "$reports"
     ;;
 esac

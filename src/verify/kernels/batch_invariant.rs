@@ -21,30 +21,28 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
     // A device of its own: others share the given one.
     let device = overridden(cases.device, KernelOverride::default())?;
     device.set_batch_invariant(true);
-    let mut own = Cases { device: &device, reports: Vec::new() };
-    super::products::gemm(&mut own)?;
-    super::products::gemm_half(&mut own)?;
+    let cases = &mut Cases { device: &device, reports: cases.reports };
+    super::products::gemm(cases)?;
+    super::products::gemm_half(cases)?;
     for hidden in [5, 19, 68] {
-        check(&mut own, "lstm", 2, LstmConfig::new(INPUT, hidden).layers(2))?;
-        check(&mut own, BOTH_WAYS, 2, LstmConfig::new(INPUT, hidden).direction(Direction::Both))?;
-        check(&mut own, "lstm, projection", 2, LstmConfig::new(INPUT, hidden).projection(7).layers(2))?;
-        check(&mut own, "lstm, peepholes", 1, LstmConfig::new(INPUT, hidden).peepholes(true))?;
-        check(&mut own, "lstm, layer norm", 1, LstmConfig::new(INPUT, hidden).layer_norm(true))?;
-        check(&mut own, "gru", 2, GruConfig::new(INPUT, hidden).layers(2))?;
-        check(&mut own, "gru, reset before", 1, GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct))?;
-        check(&mut own, "rnn", 1, RnnConfig::new(INPUT, hidden))?;
-        check(&mut own, "indrnn", 1, IndRnnConfig::new(INPUT, hidden))?;
-        check(&mut own, "slstm", 1, SLstmConfig::new(INPUT, hidden))?;
-        check(&mut own, "min_gru", 2, MinGruConfig::new(INPUT, hidden).layers(2))?;
-        check(&mut own, "min_lstm", 1, MinLstmConfig::new(INPUT, hidden))?;
-        check(&mut own, "lstm, half", 2, LstmConfig::new(INPUT, hidden).layers(2).precision(Precision::Half))?;
-        check(&mut own, "jordan", 1, RnnConfig::new(INPUT, hidden).jordan(4))?;
+        check(cases, "lstm", 2, LstmConfig::new(INPUT, hidden).layers(2))?;
+        check(cases, BOTH_WAYS, 2, LstmConfig::new(INPUT, hidden).direction(Direction::Both))?;
+        check(cases, "lstm, projection", 2, LstmConfig::new(INPUT, hidden).projection(7).layers(2))?;
+        check(cases, "lstm, peepholes", 1, LstmConfig::new(INPUT, hidden).peepholes(true))?;
+        check(cases, "lstm, layer norm", 1, LstmConfig::new(INPUT, hidden).layer_norm(true))?;
+        check(cases, "gru", 2, GruConfig::new(INPUT, hidden).layers(2))?;
+        check(cases, "gru, reset before", 1, GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct))?;
+        check(cases, "rnn", 1, RnnConfig::new(INPUT, hidden))?;
+        check(cases, "indrnn", 1, IndRnnConfig::new(INPUT, hidden))?;
+        check(cases, "slstm", 1, SLstmConfig::new(INPUT, hidden))?;
+        check(cases, "min_gru", 2, MinGruConfig::new(INPUT, hidden).layers(2))?;
+        check(cases, "min_lstm", 1, MinLstmConfig::new(INPUT, hidden))?;
+        check(cases, "lstm, half", 2, LstmConfig::new(INPUT, hidden).layers(2).precision(Precision::Half))?;
+        check(cases, "jordan", 1, RnnConfig::new(INPUT, hidden).jordan(4))?;
     }
     // Enough for threads, and for more than one block of k.
-    check(&mut own, "lstm", 1, LstmConfig::new(INPUT, 300))?;
-    linear(&mut own)?;
-    cases.reports.extend(own.reports);
-    Ok(())
+    check(cases, "lstm", 1, LstmConfig::new(INPUT, 300))?;
+    linear(cases)
 }
 
 /// Some rows of blocks of `rows` lines.

@@ -1,7 +1,7 @@
 //! What every family's cases are run with: two runs of a case, inputs and windows that are guarded, draws, and bounds.
 
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::choice::KernelOverride;
 use crate::kernels::gemm::Matrix;
 use crate::rng::Rng;
@@ -20,21 +20,19 @@ pub(super) const NAN: f32 = f32::from_bits(POISON);
 
 pub(super) struct Cases<'a> {
     pub(super) device: &'a Device,
-    pub(super) reports: Vec<Report>,
+    pub(super) reports: &'a mut Vec<Report>,
 }
 
 impl Cases<'_> {
     /// Runs `cases` on a device of its own with these kernels: see [`overridden`].
     pub(super) fn under(&mut self, kernels: KernelOverride, cases: impl FnOnce(&mut Cases<'_>) -> Result<()>) -> Result<()> {
         let device = overridden(self.device, kernels)?;
-        let mut own = Cases { device: &device, reports: Vec::new() };
-        cases(&mut own)?;
-        self.reports.extend(own.reports);
-        Ok(())
+        cases(&mut Cases { device: &device, reports: self.reports })
     }
 
     /// Runs `case` twice and reports what it compared, whether both runs gave the same bits, and whether inputs changed.
     pub(super) fn run(&mut self, name: impl Into<String>, case: impl Fn(&mut Run<'_>) -> Result<()>) -> Result<()> {
+        let name = name.into();
         let once = || -> Result<Run<'_>> {
             // After an alarm of an earlier case a grid's rescue alone would be at work.
             if self.device.is_alarmed() {
@@ -47,7 +45,8 @@ impl Cases<'_> {
             }
             Ok(run)
         };
-        let (first, second) = (once()?, once()?);
+        let in_case = |error: Error| Error::new(error.kind(), format!("{name}: {error}")).with_source(error);
+        let (first, second) = (once().map_err(in_case)?, once().map_err(in_case)?);
         let mut comparisons = first.comparisons;
         comparisons.push(Comparison::bits("bits of a second run", &second.words, &first.words));
         self.reports.push(Report::new(name, comparisons));
