@@ -78,6 +78,7 @@ EDITS = [
     # Losses, optimizers, masks, norms
     ("shaders/cross_entropy.wgsl", "select(0.0, params.scale, v == wanted)", "select(params.scale, 0.0, v == wanted)", ["cross_entropy"]),
     ("shaders/cross_entropy.wgsl", "        workgroupBarrier();\n        if lane < half { partial[lane] += ", "        if lane < half { partial[lane] += ", ["cross_entropy"]),
+    ("shaders/cross_entropy.wgsl", "    workgroupBarrier(); // the last result was read by all\n", "", ["cross_entropy"]),
     ("shaders/mean_squared_error.wgsl", "2.0 * difference", "difference", ["mean_squared_error"]),
     ("shaders/optimizer.wgsl", "params.one_minus_beta2 * g * g", "params.one_minus_beta2 * g", ["adamw"]),
     ("shaders/optimizer.wgsl", "control.skip = select(1u, 0u, finite);", "control.skip = 0u;", ["sgd"]),

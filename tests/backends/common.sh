@@ -26,17 +26,18 @@ die() {
   exit 1
 }
 
+# A command by root: as_root COMMAND..
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else have sudo && sudo "$@"; fi
+}
+
 # Installs packages of the system's own release: install_packages PACKAGE..
 install_packages() {
-  local root=()
   have apt-get || die "missing, and there is no apt-get to install them with: $* (Debian's names)"
-  if [ "$(id -u)" -ne 0 ]; then
-    have sudo || die "run as root, or install: $*"
-    root=(sudo)
-  fi
+  as_root true || die "run as root, or install: $*"
   echo "$(basename "$0"): installing $*" >&2
-  "${root[@]}" apt-get update -qq >&2
-  "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
+  as_root apt-get update -qq >&2
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
 }
 
 # The archive that holds a suite, as the system's own package sources name it: archive SUITE
@@ -57,7 +58,7 @@ foreign() {
 unpack() {
   local folder=$1 suite=$2 work=$1.part uri package
   shift 2
-  [ -n "$(archive "$release")" ] || apt-get update -qq
+  [ -n "$(archive "$release")" ] || as_root apt-get update -qq
   uri=$(archive "$suite")
   [ -n "$uri" ] || die "the package sources of this machine name no Debian archive for $suite"
   rm -rf "$work"
@@ -98,6 +99,7 @@ cross_cargo() {
     env "${variables[@]}" cargo "$subcommand" --target "$target" --target-dir "$backends/build" "$@"
     return
   fi
+  [ "$(uname -m)" = x86_64 ] || die "missing: the standard library of $target; rustup target add $target brings it"
   [ -e "$toolchain" ] || unpack "$toolchain" "$release-security" rustc-web cargo-web rust-web-src
   # -Z is for nightly compilers, and for those that are told to be one.
   env "${variables[@]}" LD_LIBRARY_PATH="$toolchain/usr/lib/x86_64-linux-gnu" RUSTC="$toolchain/usr/bin/rustc" RUSTC_BOOTSTRAP=1 \

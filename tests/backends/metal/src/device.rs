@@ -641,14 +641,15 @@ struct Queue(Arc<Shared>);
 
 impl Queue {
     fn run(&self, command: &Command) {
-        // SAFETY: `at` checks the ranges, and the queue's lock is held.
         match command {
-            Command::Copy { from, from_offset, to, to_offset, bytes } => unsafe {
-                std::ptr::copy(from.at(*from_offset, *bytes), to.at(*to_offset, *bytes), *bytes as usize);
-            },
-            Command::Clear { memory, offset, bytes } => unsafe {
-                std::ptr::write_bytes(memory.at(*offset, *bytes), 0, *bytes as usize);
-            },
+            Command::Copy { from, from_offset, to, to_offset, bytes } => {
+                // SAFETY: `at` checks the ranges, and the queue's lock is held.
+                unsafe { std::ptr::copy(from.at(*from_offset, *bytes), to.at(*to_offset, *bytes), *bytes as usize) }
+            }
+            Command::Clear { memory, offset, bytes } => {
+                // SAFETY: as above.
+                unsafe { std::ptr::write_bytes(memory.at(*offset, *bytes), 0, *bytes as usize) }
+            }
             Command::Launch { pipeline, bindings, threadgroups } => {
                 let Some(program) = &pipeline.program else { return };
                 let bound = |number| {

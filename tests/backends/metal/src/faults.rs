@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use wgpu::util::DeviceExt;
 
 use crate::device;
-use crate::msl::Options;
+use crate::msl::{Compiler, Options};
 
 /// Lanes of a workgroup, and words of the buffer for each of its two workgroups.
 const LANES: usize = 64;
@@ -24,7 +24,8 @@ const ROTATE: &str = "
 /// What two workgroups of a shader leave in a buffer of 128 words, and the error if one is reported.
 fn run(source: &str, simd: u32, is_checked: bool) -> (Vec<u32>, Option<String>) {
     let folder = std::env::temp_dir().join("gatefold-metal-faults");
-    let (_, device, queue) = device::open(Options { folder, simd, resident: 2, seed: 1, fast_math: false });
+    let compiler = Compiler::find().expect("a C++ compiler");
+    let (_, device, queue) = device::open(Options { compiler, folder, simd, resident: 2, seed: 1, fast_math: false });
     let error = Arc::new(Mutex::new(None));
     let told = error.clone();
     device.on_uncaptured_error(Arc::new(move |error| {

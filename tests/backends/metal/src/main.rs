@@ -50,7 +50,7 @@ fn main() -> Result<ExitCode> {
     if let Some(file) = std::env::var_os("GATEFOLD_EDITED_SHADER") {
         verify::edit_shader(&Path::new(ROOT).join("shaders"), Path::new(&file)).context("GATEFOLD_EDITED_SHADER")?;
     }
-    let options = msl::Options { folder, seed, simd, resident, fast_math };
+    let options = msl::Options { compiler: msl::Compiler::find()?, folder, seed, simd, resident, fast_math };
     // A launch that fails takes its device along: each test has its own.
     let open = || {
         let (adapter, device, queue) = device::open(options.clone());

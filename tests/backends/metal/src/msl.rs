@@ -31,9 +31,30 @@ const BUFFERS: u32 = 31;
 /// Bytes of an error's text, and the byte after it that says whether there is one.
 const ERROR: usize = 256;
 
+/// The C++ compiler.
+#[derive(Clone, Debug)]
+pub struct Compiler {
+    program: String,
+    /// Its version and the CPU that it compiles for, by its own account: what it compiled elsewhere is not for here.
+    identity: Vec<u8>,
+}
+
+impl Compiler {
+    /// What CXX names, or g++.
+    pub fn find() -> Result<Self> {
+        let program = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
+        let asked = Command::new(&program).args(["-march=native", "-E", "-v", "-x", "c++", "/dev/null"]).output();
+        let asked = asked.with_context(|| format!("{program} cannot be run; CXX names another C++ compiler"))?;
+        ensure!(asked.status.success(), "{program}: {}", String::from_utf8_lossy(&asked.stderr));
+        Ok(Self { program, identity: asked.stderr })
+    }
+}
+
 /// How shaders are compiled and run.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// By what.
+    pub compiler: Compiler,
     /// Where the shared objects are kept.
     pub folder: PathBuf,
     /// Lanes of a simdgroup.
@@ -351,9 +372,9 @@ fn arguments(translated: &Translated) -> Result<Arguments> {
 fn compile(name: &str, text: &str, options: &Options) -> Result<PathBuf> {
     let floats = if options.fast_math { FAST } else { EXACT };
     let flags: Vec<&str> = FLAGS.split(' ').chain(floats.split(' ')).collect();
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
+    let Compiler { program: compiler, identity } = &options.compiler;
     let mut hasher = DefaultHasher::new();
-    (text, HEADER, &flags, &compiler).hash(&mut hasher);
+    (text, HEADER, &flags, compiler, identity).hash(&mut hasher);
     let stem = options.folder.join(format!("{name}-{:016x}", hasher.finish()));
     let (source, object) = (stem.with_extension("cpp"), stem.with_extension("so"));
     if !object.exists() {
@@ -361,8 +382,8 @@ fn compile(name: &str, text: &str, options: &Options) -> Result<PathBuf> {
         std::fs::write(&source, text)?;
         // Whole or absent, also where two build it at once.
         let part = stem.with_extension(format!("{}.part", std::process::id()));
-        let output = Command::new(&compiler).args(&flags).args(["-I", INCLUDE, "-o"]).args([&part, &source]).output();
-        let output = output.with_context(|| format!("{compiler} cannot be run; CXX names another C++ compiler"))?;
+        let output = Command::new(compiler).args(&flags).args(["-I", INCLUDE, "-o"]).args([&part, &source]).output();
+        let output = output.with_context(|| format!("{compiler} cannot be run"))?;
         ensure!(output.status.success(), "{compiler} refuses {}:\n{}", source.display(), String::from_utf8_lossy(&output.stderr));
         std::fs::rename(&part, &object)?;
     }

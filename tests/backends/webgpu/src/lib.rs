@@ -3,6 +3,7 @@
 //! The suite is written in calls that wait. Here they suspend the whole stack of WebAssembly by JavaScript Promise Integration
 //! until the browser has run other work, and go on.
 
+#![cfg(target_arch = "wasm32")]
 #![allow(deprecated, reason = "wasm-bindgen marks its support of Promise Integration as experimental by deprecating it")]
 
 use gatefold::verify::{DeviceReport, TestReport, kernels};
