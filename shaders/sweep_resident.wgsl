@@ -168,10 +168,8 @@ fn backward(
             for (var i = 0u; i < tile * UNITS; i++) { sum_of[i] = 0.0; }
             workgroupBarrier();
             let k = slice * depth;
-            backward_gate(k, 0u);
-            if GATES > 1u { backward_gate(k, 1u); }
-            if GATES > 2u { backward_gate(k, 2u); }
-            if GATES > 3u { backward_gate(k, 3u); }
+            backward_8(k, 0u);
+            if width > 32u { backward_8(k, 8u); }
             let sums_at = GATES * WORDS;
             for (var i = 0u; i < tile; i++) {
                 for (var j = 0u; j < UNITS; j++) {
@@ -209,17 +207,14 @@ fn backward_load_8(at: u32, g: u32, k: u32, first: u32, stride: u32) {
     }
 }
 
-// at: where the lane's slice of k starts.
-fn backward_gate(at: u32, g: u32) {
-    backward_8(at, g, 0u);
-    if width > 32u { backward_8(at, g, 8u); }
-}
-
-fn backward_8(at: u32, g: u32, k: u32) {
+// at: where the lane's slice of k starts; k: within it. Gates are a loop: of a call for each, FXC makes wrong sums.
+fn backward_8(at: u32, k: u32) {
     for (var i = 0u; i < tile; i++) {
-        let values = eight((g * tile + i) * width + at + k);
-        for (var j = 0u; j < UNITS; j++) {
-            sum_of[i * UNITS + j] = add_8(sum_of[i * UNITS + j], values, (g * UNITS + j) * (DEPTH / UNITS) + k);
+        for (var g = 0u; g < GATES; g++) {
+            let values = eight((g * tile + i) * width + at + k);
+            for (var j = 0u; j < UNITS; j++) {
+                sum_of[i * UNITS + j] = add_8(sum_of[i * UNITS + j], values, (g * UNITS + j) * (DEPTH / UNITS) + k);
+            }
         }
     }
 }

@@ -157,8 +157,8 @@ def outcome(tests, file, old, new, families):
             copy.write_text(edited)
             words = tests.first_failure(device_of(file), families, {**os.environ, "GATEFOLD_EDITED_SHADER": str(copy)})
         # A shader that does not compile proves nothing of the tests.
-        if words and re.search(r"parsing error|validation error", words, re.IGNORECASE):
-            return "the edited shader is not valid"
+        if words and re.search(r"parsing error|validation error|GATEFOLD_EDITED_SHADER", words, re.IGNORECASE):
+            return "the edited shader is not valid, or not read"
     else:
         try:
             path.write_text(edited)

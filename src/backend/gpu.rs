@@ -545,11 +545,6 @@ impl Gpu {
         Class::of(&self.info)
     }
 
-    /// Whether Direct3D 12 runs the shaders, as FXC or DXC compiled them.
-    pub fn is_dx12(&self) -> bool {
-        self.info.backend == wgpu::Backend::Dx12
-    }
-
     /// Lanes of every subgroup, where they are of one size and kernels may use them.
     pub fn subgroup_size(&self) -> Option<u32> {
         let (least, most) = (self.info.subgroup_min_size, self.info.subgroup_max_size);

@@ -313,8 +313,6 @@ pub(crate) fn sweep<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &
         SweepKernel::Step => true,
         _ if invariant => false,
         SweepKernel::Grid => kernel.takes::<C>(plan) && may_run(),
-        // What FXC makes of it gives wrong gradients for cells of more than one gate; why is not known.
-        SweepKernel::Resident if backward && gpu.is_dx12() => false,
         _ => kernel.takes::<C>(plan),
     };
     choose(&SWEEPS, device, gpu, device.kernel_override().sweep, sizes::<C>(gpu, plan), takes, || work(plan))

@@ -24,14 +24,19 @@ pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown, w
 /// error. The file's name says which it stands for; `shaders` is the folder of the originals.
 ///
 /// # Errors
-/// What reading either gives; a file that equals its original; a second call.
+/// What reading either gives; a file that equals its original; an original that is not what this program was built from; a second call.
 pub fn edit_shader(shaders: &Path, edited: &Path) -> std::io::Result<()> {
     let original = std::fs::read_to_string(shaders.join(edited.file_name().unwrap_or_default()))?;
     let text = std::fs::read_to_string(edited)?;
-    match text == original || crate::backend::gpu::EDITED.set((original, text)).is_err() {
-        true => {
-            Err(std::io::Error::other(format!("{}: the first edit of a shader, and a real one, was expected", edited.display())))
-        }
-        false => Ok(()),
+    let failed = |what: &str| Err(std::io::Error::other(format!("{}: {what}", edited.display())));
+    if text == original {
+        return failed("it equals its original");
+    }
+    if !crate::kernels::all().iter().any(|kernel| kernel.source.contains(&original)) {
+        return failed("no kernel of this program has its original: build it anew");
+    }
+    match crate::backend::gpu::EDITED.set((original, text)) {
+        Ok(()) => Ok(()),
+        Err(_) => failed("a shader is edited already"),
     }
 }
