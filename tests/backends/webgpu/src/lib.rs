@@ -42,17 +42,20 @@ pub fn refusal_to_wait() -> Result<String, JsError> {
     }
 }
 
-/// Opens a device for the families that have `family` in their names.
+/// Opens a device for the families that have `family` in their names. `browser`: what the report says of it, for adapters have no
+/// names here.
 ///
 /// # Errors
 /// What the device reports.
 #[wasm_bindgen(jspi)]
-pub fn open(device: &str, family: &str) -> Result<Suite, JsError> {
+pub fn open(device: &str, family: &str, browser: &str) -> Result<Suite, JsError> {
     console_error_panic_hook::set_once();
     gatefold::set_suspend(turn);
     let device = Device::by_name(device)?;
     let kernels = kernels::all().into_iter().filter(|kernel| kernel.name.contains(family)).collect();
-    Ok(Suite { report: DeviceReport::new(&device), kernels, device })
+    let mut report = DeviceReport::new(&device);
+    report.target = format!("{} in {browser}", report.target);
+    Ok(Suite { report, kernels, device })
 }
 
 /// Runs one family: a line about it, or nothing when there is none left.
