@@ -1,4 +1,5 @@
-//! Every kernel on every adapter of the machine: one test an adapter and kernel, named `backend:adapter::kernel`.
+//! Every kernel on every adapter of the machine: one test an adapter and kernel, named `backend:adapter::kernel`. Of adapters of one
+//! backend and one name, all tests run on the first.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -99,7 +100,7 @@ fn main() -> Result<()> {
         for (name, folder) in [("case_files", "cases"), ("onnx_files", "onnx")] {
             trials.push(test(&device, name, move |device| {
                 let cases = cases::read_dir(format!("{FIXTURES}/{folder}"))?;
-                Ok(TestReport::of_cases(device, name, &cases, (1e-5, 5e-5)))
+                Ok(TestReport::of_cases(device, &format!("tests/fixtures/{folder}"), &cases, (1e-5, 5e-5)))
             }));
         }
     }

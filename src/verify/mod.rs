@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use crate::error::{Error, Result};
+
 pub mod autodiff;
 pub mod case_file;
 pub mod cases;
@@ -24,11 +26,13 @@ pub use report::{DeviceReport, TensorReport, TestReport, Verdict, to_markdown, w
 /// error. The file's name says which it stands for; `shaders` is the folder of the originals.
 ///
 /// # Errors
-/// What reading either gives; a file that equals its original; an original that is not what this program was built from; a second call.
-pub fn edit_shader(shaders: &Path, edited: &Path) -> std::io::Result<()> {
-    let original = std::fs::read_to_string(shaders.join(edited.file_name().unwrap_or_default()))?;
-    let text = std::fs::read_to_string(edited)?;
-    let failed = |what: &str| Err(std::io::Error::other(format!("{}: {what}", edited.display())));
+/// That of a file which cannot be read; a file that equals its original; an original that is not what this program was built from; a
+/// second call.
+pub fn edit_shader(shaders: &Path, edited: &Path) -> Result<()> {
+    const OP: &str = "verify.edit_shader";
+    let read = |path: &Path| std::fs::read_to_string(path).map_err(|error| Error::io(OP, path, error));
+    let (original, text) = (read(&shaders.join(edited.file_name().unwrap_or_default()))?, read(edited)?);
+    let failed = |what: &str| Err(Error::format(OP, format_args!("{}: {what}", edited.display())));
     if text == original {
         return failed("it equals its original");
     }

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Opens a page of a folder in headless Chromium and waits for its verdict. It needs nothing but Python's own library.
 
-    browser.py CHROMIUM FOLDER PAGE [--seconds N] [--screenshot FILE.png] [--save FOLDER] [--without-webgpu]
+    browser.py CHROMIUM FOLDER PAGE [--seconds N] [--expect TEXT] [--screenshot FILE.png] [--save FOLDER] [--without-webgpu]
 
 The page tells what it does in `window.lines`, a list that grows, and ends by setting `window.verdict`, a line; `window.files` may hold
-texts by name, which --save writes. The exit code is 0 when the verdict starts with "ok" and the browser's console shows no
-error. PAGE is a path within FOLDER and may carry a query: `index.html?device=cpu`.
+texts by name, which --save writes after every line. The exit code is 0 when the verdict starts with "ok" and has TEXT in it, and the
+browser's console shows no error. PAGE is a path within FOLDER and may carry a query: `index.html?device=cpu`.
 """
 
 import argparse
@@ -110,6 +110,7 @@ class Browser:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800, help="to wait for the verdict")
+    parser.add_argument("--expect", default="", help="text that the verdict must have in it")
     parser.add_argument("--screenshot", type=pathlib.Path)
     parser.add_argument("--save", type=pathlib.Path)
     parser.add_argument("--without-webgpu", action="store_true", help="the browser finds no adapter")
@@ -133,17 +134,18 @@ def main():
                 lines = browser.value(f"(window.lines ?? []).slice({printed})") or []
                 printed += len(lines)
                 print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+                if lines and arguments.save:
+                    for name, text in browser.value("window.files ?? {}").items():
+                        (arguments.save / name).write_text(text)
             if arguments.screenshot:
                 arguments.screenshot.write_bytes(base64.b64decode(browser.call("Page.captureScreenshot")["data"]))
-            if arguments.save:
-                for name, text in browser.value("window.files ?? {}").items():
-                    (arguments.save / name).write_text(text)
         finally:
             browser.close()
     for message in browser.errors:
         print("console:", message)
     print(verdict or "failed: no verdict")
-    sys.exit(0 if verdict and verdict.startswith("ok") and not browser.errors else 1)
+    is_fine = verdict and verdict.startswith("ok") and arguments.expect in verdict and not browser.errors
+    sys.exit(0 if is_fine else 1)
 
 
 if __name__ == "__main__":

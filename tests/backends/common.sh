@@ -28,13 +28,15 @@ die() {
 
 # A command by root: as_root COMMAND..
 as_root() {
-  if [ "$(id -u)" -eq 0 ]; then "$@"; else have sudo && sudo "$@"; fi
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else
+    have sudo || die "needs root, or sudo: $*"
+    sudo "$@"
+  fi
 }
 
 # Installs packages of the system's own release: install_packages PACKAGE..
 install_packages() {
   have apt-get || die "missing, and there is no apt-get to install them with: $* (Debian's names)"
-  as_root true || die "run as root, or install: $*"
   echo "$(basename "$0"): installing $*" >&2
   as_root apt-get update -qq >&2
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
@@ -45,7 +47,7 @@ archive() {
   local named=$release
   case "$1" in *-security) named=$release-security ;; esac
   # shellcheck disable=SC2016 # names that apt-get fills in
-  apt-get indextargets --format '$(REPO_URI) $(RELEASE)' | awk -v release="$named" '$2 == release { print $1; exit }'
+  apt-get indextargets --format '$(REPO_URI) $(RELEASE)' | awk -v release="$named" '$2 == release && !found++ { print $1 }'
 }
 
 # Whether a suite is of another release than the system: all that its packages need comes along then, down to the C library.
@@ -120,10 +122,10 @@ bundle() {
   cp "$page" "$folder"
 }
 
-# The program `gatefold`, built for this machine.
-gatefold() {
-  cargo build --quiet --all-features --bin gatefold >&2
-  echo target/debug/gatefold
+# Builds a program for this machine, with all features, and names it: program CARGO_SUBCOMMAND..
+program() {
+  have cc || install_packages gcc libc6-dev
+  cargo "$@" --all-features --message-format json-render-diagnostics | sed -En 's/.*"executable":"([^"]*)".*/\1/p'
 }
 
 # Runs the suite of `gatefold verify` on a device, by the words before its arguments, and says what it counted; the report stays

@@ -14,6 +14,6 @@ export WGPU_BACKEND=gl EGL_PLATFORM=surfaceless LIBGL_ALWAYS_SOFTWARE=1
 if [ $# -gt 0 ]; then
   "$@"
 else
-  program=$(gatefold)
-  verify gl gl: "$program"
+  gatefold=$(program build --bin gatefold)
+  verify gl gl: "$gatefold"
 fi

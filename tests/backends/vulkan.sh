@@ -15,7 +15,7 @@ case "${1:-}" in
   mesa25) suite=bookworm-backports packages="libvulkan1 mesa-vulkan-drivers" icd=usr/share/vulkan/icd.d/lvp_icd.json ;;
   mesa26) suite=sid packages="libvulkan1 mesa-vulkan-drivers libgcc-s1" icd=usr/share/vulkan/icd.d/lvp_icd.json ;;
   swiftshader) suite=bookworm-security packages="libvulkan1 chromium-headless-shell" icd=usr/lib/chromium/vk_swiftshader_icd.json ;;
-  *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' tests/backends/vulkan.sh; exit 2 ;;
 esac
 driver=$1
 shift
@@ -40,6 +40,6 @@ run() {
 if [ $# -gt 0 ]; then
   run "$@"
 else
-  program=$(gatefold)
-  verify "$driver" vulkan: run "$program"
+  gatefold=$(program build --bin gatefold)
+  verify "$driver" vulkan: run "$gatefold"
 fi

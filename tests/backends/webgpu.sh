@@ -25,14 +25,16 @@ case "${1:-}" in
   example)
     page=$backends/web
     examples/web/build.sh "$page"
-    visit "$page" 'index.html?device=webgpu:&steps=40&hidden=64' ${2:+--screenshot "$2"}
+    visit "$page" 'index.html?device=webgpu:&steps=40&hidden=64' --expect '(webgpu, ' ${2:+--screenshot "$2"}
     # Without its flags the browser has no adapter here, and the page trains on the CPU.
-    visit "$page" 'index.html?steps=40&hidden=64' --without-webgpu
+    visit "$page" 'index.html?steps=40&hidden=64' --expect '(native, ' --without-webgpu
     ;;
   *)
     page=$backends/webgpu-suite
     bundle gatefold-webgpu-suite tests/backends/webgpu/index.html "$page"
     mkdir -p "$reports"
-    visit "$page" "index.html?device=webgpu:&family=${1:-}" --seconds 5400 --save "$reports"
+    save=(--save "$reports")
+    [ -z "${1:-}" ] || save=() # that of the whole suite stays
+    visit "$page" "index.html?device=webgpu:&family=${1:-}" --seconds 5400 "${save[@]}"
     ;;
 esac

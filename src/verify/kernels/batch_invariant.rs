@@ -1,12 +1,13 @@
 //! On a device that is batch invariant nothing shows in the bits of an output but its own row: not the batch, nor the padding, nor
 //! how a sequence is cut.
 
-use super::harness::{Cases, Run, normal, overridden, to_bits};
+use super::harness::{Cases, OUTPUT, Run, TIGHT, normal, overridden, to_bits, wide};
+use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::choice::KernelOverride;
 use crate::nn::{
-    Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig, Precision,
-    RecurrentConfig, Reset, RnnConfig, SLstmConfig,
+    Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, Linear, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig,
+    Precision, Recurrent, RecurrentConfig, Reset, RnnConfig, SLstmConfig,
 };
 use crate::rng::Rng;
 use crate::tensor::{Lengths, Tensor};
@@ -16,6 +17,9 @@ const STEPS: usize = 6;
 const ROWS: usize = 9;
 const INPUT: usize = 20; // with 68 and 300 units, what kernels that load vectors take
 const BOTH_WAYS: &str = "lstm, both ways";
+const HALF: &str = "lstm, half";
+/// Of outputs in half precision: a sum that differs in its last bit may round a factor to the next f16.
+const HALF_OUTPUT: f64 = 2e-3;
 
 pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
     // A device of its own: others share the given one.
@@ -37,7 +41,7 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
         check(cases, "slstm", 1, SLstmConfig::new(INPUT, hidden))?;
         check(cases, "min_gru", 2, MinGruConfig::new(INPUT, hidden).layers(2))?;
         check(cases, "min_lstm", 1, MinLstmConfig::new(INPUT, hidden))?;
-        check(cases, "lstm, half", 2, LstmConfig::new(INPUT, hidden).layers(2).precision(Precision::Half))?;
+        check(cases, HALF, 2, LstmConfig::new(INPUT, hidden).layers(2).precision(Precision::Half))?;
         check(cases, "jordan", 1, RnnConfig::new(INPUT, hidden).jordan(4))?;
     }
     // Enough for threads, and for more than one block of k.
@@ -60,22 +64,38 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: Recur
     let steps = if C::SCAN.is_some() { 70 } else { STEPS };
     let streams = name != BOTH_WAYS;
     let mut rng = Rng::seed(5);
-    let layer = config.init(cases.device, &mut rng)?;
+    let layer = config.clone().init(cases.device, &mut rng)?;
     let x = normal(&mut rng, steps * ROWS * INPUT);
     let (output, hidden) = (layer.output(), layer.hidden());
+    // The same weights where other kernels may be taken, which other families compare with the oracle.
+    let usual_device = overridden(cases.device, KernelOverride::default())?;
+    let usual_layer = config.init(&usual_device, &mut Rng::seed(5))?;
+    let bound = if name == HALF { HALF_OUTPUT } else { OUTPUT };
     cases.run(format!("{name} of {hidden}"), |run| {
-        let forward = |x: &[f32], rows: usize, state: Option<&[Vec<f32>]>, lengths: Option<&[u32]>| -> Result<Outputs> {
-            let tensor = |values: &Vec<f32>| Tensor::from_slice(run.device, values, [slots, rows, values.len() / slots / rows]);
+        type State<'a> = Option<&'a [Vec<f32>]>;
+        let forward_by = |device: &Device,
+                          layer: &Recurrent<C>,
+                          x: &[f32],
+                          rows: usize,
+                          state: State<'_>,
+                          lengths: Option<&[u32]>|
+         -> Result<Outputs> {
+            let tensor = |values: &Vec<f32>| Tensor::from_slice(device, values, [slots, rows, values.len() / slots / rows]);
             let state = state.map(|state| state.iter().map(tensor).collect::<Result<Vec<_>>>()).transpose()?;
             let state = state.and_then(C::Value::from_tensors);
-            let lengths = lengths.map(|lengths| Lengths::from_slice(run.device, lengths)).transpose()?;
-            let x = Tensor::from_slice(run.device, x, [x.len() / (rows * INPUT), rows, INPUT])?;
+            let lengths = lengths.map(|lengths| Lengths::from_slice(device, lengths)).transpose()?;
+            let x = Tensor::from_slice(device, x, [x.len() / (rows * INPUT), rows, INPUT])?;
             let (y, last) = layer.forward(&x, Input::new().lengths(&lengths).state(&state))?;
             Ok((y.to_vec()?, last.tensors().into_iter().map(Tensor::to_vec).collect::<Result<_>>()?))
+        };
+        let forward = |x: &[f32], rows: usize, state: State<'_>, lengths: Option<&[u32]>| {
+            forward_by(run.device, &layer, x, rows, state, lengths)
         };
         // A state that is not zero.
         let (_, state) = forward(&x, ROWS, None, None)?;
         let whole = forward(&x, ROWS, Some(&state), None)?;
+        let usual = forward_by(&usual_device, &usual_layer, &x, ROWS, Some(&state), None)?;
+        run.comparisons.extend(near(&whole, &usual, bound));
         let part = |from: usize, to: usize| &x[from * ROWS * INPUT..to * ROWS * INPUT];
         let of_rows = |state: &[Vec<f32>], rows: &[usize]| -> Vec<Vec<f32>> {
             state.iter().map(|values| pick(values, ROWS, values.len() / slots / ROWS, rows)).collect()
@@ -137,6 +157,15 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, slots: usize, config: Recur
     })
 }
 
+/// Near what the usual kernels give: the same bits alone might be those of NaN.
+fn near(computed: &Outputs, usual: &Outputs, bound: f64) -> Vec<Comparison> {
+    let near = |name: &str, computed: &[f32], usual: &[f32]| {
+        Comparison::new(format!("{name} beside the usual kernels"), computed, &wide(usual), bound)
+    };
+    let states = computed.1.iter().zip(&usual.1).map(|(computed, usual)| near("state", computed, usual));
+    std::iter::once(near("y", &computed.0, &usual.0)).chain(states).collect()
+}
+
 fn same(run: &mut Run<'_>, name: &str, computed: &Outputs, expected: &Outputs) {
     let words = |outputs: &Outputs| to_bits(&[&outputs.0[..], &outputs.1.concat()].concat());
     let computed = words(computed);
@@ -147,16 +176,22 @@ fn same(run: &mut Run<'_>, name: &str, computed: &Outputs, expected: &Outputs) {
 /// A product alone, of sizes around tiles, with and without a bias.
 fn linear(cases: &mut Cases<'_>) -> Result<()> {
     const MANY: usize = 40;
+    let usual_device = overridden(cases.device, KernelOverride::default())?;
     for (input, output, bias) in [(3, 2, true), (64, 1, true), (130, 33, false), (700, 257, true)] {
         let mut rng = Rng::seed(6);
-        let layer = LinearConfig::new(input, output).bias(bias).init(cases.device, &mut rng)?;
+        let config = LinearConfig::new(input, output).bias(bias);
+        let layer = config.clone().init(cases.device, &mut rng)?;
+        let usual_layer = config.init(&usual_device, &mut Rng::seed(6))?;
         let x = normal(&mut rng, MANY * input);
         cases.run(format!("linear from {input} to {output}"), |run| {
-            let forward = |rows: &[usize]| -> Result<Outputs> {
-                let x = Tensor::from_slice(run.device, &pick(&x, MANY, input, rows), [rows.len(), input])?;
+            let forward_by = |layer: &Linear, device: &Device, rows: &[usize]| -> Result<Outputs> {
+                let x = Tensor::from_slice(device, &pick(&x, MANY, input, rows), [rows.len(), input])?;
                 Ok((layer.forward(&x)?.to_vec()?, Vec::new()))
             };
-            let whole = forward(&(0..MANY).collect::<Vec<_>>())?;
+            let forward = |rows: &[usize]| forward_by(&layer, run.device, rows);
+            let all: Vec<usize> = (0..MANY).collect();
+            let whole = forward(&all)?;
+            run.comparisons.extend(near(&whole, &forward_by(&usual_layer, &usual_device, &all)?, TIGHT));
             for count in (1..10).chain([15, 16, 17, 39]) {
                 let rows: Vec<usize> = (MANY - count..MANY).rev().collect();
                 let expected = (pick(&whole.0, MANY, output, &rows), Vec::new());

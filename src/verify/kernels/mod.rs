@@ -135,6 +135,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("resident_cells", sweeps::resident_cells),
         ("lstm_grid", sweeps::lstm_grid),
         ("grid_cells", sweeps::grid_cells),
+        ("wide_cells", sweeps::wide_cells),
         ("lstm_layers", layers::lstm_layers),
         ("lstm_properties", layers::lstm_properties),
         ("networks", networks::networks),
@@ -150,7 +151,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("training", training::training),
     ];
     let needs = |name| match name {
-        "bptt_parts" => A_GPU,
+        "step_tiled" | "lstm_resident" | "resident_cells" | "lstm_grid" | "grid_cells" | "bptt_parts" => A_GPU,
         "gemm_subgroup" | "step_subgroup" => SUBGROUPS_OF_8,
         "gemm_tiled_128" => TILES_OF_128,
         "gemm_cooperative_8" => MATRICES_OF_8,

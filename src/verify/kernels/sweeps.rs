@@ -334,6 +334,11 @@ pub(super) fn grid_cells(cases: &mut Cases<'_>) -> Result<()> {
     other_cells(cases, KernelOverride::default().sweep(SweepKernel::Grid), &[33, 100])
 }
 
+/// The same, wider than the cells of `networks`, by whatever kernels the tables name.
+pub(super) fn wide_cells(cases: &mut Cases<'_>) -> Result<()> {
+    other_cells(cases, KernelOverride::default(), &[33, 100, 128])
+}
+
 /// Cells of one, three and four gates, of one and four states, and what acts between steps.
 fn other_cells(cases: &mut Cases<'_>, kernels: KernelOverride, widths: &[usize]) -> Result<()> {
     cases.under(kernels, |cases| {

@@ -139,7 +139,7 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>,
         trained.weights.iter().for_each(|(_, values)| run.words.extend(to_bits(values)));
         let fresh = train(&overridden(run.device, KernelOverride::default())?, &config, FEW)?;
         let (fresh, first) = (to_bits(&fresh.losses), to_bits(&trained.losses[..FEW]));
-        run.comparisons.push(Comparison::bits(format!("{FEW} steps on a fresh device"), &fresh, &first));
+        run.comparisons.push(Comparison::bits(format!("{FEW} steps with other memory"), &fresh, &first));
         Ok(())
     })
 }

@@ -23,7 +23,7 @@ const ROTATE: &str = "
 
 /// What two workgroups of a shader leave in a buffer of 128 words, and the error if one is reported.
 fn run(source: &str, simd: u32, is_checked: bool) -> (Vec<u32>, Option<String>) {
-    let folder = std::env::temp_dir().join("gatefold-metal-faults");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../target/backends/metal-faults").into();
     let compiler = Compiler::find().expect("a C++ compiler");
     let (_, device, queue) = device::open(Options { compiler, folder, simd, resident: 2, seed: 1, fast_math: false });
     let error = Arc::new(Mutex::new(None));

@@ -58,20 +58,19 @@ fn main() -> Result<ExitCode> {
     };
     let mut report = DeviceReport::new(&open()?);
     println!("{}", report.device);
-    let mut add = |test: TestReport| {
+    let mut add = |test: TestReport| -> Result<()> {
         println!("  {:14} {} ({} cases, {:.1} s)", test.verdict.name(), test.test, test.cases, test.seconds);
         test.notes.iter().for_each(|note| println!("      {note}"));
         report.tests.push(test);
+        // After each test: what is wrong with a kernel may take the program down.
+        Ok(file.as_ref().map_or(Ok(()), |file| verify::write_reports(file, std::slice::from_ref(&report)))?)
     };
     for kernel in kernels::all().iter().filter(|kernel| kernel.name.contains(&family)) {
-        add(TestReport::of_kernel(&open()?, kernel));
+        add(TestReport::of_kernel(&open()?, kernel))?;
     }
     for folder in ["tests/fixtures/cases", "tests/fixtures/onnx"].into_iter().filter(|folder| folder.contains(&family)) {
         let cases = cases::read_dir(format!("{ROOT}/{folder}"))?;
-        add(TestReport::of_cases(&open()?, folder, &cases, (1e-5, 5e-5)));
-    }
-    if let Some(file) = file {
-        verify::write_reports(&file, std::slice::from_ref(&report))?;
+        add(TestReport::of_cases(&open()?, folder, &cases, (1e-5, 5e-5)))?;
     }
     let [passed, failed, ignored] = report.counts();
     println!("{ignored} not for this device\n{passed} passed, {failed} failed");
