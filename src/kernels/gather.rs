@@ -36,8 +36,8 @@ pub(crate) fn gather(indices: &Tensor, table: &Tensor, width: usize) -> Result<T
         Backend::Native => {
             let (indices, table, mut y) = (indices.native::<u32>(), table.native::<f32>(), y.native_mut::<f32>());
             for (row, index) in y.chunks_exact_mut(width).zip(indices.iter()) {
-                let from = *index as usize * width;
-                match table.get(from..from + width) {
+                // No index times a width: that may not fit into the 32 bits of a browser's addresses.
+                match table.chunks_exact(width).nth(*index as usize) {
                     Some(values) => row.copy_from_slice(values),
                     None => row.fill(0.0),
                 }

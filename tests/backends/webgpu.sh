@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The suite, or the example `web`, in headless Chromium: real WebGPU on SwiftShader, the software driver that Chromium brings along.
 #
-#   tests/backends/webgpu.sh [FAMILY]                 # the suite, or what has FAMILY in its name: prints N passed, N failed
+#   tests/backends/webgpu.sh [FAMILY]                 # the suite, or what has FAMILY in its name, on WebGPU and on the CPU as
+#                                                     # WebAssembly: prints N passed, N failed for each
 #   tests/backends/webgpu.sh example [SCREENSHOT.png]  # the page trains on WebGPU, and on the CPU where the browser has no WebGPU
 #
 # The suite is written in calls that wait, which takes a browser with JavaScript Promise Integration.
@@ -35,6 +36,10 @@ case "${1:-}" in
     mkdir -p "$reports"
     save=(--save "$reports")
     [ -z "${1:-}" ] || save=() # that of the whole suite stays
-    visit "$page" "index.html?device=webgpu:&family=${1:-}" --seconds 5400 "${save[@]}"
+    status=0
+    for query in 'device=cpu&name=wasm' 'device=webgpu:&name=webgpu'; do
+      visit "$page" "index.html?$query&family=${1:-}" --seconds 5400 "${save[@]}" || status=1
+    done
+    exit "$status"
     ;;
 esac

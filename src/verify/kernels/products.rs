@@ -382,7 +382,7 @@ pub(super) fn gather(cases: &mut Cases<'_>) -> Result<()> {
         if width.is_power_of_two() && width > 1 {
             indices[0] = (1u64 << 32 >> width.trailing_zeros()) as u32;
         }
-        let row = |id: &u32| values.get(*id as usize * width..(*id as usize + 1) * width).map_or(vec![0; width], to_bits);
+        let row = |id: &u32| values.chunks_exact(width).nth(*id as usize).map_or(vec![0; width], to_bits);
         let expected: Vec<u32> = indices.iter().flat_map(row).collect();
         cases.run(format!("{count} of {table}x{width}"), |run| {
             let (indices, values) = (run.ids("indices", &indices)?, run.input("table", &values, [table, width])?);
