@@ -45,29 +45,32 @@ var<workgroup> line_sums: array<f32, 2u * LANES>;            // the same sums wi
 var<workgroup> gave_up: u32;
 var<workgroup> first_step: u32;
 
-// How all is cut: which k and units a lane's product has, and which row and unit are a lane's in the cell.
+// How all is cut. What is the same for all lanes stands apart from what is a lane's own: browsers take a struct for as uniform as the
+// least of its members, and let no barrier depend on one that is not.
 struct Cut {
     slices: u32,  // of k, DEPTH each
     units: u32,   // of a tile
     tiles: u32,   // of units
     rows: u32,    // of a block, whose cells take a lane each
     blocks: u32,  // of a workgroup
-    slice: u32,   // the lane's
-    place: u32,   // of the lane's unit in a tile
-    row: u32,     // the lane's, in a block
 }
 
-fn cut(lane: u32) -> Cut {
+fn cut() -> Cut {
     var c: Cut;
     c.slices = (params.hidden + DEPTH - 1u) / DEPTH;
     c.units = min(LANES / c.slices, params.hidden);
     c.tiles = (params.hidden + c.units - 1u) / c.units;
     c.rows = LANES / c.units;
     c.blocks = (params.tile + c.rows - 1u) / c.rows;
-    c.slice = min(lane / c.units, c.slices - 1u); // lanes past the end repeat the last slice
-    c.place = lane % c.units;
-    c.row = lane / c.units;
     return c;
+}
+
+// Which k and unit of a tile a lane's product has, and which row of a block its cell; the cell's unit is the same.
+struct Share { slice: u32, unit: u32, row: u32 }
+
+fn share_of(c: Cut, lane: u32) -> Share {
+    // Lanes past the end repeat the last slice.
+    return Share(min(lane / c.units, c.slices - 1u), lane % c.units, lane / c.units);
 }
 
 fn encode(x: f32) -> u32 {
@@ -146,17 +149,17 @@ fn first_step_of(c: Cut, lane: u32, row: u32, steps: u32) -> u32 {
 }
 
 // The weights of a lane. by_k, by_gate: from one k, and one gate, to the next.
-fn load_weights(c: Cut, tile: u32, by_k: u32, by_gate: u32) {
-    let unit = tile * c.units + c.place;
-    load_vectors(c, 0u, unit, by_k, by_gate); load_vectors(c, 1u, unit, by_k, by_gate);
-    load_vectors(c, 2u, unit, by_k, by_gate); load_vectors(c, 3u, unit, by_k, by_gate);
-    load_vectors(c, 4u, unit, by_k, by_gate); load_vectors(c, 5u, unit, by_k, by_gate);
-    load_vectors(c, 6u, unit, by_k, by_gate); load_vectors(c, 7u, unit, by_k, by_gate);
+fn load_weights(c: Cut, own: Share, tile: u32, by_k: u32, by_gate: u32) {
+    let unit = tile * c.units + own.unit;
+    load_vectors(c, own.slice, 0u, unit, by_k, by_gate); load_vectors(c, own.slice, 1u, unit, by_k, by_gate);
+    load_vectors(c, own.slice, 2u, unit, by_k, by_gate); load_vectors(c, own.slice, 3u, unit, by_k, by_gate);
+    load_vectors(c, own.slice, 4u, unit, by_k, by_gate); load_vectors(c, own.slice, 5u, unit, by_k, by_gate);
+    load_vectors(c, own.slice, 6u, unit, by_k, by_gate); load_vectors(c, own.slice, 7u, unit, by_k, by_gate);
 }
 
-fn load_vectors(c: Cut, v: u32, unit: u32, by_k: u32, by_gate: u32) {
+fn load_vectors(c: Cut, slice: u32, v: u32, unit: u32, by_k: u32, by_gate: u32) {
     let stride = c.slices * VECTORS;
-    let k = vec4(c.slice * VECTORS + v) + vec4(0u, 1u, 2u, 3u) * stride;
+    let k = vec4(slice * VECTORS + v) + vec4(0u, 1u, 2u, 3u) * stride;
     for (var g = 0u; g < GATES; g++) {
         var w: array<f32, 4>;
         for (var j = 0u; j < 4u; j++) {
@@ -169,13 +172,10 @@ fn load_vectors(c: Cut, v: u32, unit: u32, by_k: u32, by_gate: u32) {
 // A workgroup of the grid has a tile of units and one of rows, which it takes in blocks; one of a rescue has a row, and takes all
 // tiles of units. A block, or in a rescue a tile, is an item of a step.
 struct Item {
-    n: u32,        // the step
-    tile: u32,     // of units
-    row1: u32,     // the first row
+    n: u32,    // the step
+    tile: u32, // of units
+    row1: u32, // the first row
     rows: u32,
-    row: u32,      // the lane's, and its unit, where there are such
-    unit: u32,
-    is_unit: bool,
 }
 
 fn items_of_step(c: Cut) -> u32 { return select(c.blocks, c.tiles, params.rescue == 1u); }
@@ -194,9 +194,6 @@ fn item_at(c: Cut, group: vec3<u32>, at: u32) -> Item {
     item.row1 = first_row(group.y) + select(index * c.rows, 0u, rescue);
     let end = min(first_row(group.y) + rows_of_group(), params.rows);
     item.rows = min(c.rows, max(end, item.row1) - item.row1);
-    item.row = item.row1 + c.row;
-    item.unit = item.tile * c.units + c.place;
-    item.is_unit = c.row < item.rows && item.unit < params.hidden;
     return item;
 }
 
@@ -211,31 +208,36 @@ fn forward(
         return;
     }
     let H = params.hidden;
-    let c = cut(lane);
+    let c = cut();
+    let own = share_of(c, lane);
     let rescue = params.rescue == 1u;
     let items = items_of_step(c);
     var at = first_step_of(c, lane, first_row(group.y), params.steps) * items;
-    if !rescue { load_weights(c, group.x, GATES * H, H); }
+    if !rescue { load_weights(c, own, group.x, GATES * H, H); }
     for (; at < params.steps * items; at++) {
         let item = item_at(c, group, at);
         let n = item.n;
+        // The lane's, where there are such.
+        let row = item.row1 + own.row;
+        let unit = item.tile * c.units + own.unit;
+        let is_unit = own.row < item.rows && unit < H;
         let t = select(params.t + n, params.t - n, params.reverse == 1u);
-        if rescue { load_weights(c, item.tile, GATES * H, H); }
+        if rescue { load_weights(c, own, item.tile, GATES * H, H); }
         // What the cell reads is asked for before the wait.
         var x: Pre;
         var previous: State;
         var p: Unit;
-        if item.is_unit {
-            x = load_input(t, item.row, item.unit);
-            previous = load_state(slot_before(t), item.row, item.unit);
-            p = load_unit(item.unit);
+        if is_unit {
+            x = load_input(t, row, unit);
+            previous = load_state(slot_before(t), row, unit);
+            p = load_unit(unit);
         }
         if item.rows > 0u { coming = look_for_h(c, lane, t, n, item.row1); }
         for (var i = 0u; i < item.rows; i++) {
             line[lane] = receive(c, lane, word_at(n - 1u, 1u, item.row1 + i, 0u, 0u));
             if i + 1u < item.rows { coming = look_for_h(c, lane, t, n, item.row1 + i + 1u); }
             workgroupBarrier();
-            forward_slice(c, lane);
+            forward_slice(c, own, lane);
             workgroupBarrier();
             let columns = GATES * c.units;
             for (var column = lane; column < columns; column += LANES) {
@@ -245,12 +247,12 @@ fn forward(
             }
         }
         if workgroupUniformLoad(&gave_up) == 1u { break; }
-        if item.is_unit && (!rescue || n >= steps_done(c, item.tile, item.row)) {
+        if is_unit && (!rescue || n >= steps_done(c, item.tile, row)) {
             var r: Pre;
-            for (var g = 0u; g < GATES; g++) { r[g] = gate_sums[GATES * LANES + (c.row * GATES + g) * c.units + c.place]; }
-            let state = forward_unit(t, item.row, item.unit, x, r, previous, p);
-            if !rescue && n + 1u < params.steps { atomicStore(&exchange[word_at(n, 1u, item.row, 0u, item.unit)], encode(state[0])); }
-            store_state(slot_after(t), item.row, item.unit, state);
+            for (var g = 0u; g < GATES; g++) { r[g] = gate_sums[GATES * LANES + (own.row * GATES + g) * c.units + own.unit]; }
+            let state = forward_unit(t, row, unit, x, r, previous, p);
+            if !rescue && n + 1u < params.steps { atomicStore(&exchange[word_at(n, 1u, row, 0u, unit)], encode(state[0])); }
+            store_state(slot_after(t), row, unit, state);
         }
         if rescue { storageBarrier(); } // the next step reads what other lanes wrote
     }
@@ -274,13 +276,13 @@ fn look_for_h(c: Cut, lane: u32, t: u32, n: u32, row: u32) -> vec4<u32> {
 }
 
 // A lane's slice of the product of a line with the weights of all gates of its unit.
-fn forward_slice(c: Cut, lane: u32) {
+fn forward_slice(c: Cut, own: Share, lane: u32) {
     for (var g = 0u; g < GATES; g++) { products[g] = vec4<f32>(); }
-    let e = c.slice * VECTORS;
+    let e = own.slice * VECTORS;
     forward_multiply(e, 0u); forward_multiply(e, 1u); forward_multiply(e, 2u); forward_multiply(e, 3u);
     forward_multiply(e, 4u); forward_multiply(e, 5u); forward_multiply(e, 6u); forward_multiply(e, 7u);
     if lane < c.slices * c.units {
-        for (var g = 0u; g < GATES; g++) { gate_sums[(c.slice * GATES + g) * c.units + c.place] = sum_of(products[g]); }
+        for (var g = 0u; g < GATES; g++) { gate_sums[(own.slice * GATES + g) * c.units + own.unit] = sum_of(products[g]); }
     }
 }
 
@@ -304,35 +306,40 @@ fn backward(
         return;
     }
     let H = params.hidden;
-    let c = cut(lane);
+    let c = cut();
+    let own = share_of(c, lane);
     let rescue = params.rescue == 1u;
     let items = items_of_step(c);
     let steps = params.steps + params.finish;
     var at = first_step_of(c, lane, first_row(group.y), steps) * items;
-    if !rescue { load_weights(c, group.x, H, H * H); }
+    if !rescue { load_weights(c, own, group.x, H, H * H); }
     for (; at < steps * items; at++) {
         let item = item_at(c, group, at);
         let n = item.n;
+        // The lane's, where there are such.
+        let row = item.row1 + own.row;
+        let unit = item.tile * c.units + own.unit;
+        let is_unit = own.row < item.rows && unit < H;
         let t = select(params.t - n, params.t + n, params.reverse == 1u);
         let later = select(select(t + 1u, t - 1u, params.reverse == 1u), params.later, n == 0u);
         let recurrent = n > 0u || params.recurrent == 1u;
-        if rescue { load_weights(c, item.tile, H, H * H); }
+        if rescue { load_weights(c, own, item.tile, H, H * H); }
         var kept: Kept;
         var d: State;
         var p: Unit;
-        if item.is_unit {
-            if n < params.steps { kept = load_kept(t, item.row, item.unit); }
-            d = load_gradient(item.row, item.unit);
-            p = load_unit(item.unit);
+        if is_unit {
+            if n < params.steps { kept = load_kept(t, row, unit); }
+            d = load_gradient(row, unit);
+            p = load_unit(unit);
         }
         if recurrent && item.rows > 0u { coming = look_for_gradients(c, lane, later, n, item.row1, 0u); }
         for (var i = 0u; recurrent && i < item.rows; i++) {
             products[0] = vec4<f32>();
-            backward_gate(c, lane, later, n, item.row1, item.rows, i, 0u);
-            if GATES > 1u { backward_gate(c, lane, later, n, item.row1, item.rows, i, 1u); }
-            if GATES > 2u { backward_gate(c, lane, later, n, item.row1, item.rows, i, 2u); }
-            if GATES > 3u { backward_gate(c, lane, later, n, item.row1, item.rows, i, 3u); }
-            if lane < c.slices * c.units { line_sums[c.slice * c.units + c.place] = sum_of(products[0]); }
+            backward_gate(c, own, lane, later, n, item.row1, item.rows, i, 0u);
+            if GATES > 1u { backward_gate(c, own, lane, later, n, item.row1, item.rows, i, 1u); }
+            if GATES > 2u { backward_gate(c, own, lane, later, n, item.row1, item.rows, i, 2u); }
+            if GATES > 3u { backward_gate(c, own, lane, later, n, item.row1, item.rows, i, 3u); }
+            if lane < c.slices * c.units { line_sums[own.slice * c.units + own.unit] = sum_of(products[0]); }
             workgroupBarrier();
             if lane < c.units {
                 var total = 0.0;
@@ -341,19 +348,19 @@ fn backward(
             }
         }
         if workgroupUniformLoad(&gave_up) == 1u { break; }
-        if item.is_unit && (!rescue || n >= steps_done(c, item.tile, item.row)) {
-            if recurrent { d[0] += line_sums[LANES + c.row * c.units + c.place]; }
+        if is_unit && (!rescue || n >= steps_done(c, item.tile, row)) {
+            if recurrent { d[0] += line_sums[LANES + own.row * c.units + own.unit]; }
             if n < params.steps {
-                let step = backward_unit(t, item.row, item.unit, kept, d, p);
+                let step = backward_unit(t, row, unit, kept, d, p);
                 if !rescue && n + 1u < steps {
                     for (var g = 0u; g < GATES; g++) {
-                        atomicStore(&exchange[word_at(n, GATES, item.row, g, item.unit)], encode(step.dslots[recurrent_slot(g)]));
+                        atomicStore(&exchange[word_at(n, GATES, row, g, unit)], encode(step.dslots[recurrent_slot(g)]));
                     }
                 }
-                if sums { add_sums(item.row, item.unit, step.dunit, step.clipped); }
+                if sums { add_sums(row, unit, step.dunit, step.clipped); }
                 d = step.d;
             }
-            store_gradient(item.row, item.unit, d);
+            store_gradient(row, unit, d);
         }
         if rescue { storageBarrier(); }
     }
@@ -377,7 +384,7 @@ fn look_for_gradients(c: Cut, lane: u32, later: u32, n: u32, row: u32, gate: u32
 }
 
 // A gate's line of row i, and a lane's slice of its product, added to that of the gates before.
-fn backward_gate(c: Cut, lane: u32, later: u32, n: u32, row1: u32, rows: u32, i: u32, gate: u32) {
+fn backward_gate(c: Cut, own: Share, lane: u32, later: u32, n: u32, row1: u32, rows: u32, i: u32, gate: u32) {
     let index = i * GATES + gate;
     let here = (index & 1u) * MOST;
     lines[here + lane] = receive(c, lane, word_at(n - 1u, GATES, row1 + i, gate, 0u));
@@ -385,7 +392,7 @@ fn backward_gate(c: Cut, lane: u32, later: u32, n: u32, row1: u32, rows: u32, i:
         coming = look_for_gradients(c, lane, later, n, row1 + (index + 1u) / GATES, (index + 1u) % GATES);
     }
     workgroupBarrier();
-    let e = here + c.slice * VECTORS;
+    let e = here + own.slice * VECTORS;
     let w = gate * VECTORS;
     products[0] += lines[e] * resident[w];
     products[0] += lines[e + 1u] * resident[w + 1u];
