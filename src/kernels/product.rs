@@ -40,7 +40,9 @@ impl Sums {
 #[inline(always)]
 pub(super) fn cut(rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
     let parts = rows.div_ceil(most);
-    (0..parts).map(move |part| (part * rows / parts, (part + 1) * rows / parts - part * rows / parts))
+    // Millions of rows in tens of thousands of parts do not fit into the 32 bits of a browser's addresses.
+    let start = move |part: usize| (part as u64 * rows as u64 / parts as u64) as usize;
+    (0..parts).map(move |part| (start(part), start(part + 1) - start(part)))
 }
 
 /// The rows of A that go against a panel.
@@ -188,7 +190,7 @@ pub(crate) fn multiply(
     accumulate: bool,
     threads: usize,
 ) {
-    let threads = if m * n * k < PARALLEL { 1 } else { threads };
+    let threads = if m.saturating_mul(n).saturating_mul(k) < PARALLEL { 1 } else { threads };
     let c = Shared::new(c);
     // Whole tiles, and whole panels, for each thread.
     let (by_rows, unit) = if m >= n { (true, ROWS) } else { (false, PANEL) };

@@ -57,7 +57,7 @@ impl Plan<'_> {
     ) {
         let gates = C::Pre::LEN * self.hidden;
         let step = self.rows * gates * (width + GATE);
-        if steps * step < PARALLEL {
+        if steps.saturating_mul(step) < PARALLEL {
             work((0, self.rows), Member::ALONE);
         } else if !whole && gates * width <= SHARED && self.rows >= ROWS * threads() {
             for_parts(self.rows, threads(), |first, count| work((first, count), Member::ALONE));
