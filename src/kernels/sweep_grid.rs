@@ -15,9 +15,9 @@
 use super::cell_contract::{Block, CellKernel};
 use super::sweep::{Buffers, Plan};
 use super::sweep_step::{self, Sweep};
+use crate::backend::Kernel;
 use crate::backend::adapter::Class;
 use crate::backend::gpu::{Gpu, Range};
-use crate::backend::{Access, Kernel};
 use crate::device::{Backend, Device};
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -113,16 +113,13 @@ fn co_resident<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &Plan<
         let _in_use = gpu.exchange_in_use();
         let exchange = gpu.exchange(VALUES)?;
         gpu.clear(exchange.part(4, 4 * (VALUES as u64 - 1)))?;
-        // It touches nothing but the exchange.
-        let (read, written) = (Tensor::uninitialized(device, [1])?, Tensor::uninitialized(device, [1])?);
+        // It touches nothing but the exchange; browsers let no two bindings share what either may write.
+        let unused = kernel.bindings.iter().map(|_| Tensor::uninitialized(device, [1])).collect::<Result<Vec<_>>>()?;
         let bindings: Vec<Range> = kernel
             .bindings
             .iter()
-            .map(|(binding, access)| match (binding, access) {
-                (8, _) => exchange.clone(),
-                (_, Access::Read) => read.range(),
-                (_, Access::ReadWrite) => written.range(),
-            })
+            .zip(&unused)
+            .map(|((binding, _), unused)| if *binding == 8 { exchange.clone() } else { unused.range() })
             .collect();
         let params = Sweep { steps: 0, ..plan.params(2, 0) };
         let groups = [GROUPS as u32, 1, 1];
