@@ -121,7 +121,7 @@ fn report_says_what_verify_printed(out: &str, written: &Path) {
     let tests = report["tests"].as_array().unwrap();
     let count = |verdict: &str| tests.iter().filter(|test| test["verdict"] == verdict).count();
     let [passed, ignored] = ["passed", "ignored"].map(count);
-    assert!(passed > 40 && ignored > 0 && passed + ignored == tests.len(), "{passed} passed, {ignored} ignored");
+    assert!(passed > 30 && ignored > 0 && passed + ignored == tests.len(), "{passed} passed, {ignored} ignored");
     assert!(out.ends_with(&format!("\n{ignored} not for this device\n{passed} passed, 0 failed\n")), "{out}");
     assert!(text.contains(&format!("{passed} passed, 0 failed, {ignored} not for this device.")), "{text}");
     // The kernels of matrix units did not run, and are named.
