@@ -85,7 +85,8 @@ impl DeviceReport {
         let date = jiff::Timestamp::from_second(now.as_secs() as i64).unwrap_or_default();
         Self {
             gatefold: env!("CARGO_PKG_VERSION"),
-            target: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            // A browser tells no system.
+            target: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH).trim().to_owned(),
             date: date.to_string(),
             device: device.info(),
             tests: Vec::new(),
