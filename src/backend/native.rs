@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -186,11 +187,17 @@ impl Member<'_> {
     /// A team of one.
     pub const ALONE: Member<'static> = Member { index: 0, count: 1, barrier: None };
 
-    /// Returns once all members have called it: what they wrote before is seen after it.
-    pub fn wait(&self) {
-        if let Some(barrier) = self.barrier {
-            barrier.wait(self.count);
+    /// Returns once all members have called it: what they wrote before is seen after it. False where the team has dissolved: all that is
+    /// left is the first member's to do.
+    #[must_use]
+    pub fn wait(&mut self) -> bool {
+        let Some(barrier) = self.barrier else { return true };
+        barrier.wait(self.count);
+        let dissolved = barrier.dissolved.load(Ordering::Relaxed);
+        if dissolved && self.index == 0 {
+            *self = Member::ALONE;
         }
+        !dissolved || self.index == 0
     }
 
     /// This member's share of `0..items`.
@@ -206,6 +213,11 @@ struct Barrier {
     round: AtomicUsize,
     /// A member panicked: nobody may wait for it.
     broken: AtomicBool,
+    /// A member waited for longer than steps take: another's core has other work.
+    late: AtomicBool,
+    /// Whether that ends the team, and whether it has. Changes only while all but one wait.
+    is_brief: bool,
+    dissolved: AtomicBool,
 }
 
 impl Barrier {
@@ -215,6 +227,7 @@ impl Barrier {
     fn wait(&self, members: usize) {
         let round = self.round.load(Ordering::Relaxed);
         if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == members {
+            self.dissolved.store(self.is_brief && self.late.load(Ordering::Relaxed), Ordering::Relaxed);
             self.arrived.store(0, Ordering::Relaxed);
             self.round.store(round.wrapping_add(1), Ordering::Release);
             return;
@@ -223,7 +236,12 @@ impl Barrier {
         while self.round.load(Ordering::Acquire) == round {
             assert!(!self.broken.load(Ordering::Relaxed), "another thread of a sweep panicked");
             spins += 1;
-            if spins < Self::SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if spins < Self::SPINS {
+                std::hint::spin_loop();
+            } else {
+                self.late.store(true, Ordering::Relaxed);
+                std::thread::yield_now();
+            }
         }
     }
 }
@@ -239,19 +257,43 @@ impl Drop for Breaker<'_> {
     }
 }
 
+/// How long brief teams are left alone after one that dissolved.
+struct Crowd {
+    until: Option<Instant>,
+    pause: Duration,
+}
+
+impl Crowd {
+    /// A time slice or two of an operating system.
+    const SHORTEST: Duration = Duration::from_millis(10);
+    const LONGEST: Duration = Duration::from_secs(1);
+}
+
 /// Calls `work` for every member of a team of at most `members` threads that may wait for each other; for one member alone where
 /// another team is at work, because the threads of two could wait for each other without end.
-pub(crate) fn team(members: usize, work: impl Fn(Member<'_>) + Sync) {
-    static BUSY: Mutex<()> = Mutex::new(());
+///
+/// `is_brief`: the members meet every few microseconds, which is only worth it while each has a core for itself: where one must wait for
+/// the system to give another its turn, the team dissolves, and for some time there is none.
+pub(crate) fn team(members: usize, is_brief: bool, work: impl Fn(Member<'_>) + Sync) {
+    static CROWD: Mutex<Crowd> = Mutex::new(Crowd { until: None, pause: Crowd::SHORTEST });
     let count = members.min(threads());
-    let (true, Some(_), Some(_guard)) = (count > 1, pool(), BUSY.try_lock()) else {
+    let (true, Some(_), Some(mut crowd)) = (count > 1, pool(), CROWD.try_lock()) else {
         return work(Member::ALONE);
     };
-    let barrier = Barrier::default();
+    if is_brief && crowd.until.is_some_and(|until| Instant::now() < until) {
+        return work(Member::ALONE);
+    }
+    let barrier = Barrier { is_brief, ..Barrier::default() };
     for_parts(count, count, |index, _| {
         let _breaker = Breaker(&barrier);
         work(Member { index, count, barrier: Some(&barrier) });
     });
+    if barrier.dissolved.load(Ordering::Relaxed) {
+        crowd.until = Some(Instant::now() + crowd.pause);
+        crowd.pause = Crowd::LONGEST.min(2 * crowd.pause);
+    } else if is_brief {
+        crowd.pause = Crowd::SHORTEST;
+    }
 }
 
 /// Memory that several threads write at places that differ from thread to thread.
@@ -286,5 +328,110 @@ impl<'a> Shared<'a> {
         assert!(start <= self.1 && len <= self.1 - start);
         // SAFETY: inside the allocation, by the assertion; unchanged, by the caller's promise.
         unsafe { std::slice::from_raw_parts(self.0.add(start), len) }
+    }
+
+    /// `width` numbers of each of `rows` rows and `planes` planes, which are `row_step` and `plane_step` apart.
+    #[inline(always)]
+    pub fn part(&self, start: usize, [rows, row_step]: [usize; 2], [planes, plane_step]: [usize; 2], width: usize) -> Part<'_> {
+        if rows > 0 && planes > 0 {
+            let len = (rows - 1) * row_step + (planes - 1) * plane_step + width;
+            assert!(start <= self.1 && len <= self.1 - start);
+        }
+        // No offset where there is nothing.
+        let first = if rows > 0 && planes > 0 { self.0.wrapping_add(start) } else { self.0 };
+        Part { first, rows, row_step, planes, plane_step, width, memory: PhantomData }
+    }
+}
+
+/// A part of [`Shared`] memory that is walked row by row.
+#[derive(Clone, Copy)]
+pub(crate) struct Part<'a> {
+    first: *mut f32,
+    rows: usize,
+    row_step: usize,
+    planes: usize,
+    plane_step: usize,
+    width: usize,
+    memory: PhantomData<&'a [f32]>,
+}
+
+impl Part<'_> {
+    /// A row of a plane.
+    ///
+    /// # Safety
+    /// As for [`Shared::slice`].
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "each caller owns the part that it asks for")]
+    pub unsafe fn slice(&self, row: usize, plane: usize) -> &mut [f32] {
+        assert!(row < self.rows && plane < self.planes);
+        let at = row * self.row_step + plane * self.plane_step;
+        // SAFETY: inside the allocation, by the assertions here and in `part`; alone, by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(at), self.width) }
+    }
+
+    /// The same, for reading.
+    ///
+    /// # Safety
+    /// As for [`Shared::read`].
+    #[inline(always)]
+    pub unsafe fn read(&self, row: usize, plane: usize) -> &[f32] {
+        assert!(row < self.rows && plane < self.planes);
+        let at = row * self.row_step + plane * self.plane_step;
+        // SAFETY: inside the allocation, by the assertions here and in `part`; unchanged, by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.first.add(at), self.width) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{AtomicUsize, Member, Ordering, Shared, team, threads};
+
+    /// Each member doubles its share of the numbers at every step and adds its neighbour's of the step before; the second one falls
+    /// asleep at one of them. Returns the numbers, and how many members did the first and
+    /// the last step.
+    fn run(members: usize, is_brief: bool, sleep_at: Option<usize>) -> (Vec<f32>, [usize; 2]) {
+        const ITEMS: usize = 8;
+        let mut numbers = [vec![1.0; ITEMS], vec![0.0; ITEMS]].concat();
+        let shared = Shared::new(&mut numbers);
+        let counts = [const { AtomicUsize::new(0) }; 2];
+        team(members, is_brief, |mut member: Member<'_>| {
+            for step in 0..10 {
+                if member.index == 1 && sleep_at == Some(step) {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                let (from, to) = (step % 2 * ITEMS, (step + 1) % 2 * ITEMS);
+                for item in member.share(ITEMS) {
+                    // SAFETY: members write shares of their own, and read what no one writes before they meet.
+                    let (own, other) = unsafe { (shared.read(from + item, 1)[0], shared.read(from + (item + 1) % ITEMS, 1)[0]) };
+                    // SAFETY: as above.
+                    let next = unsafe { shared.slice(to + item, 1) };
+                    next[0] = 2.0 * own + other + item as f32;
+                }
+                counts[usize::from(step > 0)].store(member.count, Ordering::Relaxed);
+                if !member.wait() {
+                    return;
+                }
+            }
+        });
+        (numbers, counts.map(AtomicUsize::into_inner))
+    }
+
+    #[test]
+    fn a_brief_team_dissolves_where_one_is_late_and_nothing_is_lost() {
+        let (want, _) = run(1, false, None);
+        for sleep_at in [None, Some(0), Some(4), Some(9)] {
+            assert_eq!(run(2, false, sleep_at).0, want, "lasting, asleep at {sleep_at:?}");
+            assert_eq!(run(2, true, sleep_at).0, want, "brief, asleep at {sleep_at:?}");
+        }
+        // Others may hold the team's place, or one may have dissolved just before.
+        let dissolves = |_| {
+            let (numbers, members) = run(2, true, Some(4));
+            assert_eq!(numbers, want);
+            std::thread::sleep(Duration::from_millis(30));
+            members == [2, 1]
+        };
+        assert!(threads() == 1 || (0..100).any(dissolves), "a brief team that waits for 20 ms stays");
     }
 }

@@ -1,6 +1,6 @@
 //! Activations of gates: `shaders/activation.wgsl` in Rust.
 
-use super::math::{self, Lanes};
+use super::math::{self, Apart, Fusion, Lanes};
 
 /// A function of one number, as ONNX's recurrent operators name and define them.
 ///
@@ -91,10 +91,10 @@ impl Activation {
 
     /// Its value of every lane.
     #[inline(always)]
-    pub(crate) fn apply(self, x: Lanes) -> Lanes {
+    pub(crate) fn apply<F: Fusion>(self, x: Lanes) -> Lanes {
         match self {
-            Activation::Sigmoid => x.sigmoid(),
-            Activation::Tanh => x.tanh(),
+            Activation::Sigmoid => x.sigmoid::<F>(),
+            Activation::Tanh => x.tanh::<F>(),
             Activation::Relu => x.map(|x| if x < 0.0 { 0.0 } else { x }),
             _ => self.apply_rare(x),
         }
@@ -112,9 +112,9 @@ impl Activation {
             }),
             Activation::Softsign => x.map(|x| x / (1.0 + x.abs())),
             Activation::LeakyRelu { alpha } => x.map(|x| if x < 0.0 { alpha * x } else { x }),
-            Activation::Elu { alpha } => x.map(|x| if x < 0.0 { alpha * (math::exp(x) - 1.0) } else { x }),
-            Activation::Softplus => x.map(|x| if x < 0.0 { 0.0 } else { x } + math::log(1.0 + math::exp(-x.abs()))),
-            Activation::ScaledTanh { alpha, beta } => x.map(|x| alpha * math::tanh(beta * x)),
+            Activation::Elu { alpha } => x.map(|x| if x < 0.0 { alpha * (math::exp::<Apart>(x) - 1.0) } else { x }),
+            Activation::Softplus => x.map(|x| if x < 0.0 { 0.0 } else { x } + math::log(1.0 + math::exp::<Apart>(-x.abs()))),
+            Activation::ScaledTanh { alpha, beta } => x.map(|x| alpha * math::tanh::<Apart>(beta * x)),
             Activation::Affine { alpha, beta } => x.map(|x| alpha * x + beta),
             Activation::ThresholdedRelu { alpha } => x.map(|x| if x <= alpha { 0.0 } else { x }),
         }
@@ -139,7 +139,7 @@ impl Activation {
             Activation::Softsign => y.map(|y| (1.0 - y.abs()) * (1.0 - y.abs())),
             Activation::LeakyRelu { alpha } => y.map(|y| if y < 0.0 { alpha } else { 1.0 }),
             Activation::Elu { alpha } => y.map(|y| if y < 0.0 { y + alpha } else { 1.0 }),
-            Activation::Softplus => y.map(|y| 1.0 - math::exp(-y)),
+            Activation::Softplus => y.map(|y| 1.0 - math::exp::<Apart>(-y)),
             Activation::ScaledTanh { alpha, beta } => y.map(|y| beta * (alpha - y * (y / alpha))),
             Activation::Affine { alpha, .. } => Lanes::splat(alpha),
             Activation::ThresholdedRelu { .. } => y.map(|y| if y != 0.0 { 1.0 } else { 0.0 }),
@@ -148,13 +148,13 @@ impl Activation {
 
     /// The slope of the activation behind [`clip_to`]: none where the value is that of a bound.
     #[inline(always)]
-    pub(crate) fn clipped_slope(self, limit: f32, y: Lanes) -> Lanes {
-        if limit == 0.0 { self.slope(y) } else { self.slope_behind(limit, y) }
+    pub(crate) fn clipped_slope<F: Fusion>(self, limit: f32, y: Lanes) -> Lanes {
+        if limit == 0.0 { self.slope(y) } else { self.slope_behind::<F>(limit, y) }
     }
 
     #[inline(never)]
-    fn slope_behind(self, limit: f32, y: Lanes) -> Lanes {
-        let (high, low) = (self.apply(Lanes::splat(limit)), self.apply(Lanes::splat(-limit)));
+    fn slope_behind<F: Fusion>(self, limit: f32, y: Lanes) -> Lanes {
+        let (high, low) = (self.apply::<F>(Lanes::splat(limit)), self.apply::<F>(Lanes::splat(-limit)));
         let free = y.zip(high, |y, bound| if y == bound { 0.0 } else { 1.0 })
             * y.zip(low, |y, bound| if y == bound { 0.0 } else { 1.0 });
         self.slope(y) * free

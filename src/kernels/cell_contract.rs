@@ -2,7 +2,7 @@
 //!
 //! The native half of a cell computes sixteen units at once, in [`Lanes`]. A cell is a value: its options are its fields.
 
-use super::math::Lanes;
+use super::math::{Fusion, Lanes};
 use super::sweep_resident::ResidentKernels;
 use super::sweep_scan::ScanKernels;
 use crate::backend::Kernel;
@@ -107,6 +107,11 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
     const SCAN: Option<&'static ScanKernels> = None;
 
+    /// Whether [`Self::forward`] and [`Self::backward`] may be told that the cell is `PLAIN`: without options, so that each is one run of
+    /// vector code. Around the calls that options need, all vectors would be saved, in each turn of a loop that makes none.
+    fn is_plain(&self) -> bool {
+        false
+    }
     /// How many of the unit's parameters this cell has; the others are zero.
     fn unit_params(&self) -> usize {
         Self::BIASES
@@ -129,13 +134,26 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
         None
     }
     /// The new state, and what backward needs.
-    fn forward(&self, site: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit)
-    -> (Self::State, Self::Slots);
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        site: Site,
+        x: Self::Pre,
+        r: Self::Pre,
+        previous: Self::State,
+        p: Self::Unit,
+    ) -> (Self::State, Self::Slots);
     /// From the gradient `d` of the new state.
-    fn backward(&self, site: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self>;
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        site: Site,
+        saved: Self::Slots,
+        previous: Self::State,
+        p: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self>;
 
     /// The whole gradient of the new state: `d`, and what its parts get from each other within the step (c goes into h).
-    fn totals(&self, _: Self::Slots, _: Self::State, _: Self::Unit, d: Self::State) -> Self::State {
+    fn totals<F: Fusion>(&self, _: Self::Slots, _: Self::State, _: Self::Unit, d: Self::State) -> Self::State {
         d
     }
 

@@ -2,7 +2,7 @@
 
 use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Gated, Site, StepKernels, activation_constants};
-use super::math::Lanes;
+use super::math::{Fusion, Lanes};
 use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
@@ -35,14 +35,14 @@ impl Default for GruCell {
 impl GruCell {
     /// r or z, of its pre-activation.
     #[inline(always)]
-    pub(super) fn gate(&self, sum: Lanes) -> Lanes {
-        self.gate.apply(clip_to(self.clip, sum))
+    pub(super) fn gate<F: Fusion>(&self, sum: Lanes) -> Lanes {
+        self.gate.apply::<F>(clip_to(self.clip, sum))
     }
 
     /// The slope where r or z is `y`.
     #[inline(always)]
-    pub(super) fn gate_slope(&self, y: Lanes) -> Lanes {
-        self.gate.clipped_slope(self.clip, y)
+    pub(super) fn gate_slope<F: Fusion>(&self, y: Lanes) -> Lanes {
+        self.gate.clipped_slope::<F>(self.clip, y)
     }
 
     /// What the shaders must know of r and z.
@@ -65,6 +65,10 @@ impl CellKernel for GruCell {
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
 
+    fn is_plain(&self) -> bool {
+        *self == Self::default()
+    }
+
     fn constants(&self) -> Vec<(&'static str, f64)> {
         let mut constants = self.gate_constants();
         constants.push(("reset_before", f64::from(u8::from(self.reset_before))));
@@ -86,25 +90,45 @@ impl CellKernel for GruCell {
     }
 
     #[inline(always)]
-    fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
-        let gate = |at: usize| self.gate(x[at] + (r[at] + p[at]));
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        x: Self::Pre,
+        r: Self::Pre,
+        previous: Self::State,
+        p: Self::Unit,
+    ) -> (Self::State, Self::Slots) {
+        if PLAIN {
+            let (reset, z) = ((x[0] + (r[0] + p[0])).sigmoid::<F>(), (x[1] + (r[1] + p[1])).sigmoid::<F>());
+            let q = r[2] + p[2];
+            let n = (x[2] + reset * q).tanh::<F>();
+            return ([(Lanes::splat(1.0) - z) * n + z * previous[0]], [reset, z, n, q]);
+        }
+        let gate = |at: usize| self.gate::<F>(x[at] + (r[at] + p[at]));
         let (reset, z) = (gate(0), gate(1));
         let q = r[2] + p[2];
         let part = if self.reset_before { q } else { reset * q };
-        let n = self.candidate.apply(clip_to(self.clip, x[2] + part));
+        let n = self.candidate.apply::<F>(clip_to(self.clip, x[2] + part));
         let kept = if self.reset_before { reset * previous[0] } else { q };
         ([(Lanes::splat(1.0) - z) * n + z * previous[0]], [reset, z, n, kept])
     }
 
     #[inline(always)]
-    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Backward<Self> {
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        saved: Self::Slots,
+        previous: Self::State,
+        _: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self> {
         let [reset, z, n, q] = saved;
-        let dn = d[0] * (Lanes::splat(1.0) - z) * self.candidate.clipped_slope(self.clip, n);
-        let dz = d[0] * (previous[0] - n) * self.gate_slope(z);
+        let dn = d[0] * (Lanes::splat(1.0) - z) * self.candidate.clipped_slope::<F>(self.clip, n);
+        let dz = d[0] * (previous[0] - n) * self.gate_slope::<F>(z);
         // With the reset before the product, its gradient follows from that of the product: see gru_reset.
         let slots = match self.reset_before {
             true => [reset, dz, dn, q],
-            false => [dn * q * self.gate_slope(reset), dz, dn, dn * reset],
+            false => [dn * q * self.gate_slope::<F>(reset), dz, dn, dn * reset],
         };
         Backward { slots, previous: [d[0] * z], unit: [Lanes::splat(0.0); 3] }
     }

@@ -2,7 +2,7 @@
 
 use super::activation::Activation;
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
-use super::math::Lanes;
+use super::math::{Fusion, Lanes};
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
 
@@ -42,13 +42,27 @@ impl CellKernel for IndRnnCell {
     }
 
     #[inline(always)]
-    fn forward(&self, _: Site, x: Self::Pre, _: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
-        let h = self.activation.apply(x[0] + p[0] * previous[0]);
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        x: Self::Pre,
+        _: Self::Pre,
+        previous: Self::State,
+        p: Self::Unit,
+    ) -> (Self::State, Self::Slots) {
+        let h = self.activation.apply::<F>(x[0] + p[0] * previous[0]);
         ([h], [h])
     }
 
     #[inline(always)]
-    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self> {
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        saved: Self::Slots,
+        previous: Self::State,
+        p: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self> {
         let da = d[0] * self.activation.slope(saved[0]);
         Backward { slots: [da], previous: [da * p[0]], unit: [da * previous[0]] }
     }

@@ -2,7 +2,7 @@
 
 use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
-use super::math::Lanes;
+use super::math::{Fusion, Lanes};
 use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
@@ -40,17 +40,10 @@ impl Default for LstmCell {
 }
 
 impl LstmCell {
-    /// Whether i, f and g are those of the default. Spelt out: a derived comparison is a call, around which all vectors are saved.
-    #[inline(always)]
-    fn is_plain(&self) -> bool {
-        let plain = matches!((self.gate, self.candidate), (Activation::Sigmoid, Activation::Tanh));
-        plain && !self.peepholes && !self.coupled && self.clip == 0.0
-    }
-
     /// The slope where i, f or o is `y`.
     #[inline(always)]
-    fn gate_slope(&self, y: Lanes) -> Lanes {
-        self.gate.clipped_slope(self.clip, y)
+    fn gate_slope<F: Fusion>(&self, y: Lanes) -> Lanes {
+        self.gate.clipped_slope::<F>(self.clip, y)
     }
 
     /// 0 without peepholes: 0 c would be NaN for a c that is infinite.
@@ -71,6 +64,10 @@ impl CellKernel for LstmCell {
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
+
+    fn is_plain(&self) -> bool {
+        *self == Self::default()
+    }
 
     fn unit_params(&self) -> usize {
         if self.peepholes { 7 } else { 4 }
@@ -94,52 +91,74 @@ impl CellKernel for LstmCell {
     }
 
     #[inline(always)]
-    fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        x: Self::Pre,
+        r: Self::Pre,
+        previous: Self::State,
+        p: Self::Unit,
+    ) -> (Self::State, Self::Slots) {
         let c_before = previous[1];
         let gate = |at: usize| x[at] + (r[at] + p[at]);
-        let (i, f, g) = if self.is_plain() {
-            (gate(0).sigmoid(), gate(1).sigmoid(), gate(2).tanh())
-        } else {
-            let i = self.gate.apply(clip_to(self.clip, gate(0) + self.peephole(p[4], c_before)));
-            let f = match self.coupled {
-                true => Lanes::splat(1.0) - i,
-                false => self.gate.apply(clip_to(self.clip, gate(1) + self.peephole(p[5], c_before))),
-            };
-            (i, f, self.candidate.apply(clip_to(self.clip, gate(2))))
+        if PLAIN {
+            let (i, f, g, o) = (gate(0).sigmoid::<F>(), gate(1).sigmoid::<F>(), gate(2).tanh::<F>(), gate(3).sigmoid::<F>());
+            let c = f * c_before + i * g;
+            return ([o * c.tanh::<F>(), c], [i, f, g, o]);
+        }
+        let i = self.gate.apply::<F>(clip_to(self.clip, gate(0) + self.peephole(p[4], c_before)));
+        let f = match self.coupled {
+            true => Lanes::splat(1.0) - i,
+            false => self.gate.apply::<F>(clip_to(self.clip, gate(1) + self.peephole(p[5], c_before))),
         };
+        let g = self.candidate.apply::<F>(clip_to(self.clip, gate(2)));
         let c = clip_to(self.cell_clip, f * c_before + i * g);
-        let o = self.gate.apply(clip_to(self.clip, gate(3) + self.peephole(p[6], c)));
-        ([o * self.output.apply(c), c], [i, f, g, o])
+        let o = self.gate.apply::<F>(clip_to(self.clip, gate(3) + self.peephole(p[6], c)));
+        ([o * self.output.apply::<F>(c), c], [i, f, g, o])
     }
 
     #[inline(always)]
-    fn totals(&self, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Self::State {
+    fn totals<F: Fusion>(&self, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Self::State {
         let [i, f, g, o] = saved;
-        let y = self.output.apply(clip_to(self.cell_clip, f * previous[1] + i * g));
-        let d_out = d[0] * y * self.gate.clipped_slope(self.clip, o);
+        let y = self.output.apply::<F>(clip_to(self.cell_clip, f * previous[1] + i * g));
+        let d_out = d[0] * y * self.gate.clipped_slope::<F>(self.clip, o);
         [d[0], d[1] + d[0] * o * self.output.slope(y) + d_out * p[6]]
     }
 
     #[inline(always)]
-    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, p: Self::Unit, d: Self::State) -> Backward<Self> {
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        saved: Self::Slots,
+        previous: Self::State,
+        p: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self> {
         let [i, f, g, o] = saved;
+        let (zero, one) = (Lanes::splat(0.0), Lanes::splat(1.0));
         let c_before = previous[1];
+        if PLAIN {
+            let y = (f * c_before + i * g).tanh::<F>();
+            let dc = d[1] + d[0] * o * (one - y * y);
+            let (di, df) = (dc * g * (i * (one - i)), dc * c_before * (f * (one - f)));
+            let (dg, d_out) = (dc * i * (one - g * g), d[0] * y * (o * (one - o)));
+            return Backward { slots: [di, df, dg, d_out], previous: [zero, dc * f], unit: [zero; 7] };
+        }
         // Computed again, not read from the stored state: a sweep may have held that one back.
         let free = f * c_before + i * g;
         let c = clip_to(self.cell_clip, free);
-        let y = self.output.apply(c);
-        let d_out = d[0] * y * self.gate_slope(o);
+        let y = self.output.apply::<F>(c);
+        let d_out = d[0] * y * self.gate_slope::<F>(o);
         let mut dc = d[1] + d[0] * o * self.output.slope(y) + d_out * p[6];
         if self.cell_clip > 0.0 {
             dc = dc.zip(free, |dc, free| if free.abs() > self.cell_clip { 0.0 } else { dc });
         }
         let (mut di, mut df) = (dc * g, dc * c_before);
         if self.coupled {
-            (di, df) = (di - df, Lanes::splat(0.0));
+            (di, df) = (di - df, zero);
         }
-        (di, df) = (di * self.gate_slope(i), df * self.gate_slope(f));
-        let dg = dc * i * self.candidate.clipped_slope(self.clip, g);
-        let zero = Lanes::splat(0.0);
+        (di, df) = (di * self.gate_slope::<F>(i), df * self.gate_slope::<F>(f));
+        let dg = dc * i * self.candidate.clipped_slope::<F>(self.clip, g);
         Backward {
             slots: [di, df, dg, d_out],
             previous: [zero, dc * f + di * p[4] + df * p[5]],

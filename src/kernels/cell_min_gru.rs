@@ -1,7 +1,7 @@
 //! minGRU: `shaders/cell_min_gru.wgsl` and its native half; and g, which minLSTM shares (`shaders/positive.wgsl`).
 
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
-use super::math::{Lanes, sigmoid};
+use super::math::{Fusion, Lanes, sigmoid};
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_scan::{ScanKernels, scan_kernels};
 use super::sweep_step::step_kernels;
@@ -16,8 +16,8 @@ pub struct MinGruCell;
 
 /// g: `v + 1/2`, for `v < 0` `sigmoid(v)`.
 #[inline(always)]
-pub(crate) fn positive(v: Lanes) -> Lanes {
-    v.map(|v| if v < 0.0 { sigmoid(v) } else { v + 0.5 })
+pub(crate) fn positive<F: Fusion>(v: Lanes) -> Lanes {
+    v.map(|v| if v < 0.0 { sigmoid::<F>(v) } else { v + 0.5 })
 }
 
 /// The slope where g has that value.
@@ -39,13 +39,27 @@ impl CellKernel for MinGruCell {
     const SCAN: Option<&'static ScanKernels> = Some(&SCAN);
 
     #[inline(always)]
-    fn forward(&self, _: Site, x: Self::Pre, _: Self::Pre, previous: Self::State, _: Self::Unit) -> (Self::State, Self::Slots) {
-        let (z, g) = (x[0].sigmoid(), positive(x[1]));
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        x: Self::Pre,
+        _: Self::Pre,
+        previous: Self::State,
+        _: Self::Unit,
+    ) -> (Self::State, Self::Slots) {
+        let (z, g) = (x[0].sigmoid::<F>(), positive::<F>(x[1]));
         ([(Lanes::splat(1.0) - z) * previous[0] + z * g], [z, g])
     }
 
     #[inline(always)]
-    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Backward<Self> {
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        saved: Self::Slots,
+        previous: Self::State,
+        _: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self> {
         let ([z, g], kept) = (saved, Lanes::splat(1.0) - saved[0]);
         let dz = d[0] * (g - previous[0]) * (z * kept);
         Backward { slots: [dz, d[0] * z * positive_slope(g)], previous: [d[0] * kept], unit: [] }

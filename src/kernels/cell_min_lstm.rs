@@ -2,7 +2,7 @@
 
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
 use super::cell_min_gru::{positive, positive_slope};
-use super::math::{Lanes, exp, log};
+use super::math::{Fusion, Lanes, exp, log};
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_scan::{ScanKernels, scan_kernels};
 use super::sweep_step::step_kernels;
@@ -17,9 +17,9 @@ pub struct MinLstmCell;
 
 /// `i / (f + i) = sigmoid(log i - log f)`: both may vanish, their quotient does not.
 #[inline(always)]
-fn input_share(x_f: Lanes, x_i: Lanes) -> Lanes {
-    let softplus = |x: Lanes| x.map(|x| if x < 0.0 { 0.0 } else { x } + log(1.0 + exp(-x.abs())));
-    (softplus(-x_f) - softplus(-x_i)).sigmoid()
+fn input_share<F: Fusion>(x_f: Lanes, x_i: Lanes) -> Lanes {
+    let softplus = |x: Lanes| x.map(|x| if x < 0.0 { 0.0 } else { x } + log(1.0 + exp::<F>(-x.abs())));
+    (softplus(-x_f) - softplus(-x_i)).sigmoid::<F>()
 }
 
 impl CellKernel for MinLstmCell {
@@ -35,18 +35,32 @@ impl CellKernel for MinLstmCell {
     const SCAN: Option<&'static ScanKernels> = Some(&SCAN);
 
     #[inline(always)]
-    fn forward(&self, _: Site, x: Self::Pre, _: Self::Pre, previous: Self::State, _: Self::Unit) -> (Self::State, Self::Slots) {
-        let (share, g) = (input_share(x[0], x[1]), positive(x[2]));
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        x: Self::Pre,
+        _: Self::Pre,
+        previous: Self::State,
+        _: Self::Unit,
+    ) -> (Self::State, Self::Slots) {
+        let (share, g) = (input_share::<F>(x[0], x[1]), positive::<F>(x[2]));
         ([(Lanes::splat(1.0) - share) * previous[0] + share * g], [x[0], x[1], g])
     }
 
     #[inline(always)]
-    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Backward<Self> {
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        saved: Self::Slots,
+        previous: Self::State,
+        _: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self> {
         let [x_f, x_i, g] = saved;
-        let share = input_share(x_f, x_i);
+        let share = input_share::<F>(x_f, x_i);
         let kept = Lanes::splat(1.0) - share;
         let dk = d[0] * (g - previous[0]) * (share * kept);
-        let slots = [-dk * (-x_f).sigmoid(), dk * (-x_i).sigmoid(), d[0] * share * positive_slope(g)];
+        let slots = [-dk * (-x_f).sigmoid::<F>(), dk * (-x_i).sigmoid::<F>(), d[0] * share * positive_slope(g)];
         Backward { slots, previous: [d[0] * kept], unit: [] }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
-use super::math::Lanes;
+use super::math::{Fusion, Lanes};
 use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
@@ -46,14 +46,28 @@ impl CellKernel for RnnCell {
     }
 
     #[inline(always)]
-    fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, _: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
-        let h = self.activation.apply(clip_to(self.clip, x[0] + (r[0] + p[0])));
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        x: Self::Pre,
+        r: Self::Pre,
+        _: Self::State,
+        p: Self::Unit,
+    ) -> (Self::State, Self::Slots) {
+        let h = self.activation.apply::<F>(clip_to(self.clip, x[0] + (r[0] + p[0])));
         ([h], [h])
     }
 
     #[inline(always)]
-    fn backward(&self, _: Site, saved: Self::Slots, _: Self::State, _: Self::Unit, d: Self::State) -> Backward<Self> {
-        let da = d[0] * self.activation.clipped_slope(self.clip, saved[0]);
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        saved: Self::Slots,
+        _: Self::State,
+        _: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self> {
+        let da = d[0] * self.activation.clipped_slope::<F>(self.clip, saved[0]);
         Backward { slots: [da], previous: [Lanes::splat(0.0)], unit: [Lanes::splat(0.0)] }
     }
 }

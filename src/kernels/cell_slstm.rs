@@ -1,7 +1,7 @@
 //! The scalar LSTM of xLSTM: `shaders/cell_slstm.wgsl` and its native half.
 
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
-use super::math::{Lanes, exp, log};
+use super::math::{Fusion, Lanes, exp, log};
 use super::sweep_grid::grid_kernels;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
@@ -21,8 +21,8 @@ pub struct SLstmCell;
 
 /// log sigmoid(x): the first term exact, the second in (0, log 2].
 #[inline(always)]
-fn log_sigmoid(x: Lanes) -> Lanes {
-    x.map(|x| if x > 0.0 { 0.0 } else { x } - log(1.0 + exp(-x.abs())))
+fn log_sigmoid<F: Fusion>(x: Lanes) -> Lanes {
+    x.map(|x| if x > 0.0 { 0.0 } else { x } - log(1.0 + exp::<F>(-x.abs())))
 }
 
 /// What the two gates make of m'.
@@ -35,12 +35,12 @@ struct Gates {
 }
 
 #[inline(always)]
-fn gates(s_i: Lanes, s_f: Lanes, m_before: Lanes) -> Gates {
-    let a = log_sigmoid(s_f) + m_before;
+fn gates<F: Fusion>(s_i: Lanes, s_f: Lanes, m_before: Lanes) -> Gates {
+    let a = log_sigmoid::<F>(s_f) + m_before;
     // NaN stays, whichever the comparison picks: a difference with it is NaN again.
     let past = s_i.zip(a, |s_i, a| if s_i > a { 0.0 } else { 1.0 });
     let m = s_i.zip(a, |s_i, a| if s_i > a { s_i } else { a });
-    Gates { m, i: (s_i - m).map(exp), f: (a - m).map(exp), past }
+    Gates { m, i: (s_i - m).map(exp::<F>), f: (a - m).map(exp::<F>), past }
 }
 
 #[inline(always)]
@@ -61,19 +61,26 @@ impl CellKernel for SLstmCell {
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
 
     #[inline(always)]
-    fn forward(&self, _: Site, x: Self::Pre, r: Self::Pre, previous: Self::State, p: Self::Unit) -> (Self::State, Self::Slots) {
+    fn forward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        x: Self::Pre,
+        r: Self::Pre,
+        previous: Self::State,
+        p: Self::Unit,
+    ) -> (Self::State, Self::Slots) {
         let sum = |at: usize| x[at] + (r[at] + p[at]);
-        let (s_i, s_f, z, o) = (sum(0), sum(1), sum(2).tanh(), sum(3).sigmoid());
-        let g = gates(s_i, s_f, previous[3]);
+        let (s_i, s_f, z, o) = (sum(0), sum(1), sum(2).tanh::<F>(), sum(3).sigmoid::<F>());
+        let g = gates::<F>(s_i, s_f, previous[3]);
         let c = g.f * previous[1] + g.i * z;
         let n = g.f * previous[2] + g.i;
         ([o * quotient(c, n), c, n, g.m], [s_i, s_f, z, o])
     }
 
     #[inline(always)]
-    fn totals(&self, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Self::State {
+    fn totals<F: Fusion>(&self, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Self::State {
         let [s_i, s_f, z, o] = saved;
-        let g = gates(s_i, s_f, previous[3]);
+        let g = gates::<F>(s_i, s_f, previous[3]);
         let (c, n) = (g.f * previous[1] + g.i * z, g.f * previous[2] + g.i);
         let dq = quotient(d[0] * o, n);
         let (dc, dn) = (d[1] + dq, d[2] - dq * quotient(c, n));
@@ -82,11 +89,18 @@ impl CellKernel for SLstmCell {
     }
 
     #[inline(always)]
-    fn backward(&self, _: Site, saved: Self::Slots, previous: Self::State, _: Self::Unit, d: Self::State) -> Backward<Self> {
+    fn backward<F: Fusion, const PLAIN: bool>(
+        &self,
+        _: Site,
+        saved: Self::Slots,
+        previous: Self::State,
+        _: Self::Unit,
+        d: Self::State,
+    ) -> Backward<Self> {
         let [s_i, s_f, z, o] = saved;
         let one = Lanes::splat(1.0);
         // Computed again, not read from the stored state: a sweep may have held that one back.
-        let g = gates(s_i, s_f, previous[3]);
+        let g = gates::<F>(s_i, s_f, previous[3]);
         let c = g.f * previous[1] + g.i * z;
         let n = g.f * previous[2] + g.i;
         let q = quotient(c, n);
@@ -103,7 +117,7 @@ impl CellKernel for SLstmCell {
         let di = pick(own_i, d[3] - own_f);
         let da = pick(d[3] - own_i, own_f);
         Backward {
-            slots: [di, da * (-s_f).sigmoid(), dc * g.i * (one - z * z), d_out],
+            slots: [di, da * (-s_f).sigmoid::<F>(), dc * g.i * (one - z * z), d_out],
             previous: [Lanes::splat(0.0), dc * g.f, dn * g.f, da],
             unit: [Lanes::splat(0.0); 4],
         }

@@ -66,7 +66,7 @@ pub(crate) fn cross_entropy(
                 // max() may hide NaN here: the sum below still sees it.
                 let top = logits.iter().copied().fold(logits[0], f32::max);
                 likelihood.iter_mut().zip(logits).for_each(|(e, z)| *e = z - top);
-                pulp::Arch::new().dispatch(|| likelihood.iter_mut().for_each(|e| *e = math::exp(*e)));
+                pulp::Arch::new().dispatch(|| likelihood.iter_mut().for_each(|e| *e = math::exp::<math::Apart>(*e)));
                 let sum: f32 = likelihood.iter().sum();
                 terms[row] = math::log(sum) + (top - logits[wanted]);
                 if let Some(gradient) = gradient {

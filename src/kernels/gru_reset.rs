@@ -2,7 +2,7 @@
 
 use super::cell_contract::{Gated, GatedStep};
 use super::cell_gru::GruCell;
-use super::math::Lanes;
+use super::math::{Fusion, Lanes, OnLanes, on_lanes};
 use super::{READ, READ_WRITE, grid};
 use crate::backend::{Access, Kernel, params};
 use crate::device::Backend;
@@ -51,16 +51,7 @@ impl Gated for GruCell {
             Backend::Native => {
                 let (unit, product, states) = (unit.native::<f32>(), product.native::<f32>(), at.states.native::<f32>());
                 let mut slots = at.slots.native_mut::<f32>();
-                for row in 0..at.rows {
-                    let slots = &mut slots[(at.t * at.rows + row) * SLOTS * at.hidden..][..SLOTS * at.hidden];
-                    let product = &product[row * GATES * at.hidden..];
-                    let h = &states[(at.before * at.rows + row) * at.hidden..];
-                    for (u, width) in blocks(at.hidden) {
-                        let load = |from: &[f32]| Lanes::load(&from[u..][..width]);
-                        let r = self.gate(load(slots) + (load(product) + load(&unit)));
-                        (r * load(h)).store(&mut slots[SEEN * at.hidden + u..][..width]);
-                    }
-                }
+                on_lanes(Reset { cell: self, at, unit: &unit, product: &product, states: &states, slots: &mut slots });
                 Ok(())
             }
             Backend::Gpu(gpu) => {
@@ -76,23 +67,68 @@ impl Gated for GruCell {
             Backend::Native => {
                 let (dseen, states) = (dseen.native::<f32>(), at.states.native::<f32>());
                 let (mut slots, mut dh) = (at.slots.native_mut::<f32>(), dh.native_mut::<f32>());
-                for row in 0..at.rows {
-                    let slot = &mut slots[(at.t * at.rows + row) * SLOTS * at.hidden..][..at.hidden];
-                    let h = &states[(at.before * at.rows + row) * at.hidden..];
-                    let (dseen, dh) = (&dseen[row * at.hidden..], &mut dh[row * at.hidden..][..at.hidden]);
-                    for (u, width) in blocks(at.hidden) {
-                        let load = |from: &[f32]| Lanes::load(&from[u..][..width]);
-                        let (r, d) = (load(slot), load(dseen));
-                        (d * load(h) * self.gate_slope(r)).store(&mut slot[u..][..width]);
-                        (load(dh) + d * r).store(&mut dh[u..][..width]);
-                    }
-                }
+                on_lanes(ResetBackward { cell: self, at, dseen: &dseen, states: &states, slots: &mut slots, dh: &mut dh });
                 Ok(())
             }
             Backend::Gpu(gpu) => {
                 let bindings = [at.slots, at.states, dseen, dh].map(Tensor::range);
                 let step = (params(at), grid(at.rows * at.hidden));
                 gpu.launch_each(&RESET_BACKWARD, &self.gate_constants(), &bindings, std::iter::once(step))
+            }
+        }
+    }
+}
+
+/// [`Gated::forward`] on the CPU. As the sweep computes: what that keeps of the gate is what this lets through.
+struct Reset<'a> {
+    cell: &'a GruCell,
+    at: &'a GatedStep<'a>,
+    unit: &'a [f32],
+    product: &'a [f32],
+    states: &'a [f32],
+    slots: &'a mut [f32],
+}
+
+impl OnLanes for Reset<'_> {
+    #[inline(always)]
+    fn run<F: Fusion>(self) {
+        let Self { cell, at: GatedStep { rows, hidden, t, before, .. }, unit, product, states, slots } = self;
+        for row in 0..*rows {
+            let slots = &mut slots[(t * rows + row) * SLOTS * hidden..][..SLOTS * hidden];
+            let product = &product[row * GATES * hidden..];
+            let h = &states[(before * rows + row) * hidden..];
+            for (u, width) in blocks(*hidden) {
+                let load = |from: &[f32]| Lanes::load(&from[u..][..width]);
+                let r = cell.gate::<F>(load(slots) + (load(product) + load(unit)));
+                (r * load(h)).store(&mut slots[SEEN * hidden + u..][..width]);
+            }
+        }
+    }
+}
+
+/// [`Gated::backward`] on the CPU, likewise.
+struct ResetBackward<'a> {
+    cell: &'a GruCell,
+    at: &'a GatedStep<'a>,
+    dseen: &'a [f32],
+    states: &'a [f32],
+    slots: &'a mut [f32],
+    dh: &'a mut [f32],
+}
+
+impl OnLanes for ResetBackward<'_> {
+    #[inline(always)]
+    fn run<F: Fusion>(self) {
+        let Self { cell, at: GatedStep { rows, hidden, t, before, .. }, dseen, states, slots, dh } = self;
+        for row in 0..*rows {
+            let slot = &mut slots[(t * rows + row) * SLOTS * hidden..][..*hidden];
+            let h = &states[(before * rows + row) * hidden..];
+            let (dseen, dh) = (&dseen[row * hidden..], &mut dh[row * hidden..][..*hidden]);
+            for (u, width) in blocks(*hidden) {
+                let load = |from: &[f32]| Lanes::load(&from[u..][..width]);
+                let (r, d) = (load(slot), load(dseen));
+                (d * load(h) * cell.gate_slope::<F>(r)).store(&mut slot[u..][..width]);
+                (load(dh) + d * r).store(&mut dh[u..][..width]);
             }
         }
     }

@@ -1,14 +1,66 @@
 //! Our own `exp`, `log`, `tanh` and `sigmoid`, and [`Lanes`], the vector type of the CPU cells.
 //!
 //! The twins in `shaders/math.wgsl` follow the same steps with the same constants. Every function is free of branches and
-//! calls, so a loop over an array becomes vector code. Products and sums stay separate (no `mul_add`): it is slow where the
-//! CPU has none, and without it the bits depend on no CPU.
+//! calls, so a loop over an array becomes vector code. Whether products and sums are fused hangs on what the CPU has: [`Fusion`].
 //!
 //! The method is Cody and Waite's ("Software Manual for the Elementary Functions", 1980), in the single-precision form of
 //! Moshier's Cephes library; the polynomials were fitted with Remez' exchange algorithm (Muller, "Elementary Functions", ch. 3).
 //! Error bounds are in units in the last place, found by trying every f32 against f64.
 
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+
+/// How `a b + c` is formed: the bits of what follows depend on it, the bounds of its error do not.
+pub trait Fusion {
+    /// `a b + c`
+    fn mul_add(a: f32, b: f32, c: f32) -> f32;
+}
+
+/// Rounded once. Only in code for CPUs that have an instruction for it: elsewhere it is a slow call.
+#[derive(Clone, Copy, Debug)]
+pub struct Fused;
+
+/// Rounded twice, on any CPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Apart;
+
+impl Fusion for Fused {
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+
+impl Fusion for Apart {
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+}
+
+/// Whether code for these vectors runs on CPUs that fuse: AVX2 comes with it, as does NEON.
+pub(super) const fn fuses<S: pulp::Simd>() -> bool {
+    S::F32_LANES >= 8 || cfg!(target_arch = "aarch64")
+}
+
+/// Work on [`Lanes`].
+pub(super) trait OnLanes {
+    /// Does it. To be inlined, all that it calls as well: its code is made for several instruction sets.
+    fn run<F: Fusion>(self);
+}
+
+/// Does it in the widest vectors that the CPU has.
+pub(super) fn on_lanes(work: impl OnLanes) {
+    struct Dispatched<W>(W);
+    impl<W: OnLanes> pulp::WithSimd for Dispatched<W> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: pulp::Simd>(self, _: S) {
+            if fuses::<S>() { self.0.run::<Fused>() } else { self.0.run::<Apart>() }
+        }
+    }
+    pulp::Arch::new().dispatch(Dispatched(work));
+}
 
 /// `ln 2` in two parts: the first has 9 bits, so that its product with an exponent is exact.
 const LN2_HIGH: f32 = 0.693_359_4;
@@ -20,29 +72,29 @@ const EXP_MIN: f32 = -87.336_54;
 
 /// `sum of coefficients[i] x^i`, by Horner's rule.
 #[inline(always)]
-fn polynomial<const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
-    coefficients.into_iter().rev().reduce(|sum, c| sum * x + c).unwrap_or(0.0)
+fn polynomial<F: Fusion, const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
+    coefficients.into_iter().rev().reduce(|sum, c| F::mul_add(sum, x, c)).unwrap_or(0.0)
 }
 
 /// `exp(x) = 2^k exp(r)` with `k = round(x / ln 2)`, for `EXP_MIN <= x <= EXP_MAX`; elsewhere any number.
 #[inline(always)]
-fn exp_in_range(x: f32) -> f32 {
+fn exp_in_range<F: Fusion>(x: f32) -> f32 {
     // Near 1.5 * 2^23 floats are the integers: the sum rounds, and its low bits are k.
     const ROUND: f32 = 12_582_912.0;
-    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let rounded = F::mul_add(x, std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
-    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    let r = F::mul_add(n, -LN2_LOW, F::mul_add(n, -LN2_HIGH, x));
     // exp(r) = 1 + r + r^2 p(r) for |r| <= ln(2) / 2.
-    let p = polynomial(r, [0.499_999_94, 0.166_665_21, 0.041_668_393, 0.008_368_745, 0.001_381_453_6]);
-    let y = 1.0 + (r + r * r * p);
+    let p = polynomial::<F, _>(r, [0.499_999_94, 0.166_665_21, 0.041_668_393, 0.008_368_745, 0.001_381_453_6]);
+    let y = 1.0 + F::mul_add(r * r, p, r);
     // Adding k to the exponent's bits reaches 2^128 y for y < 1, for which 2^128 itself would be too large.
     f32::from_bits(y.to_bits().wrapping_add(rounded.to_bits() << 23))
 }
 
 /// `e^x`, to 1 ULP. Results that are no normal numbers (`x < -87.33654`) are 0.
 #[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
-    let y = exp_in_range(x);
+pub(crate) fn exp<F: Fusion>(x: f32) -> f32 {
+    let y = exp_in_range::<F>(x);
     let y = if x > EXP_MAX { f32::INFINITY } else { y };
     let y = if x < EXP_MIN { 0.0 } else { y };
     if x.is_nan() { x } else { y }
@@ -60,7 +112,7 @@ pub(crate) fn log(x: f32) -> f32 {
     let e = ((offset >> 23) - if denormal { 149 } else { 0 }) as f32;
     let f = f32::from_bits(((offset & 0x007f_ffff) + SQRT_HALF) as u32) - 1.0;
     // ln(1 + f) = f - f^2 / 2 + f^3 p(f).
-    let p = polynomial(
+    let p = polynomial::<Apart, _>(
         f,
         [
             0.333_333_13,
@@ -88,12 +140,12 @@ pub(crate) fn log(x: f32) -> f32 {
 /// `tanh a = a + a^3 p(a^2)` for `a < 0.625`, `1 - 2 / (e^(2a) + 1)` above: there the quotient is so small that its
 /// error hardly counts.
 #[inline(always)]
-pub(crate) fn tanh(x: f32) -> f32 {
+pub(crate) fn tanh<F: Fusion>(x: f32) -> f32 {
     let a = x.abs();
     let z = a * a;
-    let p = polynomial(z, [-0.333_332_8, 0.133_314_42, -0.053_739_71, 0.020_639_08, -0.005_704_977_5]);
-    let y = 1.0 - 2.0 / (exp_in_range(2.0 * a) + 1.0);
-    let y = if a < 0.625 { a + a * (z * p) } else { y };
+    let p = polynomial::<F, _>(z, [-0.333_332_8, 0.133_314_42, -0.053_739_71, 0.020_639_08, -0.005_704_977_5]);
+    let y = 1.0 - 2.0 / (exp_in_range::<F>(2.0 * a) + 1.0);
+    let y = if a < 0.625 { F::mul_add(a, z * p, a) } else { y };
     // From here on 1 is the nearest number; far beyond, the exponential is out of its range.
     let y = if a > 9.02 { 1.0 } else { y };
     let y = y.copysign(x);
@@ -102,10 +154,10 @@ pub(crate) fn tanh(x: f32) -> f32 {
 
 /// The logistic function `1 / (1 + e^-x)`, to 2.5 ULP. It is 0 for `x < -87.33654`.
 #[inline(always)]
-pub(crate) fn sigmoid(x: f32) -> f32 {
+pub(crate) fn sigmoid<F: Fusion>(x: f32) -> f32 {
     let a = -x.abs();
     // e^-|x| cannot overflow: 1 / (1 + e) on the right, e / (1 + e) on the left.
-    let e = if a < EXP_MIN { 0.0 } else { exp_in_range(a) };
+    let e = if a < EXP_MIN { 0.0 } else { exp_in_range::<F>(a) };
     let y = if x < 0.0 { e } else { 1.0 } / (1.0 + e);
     if x.is_nan() { x } else { y }
 }
@@ -150,14 +202,14 @@ impl Lanes {
     /// The first sixteen values of `from`; where it is shorter the rest are 0.
     #[inline(always)]
     pub(crate) fn load(from: &[f32]) -> Self {
-        Self::from_array(match from.first_chunk() {
-            Some(full) => *full,
+        match from.first_chunk::<{ Self::COUNT }>() {
+            Some(full) => Self(bytemuck::pod_read_unaligned(bytemuck::bytes_of(full))),
             None => {
                 let mut lanes = [0.0; Self::COUNT];
                 lanes[..from.len()].copy_from_slice(from);
-                lanes
+                Self::from_array(lanes)
             }
-        })
+        }
     }
 
     /// Writes the lanes to the start of `to`; where it is shorter only as many as it holds.
@@ -171,14 +223,14 @@ impl Lanes {
 
     /// [`tanh`] of every lane.
     #[inline(always)]
-    pub(crate) fn tanh(self) -> Self {
-        self.map(tanh)
+    pub(crate) fn tanh<F: Fusion>(self) -> Self {
+        self.map(tanh::<F>)
     }
 
     /// [`sigmoid`] of every lane.
     #[inline(always)]
-    pub(crate) fn sigmoid(self) -> Self {
-        self.map(sigmoid)
+    pub(crate) fn sigmoid<F: Fusion>(self) -> Self {
+        self.map(sigmoid::<F>)
     }
 
     #[inline(always)]
@@ -306,10 +358,14 @@ mod tests {
             println!("{name}: at most {error:.3} ULP, at {x:e} ({:#x})", x.to_bits());
             assert!(error <= bound, "{name}: {error:.3} ULP at {x:e}, bound {bound}");
         };
-        within("exp", worst(exp, f64::exp, stride), 1.0);
+        let logistic: fn(f64) -> f64 = |x| 1.0 / (1.0 + (-x).exp());
         within("log", worst(log, f64::ln, stride), 1.0);
-        within("tanh", worst(tanh, f64::tanh, stride), 1.5);
-        within("sigmoid", worst(sigmoid, |x| 1.0 / (1.0 + (-x).exp()), stride), 2.5);
+        within("exp", worst(exp::<Apart>, f64::exp, stride), 1.0);
+        within("exp, fused", worst(exp::<Fused>, f64::exp, stride), 1.0);
+        within("tanh", worst(tanh::<Apart>, f64::tanh, stride), 1.5);
+        within("tanh, fused", worst(tanh::<Fused>, f64::tanh, stride), 1.5);
+        within("sigmoid", worst(sigmoid::<Apart>, logistic, stride), 2.5);
+        within("sigmoid, fused", worst(sigmoid::<Fused>, logistic, stride), 2.5);
     }
 
     #[test]
@@ -326,14 +382,19 @@ mod tests {
 
     #[test]
     fn limits_and_signs_of_zero() {
+        limits::<Apart>();
+        limits::<Fused>();
+    }
+
+    fn limits<F: Fusion>() {
         let inf = f32::INFINITY;
         let same = |got: f32, want: f32| assert_eq!(got.to_bits(), want.to_bits(), "{got:e}, not {want:e}");
         for (x, want) in [(0.0, 1.0), (-0.0, 1.0), (inf, inf), (-inf, 0.0), (88.722_83, 3.402_798_6e38), (88.722_84, inf)] {
-            same(exp(x), want);
+            same(exp::<F>(x), want);
         }
         for x in [-87.336_55, -104.0, f32::MIN] {
-            same(exp(x), 0.0);
-            same(sigmoid(x), 0.0);
+            same(exp::<F>(x), 0.0);
+            same(sigmoid::<F>(x), 0.0);
         }
         for (x, want) in [(0.0, -inf), (-0.0, -inf), (1.0, 0.0), (inf, inf)] {
             same(log(x), want);
@@ -341,11 +402,11 @@ mod tests {
         // The smallest denormal number.
         same(log(f32::from_bits(1)), -103.278_93);
         for (x, want) in [(0.0, 0.0), (1e-40, 1e-40), (1e-10, 1e-10), (9.02, 1.0), (100.0, 1.0), (f32::MAX, 1.0), (inf, 1.0)] {
-            same(tanh(x), want);
-            same(tanh(-x), -want);
+            same(tanh::<F>(x), want);
+            same(tanh::<F>(-x), -want);
         }
         for (x, want) in [(0.0, 0.5), (-0.0, 0.5), (100.0, 1.0), (-100.0, 0.0), (inf, 1.0), (-inf, 0.0)] {
-            same(sigmoid(x), want);
+            same(sigmoid::<F>(x), want);
         }
     }
 
@@ -353,7 +414,8 @@ mod tests {
     fn nan_stays_nan() {
         for bits in [0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 0xff80_0001, 0x7fff_ffff, 0xffff_ffff] {
             let nan = f32::from_bits(bits);
-            assert!([exp, log, tanh, sigmoid].iter().all(|f| f(nan).is_nan()), "{bits:#x}");
+            assert!([exp::<Fused>, tanh::<Fused>, sigmoid::<Fused>].iter().all(|f| f(nan).is_nan()), "{bits:#x}, fused");
+            assert!([exp::<Apart>, log, tanh::<Apart>, sigmoid::<Apart>].iter().all(|f| f(nan).is_nan()), "{bits:#x}");
         }
         assert!(log(-1.0).is_nan() && log(f32::NEG_INFINITY).is_nan() && log(-1e-40).is_nan());
     }
@@ -371,8 +433,8 @@ mod tests {
             assert_eq!((a * b).to_array()[i], x * 1.25);
             assert_eq!((b / a).to_array()[i], 1.25 / x);
             assert_eq!((-a).to_array()[i], -x);
-            assert_eq!(a.tanh().to_array()[i], tanh(x));
-            assert_eq!(a.sigmoid().to_array()[i], sigmoid(x));
+            assert_eq!(a.tanh::<Fused>().to_array()[i], tanh::<Fused>(x));
+            assert_eq!(a.sigmoid::<Fused>().to_array()[i], sigmoid::<Fused>(x));
         }
     }
 

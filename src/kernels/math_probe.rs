@@ -1,6 +1,7 @@
 //! The elementary functions as a kernel of their own, so that they can be measured on an adapter.
 
-use super::{READ, READ_WRITE, grid, math};
+use super::math::{self, Apart};
+use super::{READ, READ_WRITE, grid};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
 use crate::error::Result;
@@ -30,10 +31,10 @@ pub(crate) struct Function {
 
 /// In the order of the shader's `function`.
 pub(crate) const FUNCTIONS: [Function; 4] = [
-    Function { name: "exp", native: math::exp, exact: f64::exp },
+    Function { name: "exp", native: math::exp::<Apart>, exact: f64::exp },
     Function { name: "log", native: math::log, exact: f64::ln },
-    Function { name: "tanh", native: math::tanh, exact: f64::tanh },
-    Function { name: "sigmoid", native: math::sigmoid, exact: |x| 1.0 / (1.0 + (-x).exp()) },
+    Function { name: "tanh", native: math::tanh::<Apart>, exact: f64::tanh },
+    Function { name: "sigmoid", native: math::sigmoid::<Apart>, exact: |x| 1.0 / (1.0 + (-x).exp()) },
 ];
 
 /// `y[i] = f(x[i])` for `FUNCTIONS[function]`.

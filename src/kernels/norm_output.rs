@@ -4,7 +4,7 @@ use super::activation::Activation;
 use super::cell_contract::activation_constants;
 use super::gemm::Matrix;
 use super::layer_norm::Norm;
-use super::math::Lanes;
+use super::math::{Apart, Lanes};
 use super::sweep::{Buffers, Plan, Step};
 use super::{READ, READ_WRITE, grid};
 use crate::backend::{Kernel, params};
@@ -81,7 +81,7 @@ impl StateNorm<'_> {
                     let is_valid = plan.is_valid(t, row);
                     if is_valid {
                         for (h, value) in states.chunks_mut(Lanes::COUNT).zip(values.chunks(Lanes::COUNT)) {
-                            (Lanes::load(h) * self.activation.apply(Lanes::load(value))).store(h);
+                            (Lanes::load(h) * self.activation.apply::<Apart>(Lanes::load(value))).store(h);
                         }
                     }
                     if let Some(y) = &mut y {
@@ -126,7 +126,7 @@ impl StateNorm<'_> {
                     let o = slots[((t * rows + row) * SLOTS + O) * hidden..][..hidden].chunks(Lanes::COUNT);
                     let gradients = dstates.chunks_mut(Lanes::COUNT).zip(dvalues.chunks_mut(Lanes::COUNT));
                     for (((d, dvalue), value), o) in gradients.zip(values).zip(o) {
-                        let (dh, value) = (Lanes::load(d), self.activation.apply(Lanes::load(value)));
+                        let (dh, value) = (Lanes::load(d), self.activation.apply::<Apart>(Lanes::load(value)));
                         (dh * Lanes::load(o) * self.activation.slope(value)).store(dvalue);
                         (dh * value).store(d);
                     }

@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
-use super::math::Lanes;
+use super::math::{Apart, Fused, Fusion, Lanes, fuses};
 use super::product::{BAND, PANEL, PanelProduct, ROWS, Rows, Sums, cut, pack_panel};
 use super::sweep::{Buffers, Inputs, Plan, Step};
 use crate::backend::native::{Member, Scratch, Shared, for_parts, team, threads};
@@ -30,9 +30,10 @@ use crate::tensor::Tensor;
 
 /// A sweep of less work than this, in multiply-adds, runs on one thread.
 const PARALLEL: usize = 1 << 22;
-/// A step of less work than this, some ten microseconds, is not worth a meeting of threads: where other programs want the cores,
-/// each may have to wait for its turn on one.
-const MEETING: usize = 1 << 19;
+/// A member of a team that meets at every step has at least this much work in one, about a microsecond.
+const MEETING: usize = 1 << 15;
+/// From such a step on, some ten microseconds, a team is worth it even where other programs want the cores.
+const LASTING: usize = 1 << 19;
 /// What a gate's functions cost, in multiply-adds.
 const GATE: usize = 32;
 /// Numbers of the weights that every thread may read at every step: 8 MB of them, a part of the cache that all share.
@@ -61,10 +62,8 @@ impl Plan<'_> {
             work((0, self.rows), Member::ALONE);
         } else if !whole && gates * width <= SHARED && self.rows >= ROWS * threads() {
             for_parts(self.rows, threads(), |first, count| work((first, count), Member::ALONE));
-        } else if step < MEETING {
-            work((0, self.rows), Member::ALONE);
         } else {
-            team(threads().min(panels), |member| work((0, self.rows), member));
+            team(panels.min(step / MEETING), step < LASTING, |member| work((0, self.rows), member));
         }
     }
 
@@ -195,7 +194,26 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
-        let Self { plan, steps, rows: (first, count), member, input, recurrent, states, .. } = self;
+        match (fuses::<S>(), self.cell.is_plain()) {
+            (true, true) => self.run::<S, Fused, true>(simd),
+            (true, false) => self.run::<S, Fused, false>(simd),
+            (false, true) => self.run::<S, Apart, true>(simd),
+            (false, false) => self.run::<S, Apart, false>(simd),
+        }
+    }
+}
+
+/// The unit parameters of `width` units from `at` on.
+#[inline(always)]
+fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): (usize, usize)) -> C::Unit {
+    let count = cell.unit_params();
+    C::Unit::from_fn(|i| if i < count { Lanes::load(&unit[i * hidden + at..][..width]) } else { Lanes::splat(0.0) })
+}
+
+impl<C: CellKernel> ForwardSweep<'_, C> {
+    #[inline(always)]
+    fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
+        let Self { plan, steps, rows: (first, count), mut member, input, recurrent, states, .. } = self;
         let (rows, hidden) = (plan.rows, plan.hidden);
         let (gates, units) = (C::Pre::LEN, panel_units::<C>());
         let width = gates * units;
@@ -220,114 +238,132 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
                         let (a, panel) = (Rows::Apart(h, hidden), (weights, width));
                         simd.vectorize(PanelProduct { sizes, a, panel, sums, fresh: true });
                     }
-                    for row in 0..count {
-                        for block in 0..units / LANES {
-                            let at = panel * units + block * LANES;
-                            if at >= hidden {
-                                break;
+                    for block in 0..units / LANES {
+                        let at = panel * units + block * LANES;
+                        if at >= hidden {
+                            break;
+                        }
+                        let (x, r) = (&mut inputs.0[block * gates * LANES..], &mut sums.0[block * gates * LANES..]);
+                        let place = (at, LANES.min(hidden - at));
+                        if let Input::Slots = input {
+                            self.take_slots(*t, (first, count), place, (x, width));
+                        }
+                        if let Recurrent::Product(product) = recurrent {
+                            for row in 0..count {
+                                let gate = |gate| &product[((first + row) * gates + gate) * hidden + at..][..place.1];
+                                (0..gates).for_each(|g| r[row * width + g * LANES..][..place.1].copy_from_slice(gate(g)));
                             }
-                            let own = row * width + block * gates * LANES;
-                            let x = match input {
-                                Input::Slots => None,
-                                Input::Weights { .. } => Some(&inputs.0[own..]),
-                            };
-                            let r = match recurrent {
-                                Recurrent::Nothing => (&[][..], 0),
-                                Recurrent::Weights(_) => (&sums.0[own..], LANES),
-                                Recurrent::Product(product) => (&product[(first + row) * gates * hidden + at..], hidden),
-                            };
-                            // The width of full blocks is a constant in the inlined call: their loads and stores are single
-                            // instructions.
-                            match hidden - at {
-                                LANES.. => self.units(*step, (first + row, at, LANES), x, r),
-                                width => self.units(*step, (first + row, at, width), x, r),
-                            }
+                        }
+                        // The width of full blocks is a constant in the inlined call: their loads and stores are single
+                        // instructions.
+                        match place {
+                            (at, LANES) => self.units::<F, PLAIN>(*step, (first, count), (at, LANES), (x, r, width)),
+                            place => self.units::<F, PLAIN>(*step, (first, count), place, (x, r, width)),
                         }
                     }
                 }
             }
-            if C::PRODUCT {
-                member.wait();
+            if C::PRODUCT && !member.wait() {
+                return;
             }
         }
     }
-}
 
-/// The unit parameters of `width` units from `at` on.
-#[inline(always)]
-fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): (usize, usize)) -> C::Unit {
-    let count = cell.unit_params();
-    C::Unit::from_fn(|i| if i < count { Lanes::load(&unit[i * hidden + at..][..width]) } else { Lanes::splat(0.0) })
-}
-
-impl<C: CellKernel> ForwardSweep<'_, C> {
-    /// `width` units of a row from unit `at` on. `x`: their input parts, sixteen of each gate, where they are not in the slots;
-    /// `r`: the recurrent ones, with what lies between two gates.
+    /// Copies input parts of some rows from the slots to where products are, rows `to.1` apart.
     #[inline(always)]
-    fn units(
+    fn take_slots(&self, t: usize, (first, count): (usize, usize), (at, width): (usize, usize), to: (&mut [f32], usize)) {
+        let (gates, hidden) = (C::Pre::LEN, self.plan.hidden);
+        for row in 0..count {
+            let line = (t * self.plan.rows + first + row) * C::Slots::LEN;
+            for gate in 0..gates {
+                // SAFETY: units of a row that this thread owns.
+                let from = unsafe { self.slots.read((line + gate) * hidden + at, width) };
+                to.0[row * to.1 + gate * LANES..][..width].copy_from_slice(from);
+            }
+        }
+    }
+
+    /// `width` units of some rows, from unit `at` on. Of all their gates, sixteen numbers each: the input and the recurrent parts, and
+    /// how far rows are apart.
+    #[inline(always)]
+    fn units<F: Fusion, const PLAIN: bool>(
         &self,
         (t, before, after): Step,
-        (row, at, width): (usize, usize, usize),
-        x: Option<&[f32]>,
-        (r, stride): (&[f32], usize),
+        (first, count): (usize, usize),
+        (at, width): (usize, usize),
+        (x, r, stride): (&[f32], &[f32], usize),
     ) {
-        let Self { cell, plan, depth, input, unit, slots, states, y, .. } = self;
+        let Self { cell, plan, depth, unit, slots, states, y, keep, .. } = *self;
         let (rows, hidden) = (plan.rows, plan.hidden);
-        let state_at = |s: usize, slot: usize| ((s * depth + slot) * rows + row) * hidden + at;
-        // SAFETY: here and below: units of a row that this thread owns, and no two slices overlap; the states before are read only.
-        let previous = C::State::from_fn(|s| Lanes::load(unsafe { states.read(state_at(s, before), width) }));
-        let line = t * rows + row;
-        // SAFETY: as above.
-        let slot = |s: usize| unsafe { slots.slice((line * C::Slots::LEN + s) * hidden + at, width) };
-        if !plan.is_valid(t, row) {
-            if self.keep && !matches!(input, Input::Slots) {
-                (0..C::Slots::LEN).for_each(|s| slot(s).fill(0.0));
+        let state = |slot: usize| {
+            let planes = [C::State::LEN, depth * rows * hidden];
+            states.part((slot * rows + first) * hidden + at, [count, hidden], planes, width)
+        };
+        let (previous, next) = (state(before), state(after));
+        let (line, planes) = (t * rows + first, [if keep { C::Slots::LEN } else { 0 }, hidden]);
+        let slots = slots.part(line * C::Slots::LEN * hidden + at, [count, C::Slots::LEN * hidden], planes, width);
+        let planes = [usize::from(plan.output), 0];
+        let y = y.part(line * plan.y_stride + plan.y_offset + at, [count, plan.y_stride], planes, width);
+        let p = load_unit(&cell, unit, hidden, (at, width));
+        let lengths = plan.lengths.map(|lengths| &lengths.host()[first..][..count]);
+        let holds = plan.zoneout != [0.0; 2];
+        for row in 0..count {
+            let mut before = C::State::from_fn(|_| Lanes::splat(0.0));
+            for (s, lanes) in before.lanes_mut().iter_mut().enumerate() {
+                // SAFETY: here and below: units of rows that this thread owns, and no two slices overlap; the states before are
+                // read only.
+                *lanes = Lanes::load(unsafe { previous.read(row, s) });
+            }
+            if lengths.is_some_and(|lengths| t >= lengths[row] as usize) {
+                if keep {
+                    // SAFETY: as above.
+                    (0..C::Slots::LEN).for_each(|s| unsafe { slots.slice(row, s) }.fill(0.0));
+                }
+                if plan.output {
+                    // SAFETY: as above.
+                    unsafe { y.slice(row, 0) }.fill(0.0);
+                }
+                for (s, value) in before.lanes().iter().enumerate() {
+                    // SAFETY: as above.
+                    value.store(unsafe { next.slice(row, s) });
+                }
+                continue;
+            }
+            let site = plan.site(t, first + row, at);
+            let r = if C::PRODUCT { load_gates(&r[row * stride..]) } else { C::Pre::from_fn(|_| Lanes::splat(0.0)) };
+            let (mut state, saved) = cell.forward::<F, PLAIN>(site, load_gates(&x[row * stride..]), r, before, p);
+            if holds {
+                for (s, (state, before)) in state.lanes_mut().iter_mut().zip(before.lanes()).enumerate() {
+                    let k = plan.held(site, s);
+                    *state = k * *before + (Lanes::splat(1.0) - k) * *state;
+                }
+            }
+            for (s, value) in state.lanes().iter().enumerate() {
+                // SAFETY: as above.
+                value.store(unsafe { next.slice(row, s) });
+            }
+            if keep {
+                for (s, value) in saved.lanes().iter().enumerate() {
+                    // SAFETY: as above.
+                    value.store(unsafe { slots.slice(row, s) });
+                }
             }
             if plan.output {
                 // SAFETY: as above.
-                unsafe { y.slice(line * plan.y_stride + plan.y_offset + at, width) }.fill(0.0);
+                state.lanes()[0].store(unsafe { y.slice(row, 0) });
             }
-            for (s, value) in previous.lanes().iter().enumerate() {
-                // SAFETY: as above.
-                value.store(unsafe { states.slice(state_at(s, after), width) });
-            }
-            return;
-        }
-        // Not by closures, which may become calls: those would hand the vectors on through memory, in pieces.
-        let mut x_part = C::Pre::from_fn(|_| Lanes::splat(0.0));
-        for (g, lanes) in x_part.lanes_mut().iter_mut().enumerate() {
-            *lanes = match x {
-                Some(x) => Lanes::load(&x[g * LANES..][..width]),
-                None => Lanes::load(slot(g)),
-            };
-        }
-        let mut r_part = C::Pre::from_fn(|_| Lanes::splat(0.0));
-        if C::PRODUCT {
-            for (g, lanes) in r_part.lanes_mut().iter_mut().enumerate() {
-                *lanes = Lanes::load(&r[g * stride..][..width]);
-            }
-        }
-        let p = load_unit(cell, unit, hidden, (at, width));
-        let site = plan.site(t, row, at);
-        let (mut state, saved) = cell.forward(site, x_part, r_part, previous, p);
-        if plan.zoneout != [0.0; 2] {
-            for (s, (state, previous)) in state.lanes_mut().iter_mut().zip(previous.lanes()).enumerate() {
-                let k = plan.held(site, s);
-                *state = k * *previous + (Lanes::splat(1.0) - k) * *state;
-            }
-        }
-        for (s, value) in state.lanes().iter().enumerate() {
-            // SAFETY: as above.
-            value.store(unsafe { states.slice(state_at(s, after), width) });
-        }
-        for (s, value) in saved.lanes().iter().enumerate().filter(|_| self.keep) {
-            value.store(slot(s));
-        }
-        if plan.output {
-            // SAFETY: as above.
-            state.lanes()[0].store(unsafe { y.slice(line * plan.y_stride + plan.y_offset + at, width) });
         }
     }
+}
+
+/// Sixteen numbers of each gate. Not by a closure, which may become a call: that would hand the vectors on through memory.
+#[inline(always)]
+fn load_gates<P: Block>(from: &[f32]) -> P {
+    let mut gates = P::from_fn(|_| Lanes::splat(0.0));
+    for (lanes, from) in gates.lanes_mut().iter_mut().zip(from[..P::LEN * LANES].chunks_exact(LANES)) {
+        *lanes = Lanes::load(from);
+    }
+    gates
 }
 
 /// See [`super::sweep_step::forward`] and [`super::sweep_step::forward_split`], which gives one step and the product of its h.
@@ -408,7 +444,22 @@ impl<C: CellKernel> pulp::WithSimd for BackwardSweep<'_, C> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
-        let Self { plan, steps, rows: (first, count), member, panels: Panels { columns, .. }, .. } = self;
+        match (fuses::<S>(), self.cell.is_plain()) {
+            (true, true) => self.run::<S, Fused, true>(simd),
+            (true, false) => self.run::<S, Fused, false>(simd),
+            (false, true) => self.run::<S, Apart, true>(simd),
+            (false, false) => self.run::<S, Apart, false>(simd),
+        }
+    }
+}
+
+/// What came back through W_hh to some rows: the step that it came from, and the numbers, with what is from one row to the next.
+type Arrived<'a> = (usize, &'a [f32], usize);
+
+impl<C: CellKernel> BackwardSweep<'_, C> {
+    #[inline(always)]
+    fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
+        let Self { plan, steps, rows: (first, count), mut member, panels: Panels { columns, .. }, .. } = self;
         let hidden = plan.hidden;
         let mut products = Sums::ZERO;
         // Once more than there are steps: the product of the last one handled, for the gradient of the initial state.
@@ -417,34 +468,28 @@ impl<C: CellKernel> pulp::WithSimd for BackwardSweep<'_, C> {
             for panel in in_turn(member.share(hidden.div_ceil(columns)), n) {
                 let width = columns.min((hidden - panel * columns).next_multiple_of(LANES));
                 for (from, count) in cut(count, BAND) {
-                    let first = first + from;
+                    let part = (first + from, count);
                     if let Some(t) = later {
-                        self.multiply(simd, t, (first, count), (panel, width), &mut products.0);
+                        self.multiply(simd, t, part, (panel, width), &mut products.0);
                     }
-                    for row in 0..count {
-                        for block in (0..width).step_by(LANES) {
-                            let (row, at) = (first + row, panel * columns + block);
-                            let product = &products.0[(row - first) * width + block..];
-                            // Past a row's end there are no gradients to come back.
-                            let product = later.filter(|t| plan.is_valid(*t, row)).map(|_| Lanes::load(product));
-                            match (steps.get(n), LANES.min(hidden - at)) {
-                                (Some(step), LANES) => self.units(*step, (row, at, LANES), product),
-                                (Some(step), width) => self.units(*step, (row, at, width), product),
-                                (None, width) => self.arrive((row, at, width), product),
-                            }
+                    for block in (0..width).step_by(LANES) {
+                        let at = panel * columns + block;
+                        let arrived = later.map(|t| (t, &products.0[block..], width));
+                        match (steps.get(n), hidden - at) {
+                            (Some(step), LANES..) => self.units::<F, PLAIN>(*step, part, (at, LANES), arrived),
+                            (Some(step), width) => self.units::<F, PLAIN>(*step, part, (at, width), arrived),
+                            (None, width) => self.arrive(part, (at, width.min(LANES)), arrived),
                         }
                     }
                 }
             }
             // Without products units never meet.
-            if self.products {
-                member.wait();
+            if self.products && !member.wait() {
+                return;
             }
         }
     }
-}
 
-impl<C: CellKernel> BackwardSweep<'_, C> {
     /// `[count, width]`: what goes back from step `t` through W_hh to the units of a panel.
     #[inline(always)]
     fn multiply<S: pulp::Simd>(
@@ -469,85 +514,129 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
         }
     }
 
+    /// What came through the product to a row: nothing past its end.
+    #[inline(always)]
+    fn arrived(&self, row: usize, first: usize, arrived: Option<Arrived<'_>>) -> Option<Lanes> {
+        let (t, products, stride) = arrived?;
+        self.plan.is_valid(t, first + row).then(|| Lanes::load(&products[row * stride..]))
+    }
+
     /// Adds what came through the product to the gradient of h.
     #[inline(always)]
-    fn arrive(&self, (row, at, width): (usize, usize, usize), product: Option<Lanes>) {
-        if let Some(product) = product {
-            // SAFETY: units of a row that this thread owns.
-            let dh = unsafe { self.dstates.slice(row * self.plan.hidden + at, width) };
-            (Lanes::load(dh) + product).store(dh);
+    fn arrive(&self, (first, count): (usize, usize), (at, width): (usize, usize), arrived: Option<Arrived<'_>>) {
+        let dh = self.dstates.part(first * self.plan.hidden + at, [count, self.plan.hidden], [1, 0], width);
+        for row in 0..count {
+            if let Some(product) = self.arrived(row, first, arrived) {
+                // SAFETY: units of a row that this thread owns.
+                let dh = unsafe { dh.slice(row, 0) };
+                (Lanes::load(dh) + product).store(dh);
+            }
         }
     }
 
-    /// `width` units of a row from unit `at` on; `product`: what comes back through W_hh.
+    /// `width` units of some rows, from unit `at` on.
     #[inline(always)]
-    fn units(&self, (t, before, _): Step, (row, at, width): (usize, usize, usize), product: Option<Lanes>) {
-        let Self { cell, plan, unit, states, dy, slots, dstates, flow, sums, .. } = self;
+    fn units<F: Fusion, const PLAIN: bool>(
+        &self,
+        (t, before, _): Step,
+        (first, count): (usize, usize),
+        (at, width): (usize, usize),
+        arrived: Option<Arrived<'_>>,
+    ) {
+        let Self { cell, plan, unit, states, dy, slots, dstates, flow, sums, .. } = *self;
         let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.steps + 1);
-        let line = t * rows + row;
-        // SAFETY: here and below: units of a row that this thread owns, and no two slices overlap.
-        let slot = |s: usize| unsafe { slots.slice((line * C::Slots::LEN + s) * hidden + at, width) };
-        // SAFETY: as above.
-        let flow = |s: usize| unsafe { flow.slice(((t * C::State::LEN + s) * rows + row) * hidden + at, width) };
-        // SAFETY: as above.
-        let dstate = |s: usize| unsafe { dstates.slice((s * rows + row) * hidden + at, width) };
-        if !plan.is_valid(t, row) {
-            self.arrive((row, at, width), product);
-            (0..C::Slots::LEN).for_each(|s| slot(s).fill(0.0));
-            if plan.flow {
-                (0..C::State::LEN).for_each(|s| flow(s).fill(0.0));
-            }
-            return;
-        }
-        let saved = C::Slots::from_fn(|s| Lanes::load(slot(s)));
-        let p = load_unit(cell, unit, hidden, (at, width));
-        let previous = C::State::from_fn(|s| Lanes::load(&states[((s * depth + before) * rows + row) * hidden + at..][..width]));
-        let mut clipped = Lanes::splat(0.0);
-        let mut d = C::State::from_fn(|s| Lanes::load(dstate(s)));
-        if let Some(product) = product {
-            d.lanes_mut()[0] += product;
-        }
-        if plan.clip > 0.0 {
-            for d in d.lanes_mut() {
-                clipped += d.map(|d| f32::from(d.abs() > plan.clip));
-                *d = clip_to(plan.clip, *d);
-            }
-        }
-        if plan.output {
-            d.lanes_mut()[0] += Lanes::load(&dy[line * plan.y_stride + plan.y_offset + at..][..width]);
-        }
-        let site = plan.site(t, row, at);
+        let line = t * rows + first;
+        let slots =
+            slots.part(line * C::Slots::LEN * hidden + at, [count, C::Slots::LEN * hidden], [C::Slots::LEN, hidden], width);
+        let planes = [C::State::LEN, rows * hidden];
+        let dstates = dstates.part(first * hidden + at, [count, hidden], planes, width);
+        let flows = if plan.flow { count } else { 0 };
+        let flow = flow.part((t * C::State::LEN * rows + first) * hidden + at, [flows, hidden], planes, width);
+        let summed = if plan.sums(&cell) { cell.extras() + 1 } else { 0 };
+        let sums = sums.part(at, [1, 0], [summed, hidden], width);
+        let p = load_unit(&cell, unit, hidden, (at, width));
         let holds = plan.zoneout != [0.0; 2];
-        // The gradient of what was held back passes the cell by.
-        let mut held = C::State::from_fn(|_| Lanes::splat(0.0));
-        if holds {
-            for (s, (held, d)) in held.lanes_mut().iter_mut().zip(d.lanes()).enumerate() {
-                *held = plan.held(site, s) * *d;
+        for row in 0..count {
+            let product = self.arrived(row, first, arrived);
+            if !plan.is_valid(t, first + row) {
+                if let Some(product) = product {
+                    // SAFETY: here and below: units of rows that this thread owns, and no two slices overlap.
+                    let dh = unsafe { dstates.slice(row, 0) };
+                    (Lanes::load(dh) + product).store(dh);
+                }
+                // SAFETY: as above.
+                (0..C::Slots::LEN).for_each(|s| unsafe { slots.slice(row, s) }.fill(0.0));
+                if plan.flow {
+                    // SAFETY: as above.
+                    (0..C::State::LEN).for_each(|s| unsafe { flow.slice(row, s) }.fill(0.0));
+                }
+                continue;
             }
-        }
-        if plan.flow {
-            // What was held back goes into nothing else of its step.
-            let totals = if holds { d } else { cell.totals(saved, previous, p, d) };
-            for (s, value) in totals.lanes().iter().enumerate() {
-                value.store(flow(s));
+            let mut saved = C::Slots::from_fn(|_| Lanes::splat(0.0));
+            for (s, lanes) in saved.lanes_mut().iter_mut().enumerate() {
+                // SAFETY: as above.
+                *lanes = Lanes::load(unsafe { slots.read(row, s) });
             }
-        }
-        for (d, held) in d.lanes_mut().iter_mut().zip(held.lanes()) {
-            *d = *d - *held;
-        }
-        let Backward { slots: gradients, previous: direct, unit: dunit } = cell.backward(site, saved, previous, p, d);
-        for (s, value) in gradients.lanes().iter().enumerate() {
-            value.store(slot(s));
-        }
-        for (s, value) in direct.lanes().iter().enumerate() {
-            let value = if holds { *value + held.lanes()[s] } else { *value };
-            value.store(dstate(s));
-        }
-        if plan.sums(cell) {
-            for (line, value) in dunit.lanes()[C::BIASES..].iter().take(cell.extras()).chain([&clipped]).enumerate() {
-                // SAFETY: as above: with sums, threads share units and not rows.
-                let sum = unsafe { sums.slice(line * hidden + at, width) };
-                (Lanes::load(sum) + *value).store(sum);
+            let mut previous = C::State::from_fn(|_| Lanes::splat(0.0));
+            for (s, lanes) in previous.lanes_mut().iter_mut().enumerate() {
+                *lanes = Lanes::load(&states[((s * depth + before) * rows + first + row) * hidden + at..][..width]);
+            }
+            let mut clipped = Lanes::splat(0.0);
+            let mut d = C::State::from_fn(|_| Lanes::splat(0.0));
+            for (s, lanes) in d.lanes_mut().iter_mut().enumerate() {
+                // SAFETY: as above.
+                *lanes = Lanes::load(unsafe { dstates.read(row, s) });
+            }
+            if let Some(product) = product {
+                d.lanes_mut()[0] += product;
+            }
+            if plan.clip > 0.0 {
+                for d in d.lanes_mut() {
+                    clipped += d.map(|d| f32::from(d.abs() > plan.clip));
+                    *d = clip_to(plan.clip, *d);
+                }
+            }
+            if plan.output {
+                d.lanes_mut()[0] += Lanes::load(&dy[(line + row) * plan.y_stride + plan.y_offset + at..][..width]);
+            }
+            let site = plan.site(t, first + row, at);
+            // The gradient of what was held back passes the cell by.
+            let mut held = C::State::from_fn(|_| Lanes::splat(0.0));
+            if holds {
+                for (s, (held, d)) in held.lanes_mut().iter_mut().zip(d.lanes()).enumerate() {
+                    *held = plan.held(site, s) * *d;
+                }
+            }
+            if plan.flow {
+                // What was held back goes into nothing else of its step.
+                let totals = if holds { d } else { cell.totals::<F>(saved, previous, p, d) };
+                for (s, value) in totals.lanes().iter().enumerate() {
+                    // SAFETY: as above.
+                    value.store(unsafe { flow.slice(row, s) });
+                }
+            }
+            if holds {
+                for (d, held) in d.lanes_mut().iter_mut().zip(held.lanes()) {
+                    *d = *d - *held;
+                }
+            }
+            let Backward { slots: gradients, previous: direct, unit: dunit } =
+                cell.backward::<F, PLAIN>(site, saved, previous, p, d);
+            for (s, value) in gradients.lanes().iter().enumerate() {
+                // SAFETY: as above.
+                value.store(unsafe { slots.slice(row, s) });
+            }
+            for (s, value) in direct.lanes().iter().enumerate() {
+                let value = if holds { *value + held.lanes()[s] } else { *value };
+                // SAFETY: as above.
+                value.store(unsafe { dstates.slice(row, s) });
+            }
+            if summed > 0 {
+                for (line, value) in dunit.lanes()[C::BIASES..].iter().take(cell.extras()).chain([&clipped]).enumerate() {
+                    // SAFETY: as above: with sums, threads share units and not rows.
+                    let sum = unsafe { sums.slice(0, line) };
+                    (Lanes::load(sum) + *value).store(sum);
+                }
             }
         }
     }
