@@ -98,6 +98,9 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     const BIASES: usize;
     /// Whether there is a recurrent product at all.
     const PRODUCT: bool;
+    /// Whether [`Self::forward`] and [`Self::backward`] have code of their own for a cell that `PLAIN` says to be without options: one run of
+    /// vector code. Around the calls that options need all vectors would be saved, in each turn of a loop that makes none.
+    const HAS_PLAIN: bool = false;
     /// The cell on the GPU.
     const KERNELS: &'static StepKernels;
     /// The same with the loop over time inside the kernel.
@@ -107,8 +110,7 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
     const SCAN: Option<&'static ScanKernels> = None;
 
-    /// Whether [`Self::forward`] and [`Self::backward`] may be told that the cell is `PLAIN`: without options, so that each is one run of
-    /// vector code. Around the calls that options need, all vectors would be saved, in each turn of a loop that makes none.
+    /// Whether this cell [`Self::HAS_PLAIN`] code and needs no more.
     fn is_plain(&self) -> bool {
         false
     }

@@ -61,6 +61,7 @@ impl CellKernel for GruCell {
 
     const BIASES: usize = 3;
     const PRODUCT: bool = true;
+    const HAS_PLAIN: bool = true;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);

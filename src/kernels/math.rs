@@ -56,7 +56,7 @@ pub(super) fn on_lanes(work: impl OnLanes) {
 
         #[inline(always)]
         fn with_simd<S: pulp::Simd>(self, _: S) {
-            if fuses::<S>() { self.0.run::<Fused>() } else { self.0.run::<Apart>() }
+            if const { fuses::<S>() } { self.0.run::<Fused>() } else { self.0.run::<Apart>() }
         }
     }
     pulp::Arch::new().dispatch(Dispatched(work));

@@ -194,12 +194,8 @@ impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
-        match (fuses::<S>(), self.cell.is_plain()) {
-            (true, true) => self.run::<S, Fused, true>(simd),
-            (true, false) => self.run::<S, Fused, false>(simd),
-            (false, true) => self.run::<S, Apart, true>(simd),
-            (false, false) => self.run::<S, Apart, false>(simd),
-        }
+        // Constants, so that no code is made for what is not taken.
+        if const { fuses::<S>() } { self.run_with::<S, Fused>(simd) } else { self.run_with::<S, Apart>(simd) }
     }
 }
 
@@ -211,6 +207,15 @@ fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): 
 }
 
 impl<C: CellKernel> ForwardSweep<'_, C> {
+    #[inline(always)]
+    fn run_with<S: pulp::Simd, F: Fusion>(self, simd: S) {
+        if const { C::HAS_PLAIN } && self.cell.is_plain() {
+            self.run::<S, F, true>(simd);
+        } else {
+            self.run::<S, F, false>(simd);
+        }
+    }
+
     #[inline(always)]
     fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
         let Self { plan, steps, rows: (first, count), mut member, input, recurrent, states, .. } = self;
@@ -444,12 +449,8 @@ impl<C: CellKernel> pulp::WithSimd for BackwardSweep<'_, C> {
 
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, simd: S) {
-        match (fuses::<S>(), self.cell.is_plain()) {
-            (true, true) => self.run::<S, Fused, true>(simd),
-            (true, false) => self.run::<S, Fused, false>(simd),
-            (false, true) => self.run::<S, Apart, true>(simd),
-            (false, false) => self.run::<S, Apart, false>(simd),
-        }
+        // Constants, so that no code is made for what is not taken.
+        if const { fuses::<S>() } { self.run_with::<S, Fused>(simd) } else { self.run_with::<S, Apart>(simd) }
     }
 }
 
@@ -457,6 +458,15 @@ impl<C: CellKernel> pulp::WithSimd for BackwardSweep<'_, C> {
 type Arrived<'a> = (usize, &'a [f32], usize);
 
 impl<C: CellKernel> BackwardSweep<'_, C> {
+    #[inline(always)]
+    fn run_with<S: pulp::Simd, F: Fusion>(self, simd: S) {
+        if const { C::HAS_PLAIN } && self.cell.is_plain() {
+            self.run::<S, F, true>(simd);
+        } else {
+            self.run::<S, F, false>(simd);
+        }
+    }
+
     #[inline(always)]
     fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
         let Self { plan, steps, rows: (first, count), mut member, panels: Panels { columns, .. }, .. } = self;
