@@ -16,11 +16,11 @@ const DEPTH = 32u;              // k of a lane's product
 const VECTORS = DEPTH / 4u;     // the same in vectors; written out in `multiply` and below
 const MOST = 1024u / 4u;        // vectors of a line at most: H is at most 1024
 
-// The head of the exchange, before the values [steps, B, 1 or GATES, H].
+// The head of the exchange, before the values [steps, directions, B, 1 or GATES, H].
 const ALARM = 0u;               // 1: a workgroup has waited in vain, in this run or in any before it
 const PRESENT = 1u;             // a run of no steps counts in it the workgroups that run at once
 const CLOSED = 2u;              // 1: that count is over
-const PROGRESS = 16u;           // blocks of rows done by each workgroup, 256 at most
+const PROGRESS = 16u;           // blocks of rows done by each workgroup [tiles of rows, tiles of units, directions], 256 at most
 const VALUES = 512u;
 
 // A NaN that no arithmetic makes: a value is exchanged with its bits turned by these, so that it is 0 for none but this.
@@ -81,7 +81,7 @@ fn decode(word: u32) -> f32 { return bitcast<f32>(word ^ ABSENT); }
 
 // Where a value lies that goes out at step n of this run. lines: what a row brings to the product, 1 or GATES.
 fn word_at(n: u32, lines_of_row: u32, row: u32, index: u32, k: u32) -> u32 {
-    return VALUES + ((n * params.rows + row) * lines_of_row + index) * params.hidden + k;
+    return VALUES + (((n * params.directions + direction) * params.rows + row) * lines_of_row + index) * params.hidden + k;
 }
 
 // The word at `at` as soon as it is more than `less`, or what it is after some looks.
@@ -126,10 +126,13 @@ fn count_present(lane: u32, groups: u32) {
     atomicStore(&exchange[CLOSED], 1u);
 }
 
+// Where a workgroup of the grid leaves word how many blocks it has done. tile: of units and of rows.
+fn progress_at(c: Cut, tile: vec2<u32>) -> u32 { return PROGRESS + (tile.y * c.tiles + tile.x) * params.directions + direction; }
+
 // Steps that a workgroup of the grid has done for a row.
 fn steps_done(c: Cut, tile: u32, row: u32) -> u32 {
     let block = row % params.tile / c.rows;
-    return (atomicLoad(&exchange[PROGRESS + row / params.tile * c.tiles + tile]) + c.blocks - 1u - block) / c.blocks;
+    return (atomicLoad(&exchange[progress_at(c, vec2(tile, row / params.tile))]) + c.blocks - 1u - block) / c.blocks;
 }
 
 // The step that this workgroup begins with: in a rescue the first that some workgroup has not done.
@@ -163,7 +166,7 @@ fn load_vectors(c: Cut, slice: u32, v: u32, unit: u32, by_k: u32, by_gate: u32) 
     for (var g = 0u; g < GATES; g++) {
         var w: array<f32, 4>;
         for (var j = 0u; j < 4u; j++) {
-            if k[j] < params.hidden && unit < params.hidden { w[j] = weights[k[j] * by_k + g * by_gate + unit]; }
+            if k[j] < params.hidden && unit < params.hidden { w[j] = weights[first_weight() + k[j] * by_k + g * by_gate + unit]; }
         }
         resident[g * VECTORS + v] = vec4(w[0], w[1], w[2], w[3]);
     }
@@ -182,17 +185,17 @@ fn items_of_step(c: Cut) -> u32 { return select(c.blocks, c.tiles, params.rescue
 
 fn rows_of_group() -> u32 { return select(params.tile, 1u, params.rescue == 1u); }
 
-fn first_row(group: u32) -> u32 { return group * rows_of_group(); }
+fn first_row(tile: u32) -> u32 { return tile * rows_of_group(); }
 
-// Item number `at` of all steps.
-fn item_at(c: Cut, group: vec3<u32>, at: u32) -> Item {
+// Item number `at` of all steps. tile: the workgroup's.
+fn item_at(c: Cut, tile: vec2<u32>, at: u32) -> Item {
     let rescue = params.rescue == 1u;
     let index = at % items_of_step(c);
     var item: Item;
     item.n = at / items_of_step(c);
-    item.tile = select(group.x, index, rescue);
-    item.row1 = first_row(group.y) + select(index * c.rows, 0u, rescue);
-    let end = min(first_row(group.y) + rows_of_group(), params.rows);
+    item.tile = select(tile.x, index, rescue);
+    item.row1 = first_row(tile.y) + select(index * c.rows, 0u, rescue);
+    let end = min(first_row(tile.y) + rows_of_group(), params.rows);
     item.rows = min(c.rows, max(end, item.row1) - item.row1);
     return item;
 }
@@ -208,20 +211,21 @@ fn forward(
         return;
     }
     let H = params.hidden;
+    let tile = take_tile(group, groups);
     let c = cut();
     let own = share_of(c, lane);
     let rescue = params.rescue == 1u;
     let items = items_of_step(c);
-    var at = first_step_of(c, lane, first_row(group.y), params.steps) * items;
-    if !rescue { load_weights(c, own, group.x, GATES * H, H); }
+    var at = first_step_of(c, lane, first_row(tile.y), params.steps) * items;
+    if !rescue { load_weights(c, own, tile.x, GATES * H, H); }
     for (; at < params.steps * items; at++) {
-        let item = item_at(c, group, at);
+        let item = item_at(c, tile, at);
         let n = item.n;
         // The lane's, where there are such.
         let row = item.row1 + own.row;
         let unit = item.tile * c.units + own.unit;
         let is_unit = own.row < item.rows && unit < H;
-        let t = select(params.t + n, params.t - n, params.reverse == 1u);
+        let t = step_of(params.t + n);
         if rescue { load_weights(c, own, item.tile, GATES * H, H); }
         // What the cell reads is asked for before the wait.
         var x: Pre;
@@ -256,7 +260,7 @@ fn forward(
         }
         if rescue { storageBarrier(); } // the next step reads what other lanes wrote
     }
-    if !rescue && lane == 0u { atomicStore(&exchange[PROGRESS + group.y * c.tiles + group.x], at); }
+    if !rescue && lane == 0u { atomicStore(&exchange[progress_at(c, tile)], at); }
 }
 
 // A lane's words of h before the step, as far as they are there: at the first step of a run, and in a rescue, in `states`.
@@ -267,7 +271,7 @@ fn look_for_h(c: Cut, lane: u32, t: u32, n: u32, row: u32) -> vec4<u32> {
         let k = lane + j * stride;
         if lane >= stride || k >= params.hidden { continue; }
         if n == 0u || params.rescue == 1u {
-            words[j] = encode(states[(slot_before(t) * params.rows + row) * params.hidden + k]);
+            words[j] = encode(states[state_at(0u, slot_before(t), row, k)]);
         } else {
             words[j] = atomicLoad(&exchange[word_at(n - 1u, 1u, row, 0u, k)]);
         }
@@ -306,22 +310,23 @@ fn backward(
         return;
     }
     let H = params.hidden;
+    let tile = take_tile(group, groups);
     let c = cut();
     let own = share_of(c, lane);
     let rescue = params.rescue == 1u;
     let items = items_of_step(c);
     let steps = params.steps + params.finish;
-    var at = first_step_of(c, lane, first_row(group.y), steps) * items;
-    if !rescue { load_weights(c, own, group.x, H, H * H); }
+    var at = first_step_of(c, lane, first_row(tile.y), steps) * items;
+    if !rescue { load_weights(c, own, tile.x, H, H * H); }
     for (; at < steps * items; at++) {
-        let item = item_at(c, group, at);
+        let item = item_at(c, tile, at);
         let n = item.n;
         // The lane's, where there are such.
         let row = item.row1 + own.row;
         let unit = item.tile * c.units + own.unit;
         let is_unit = own.row < item.rows && unit < H;
-        let t = select(params.t - n, params.t + n, params.reverse == 1u);
-        let later = select(select(t + 1u, t - 1u, params.reverse == 1u), params.later, n == 0u);
+        let t = step_of(params.t - n);
+        let later = step_of(params.t - n + 1u);
         let recurrent = n > 0u || params.recurrent == 1u;
         if rescue { load_weights(c, own, item.tile, H, H * H); }
         var kept: Kept;
@@ -364,7 +369,7 @@ fn backward(
         }
         if rescue { storageBarrier(); }
     }
-    if !rescue && lane == 0u { atomicStore(&exchange[PROGRESS + group.y * c.tiles + group.x], at); }
+    if !rescue && lane == 0u { atomicStore(&exchange[progress_at(c, tile)], at); }
 }
 
 // As look_for_h, for the gradients of one gate's product, which lie in `slots`.

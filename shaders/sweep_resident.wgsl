@@ -28,12 +28,13 @@ fn forward(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
-    let row = (group.z * groups.y + group.y) * tile; // rows go on in z where y is full
+    let own = take_tile(group, groups);
+    let row = own.y * tile;
     let place = lane % width;
     let part = lane / width;
     // Lanes and rows past the end go along for the barriers; their results are not stored.
-    let is_unit = group.x * width + place < H && part == 0u;
-    let unit = min(group.x * width + place, H - 1u);
+    let is_unit = own.x * width + place < H && part == 0u;
+    let unit = min(own.x * width + place, H - 1u);
     if PRODUCT {
         prepare_eight();
         let k = part * DEPTH;
@@ -44,9 +45,9 @@ fn forward(
     }
     let p = load_unit(unit);
     var state: array<State, ROWS>;
-    for (var i = 0u; i < tile; i++) { state[i] = load_state(slot_before(params.t), min(row + i, params.rows - 1u), unit); }
+    for (var i = 0u; i < tile; i++) { state[i] = load_state(slot_before(step_of(params.t)), min(row + i, params.rows - 1u), unit); }
     for (var n = 0u; n < params.steps; n++) {
-        let t = select(params.t + n, params.t - n, params.reverse == 1u);
+        let t = step_of(params.t + n);
         for (var i = 0u; i < tile * GATES; i++) { sum_of[i] = 0.0; }
         if PRODUCT {
             let h = (n & 1u) * WORDS;
@@ -80,7 +81,7 @@ fn forward_load(at: u32, k: u32, unit: u32) {
     for (var j = k; j < k + 8u; j++) {
         for (var g = 0u; g < GATES; g++) {
             var w = 0.0;
-            if at + j < H && unit < H { w = weights[((at + j) * GATES + g) * H + unit]; }
+            if at + j < H && unit < H { w = weights[first_weight() + ((at + j) * GATES + g) * H + unit]; }
             resident[g * DEPTH + j] = w;
         }
     }
@@ -124,10 +125,11 @@ fn backward(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
-    let row = (group.z * groups.y + group.y) * tile;
+    let own = take_tile(group, groups);
+    let row = own.y * tile;
     let place = lane % width;
-    let is_unit = group.x * width + place < H && lane < width;
-    let unit = min(group.x * width + place, H - 1u);
+    let is_unit = own.x * width + place < H && lane < width;
+    let unit = min(own.x * width + place, H - 1u);
     // For the product a lane has a slice of all k and UNITS units, `stride` apart.
     let stride = width / UNITS;
     let depth = stride / parts; // k of a slice: 8 or 16
@@ -145,7 +147,7 @@ fn backward(
     var d: array<State, ROWS>;
     for (var i = 0u; i < tile; i++) { d[i] = load_gradient(min(row + i, params.rows - 1u), unit); }
     for (var n = 0u; n < params.steps; n++) {
-        let t = select(params.t - n, params.t + n, params.reverse == 1u);
+        let t = step_of(params.t - n);
         var dunit: Unit;
         for (var j = 0u; j < PARAMS; j++) { dunit[j] = 0.0; }
         var clipped = 0u;
@@ -201,7 +203,7 @@ fn backward_load_8(at: u32, g: u32, k: u32, first: u32, stride: u32) {
         for (var i = 0u; i < UNITS; i++) {
             let unit = first + i * stride;
             var w = 0.0;
-            if at + j < H && unit < H { w = weights[(g * H + at + j) * H + unit]; }
+            if at + j < H && unit < H { w = weights[first_weight() + (g * H + at + j) * H + unit]; }
             resident[(g * UNITS + i) * (DEPTH / UNITS) + j] = w;
         }
     }

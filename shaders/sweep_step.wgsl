@@ -1,6 +1,6 @@
-// One time step of any cell in one dispatch: the product with W_hh for a tile of rows x units, all gates, then the cell.
-// Composed with sweep_unit.wgsl, cell_contract.wgsl, one cell file and hold.wgsl. The host launches forward for each step in the
-// direction's order, backward for each step in the opposite order. Where something comes between the product and the cell (see
+// One time step of any cell in one dispatch, of one direction or both: the product with W_hh for a tile of rows x units, all gates, then
+// the cell. Composed with sweep_unit.wgsl, cell_contract.wgsl, one cell file and hold.wgsl. The host launches forward for each step in
+// the direction's order, backward for each step in the opposite order. Where something comes between the product and the cell (see
 // src/kernels/sweep_split.rs) the host launches `forward_split`, which is given the product, and backward without one.
 //
 // A lane owns one unit with all its gates and ROWS rows of the batch: 4 rows and 4 gates make 16 multiply-adds of 8 loads.
@@ -18,21 +18,22 @@ fn forward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let unit = group.x * LANES + lane;
-    let row = (group.z * groups.y + group.y) * ROWS; // rows go on in z where y is full
+    let tile = take_tile(group, groups);
+    let unit = tile.x * LANES + lane;
+    let row = tile.y * ROWS;
     let H = params.hidden;
     if unit >= H || row >= params.rows { return; }
 
     // r[gate] holds ROWS rows. Rows past the end repeat the last one; their results are not stored.
     var r: array<vec4<f32>, GATES>;
     for (var g = 0u; g < GATES; g++) { r[g] = vec4<f32>(); }
-    let h0 = slot_before(params.t) * params.rows;
+    let before = slot_before(step_of(params.t));
     let last = params.rows - 1u;
-    let at0 = (h0 + min(row, last)) * H;
-    let at1 = (h0 + min(row + 1u, last)) * H;
-    let at2 = (h0 + min(row + 2u, last)) * H;
-    let at3 = (h0 + min(row + 3u, last)) * H;
-    var w = unit;
+    let at0 = state_at(0u, before, min(row, last), 0u);
+    let at1 = state_at(0u, before, min(row + 1u, last), 0u);
+    let at2 = state_at(0u, before, min(row + 2u, last), 0u);
+    let at3 = state_at(0u, before, min(row + 3u, last), 0u);
+    var w = first_weight() + unit;
     for (var k = 0u; PRODUCT && k < H; k++) {
         let h = vec4(states[at0 + k], states[at1 + k], states[at2 + k], states[at3 + k]);
         for (var g = 0u; g < GATES; g++) { r[g] += h * weights[w + g * H]; }
@@ -54,8 +55,9 @@ fn forward_split(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let unit = group.x * LANES + lane;
-    let row = group.z * groups.y + group.y;
+    let tile = take_tile(group, groups);
+    let unit = tile.x * LANES + lane;
+    let row = tile.y;
     if unit >= params.hidden || row >= params.rows { return; }
     var product: Pre;
     for (var g = 0u; g < GATES; g++) { product[g] = products[(row * GATES + g) * params.hidden + unit]; }
@@ -63,9 +65,10 @@ fn forward_split(
 }
 
 fn step_forward(row: u32, unit: u32, r: Pre, p: Unit) {
-    let previous = load_state(slot_before(params.t), row, unit);
-    let x = load_input(params.t, row, unit);
-    store_state(slot_after(params.t), row, unit, forward_unit(params.t, row, unit, x, r, previous, p));
+    let t = step_of(params.t);
+    let previous = load_state(slot_before(t), row, unit);
+    let x = load_input(t, row, unit);
+    store_state(slot_after(t), row, unit, forward_unit(t, row, unit, x, r, previous, p));
 }
 
 // A lane owns UNITS units here, `stride` apart, because only one weight is read for each unit and k.
@@ -77,22 +80,24 @@ fn backward(
 ) {
     let H = params.hidden;
     let stride = (H + UNITS - 1u) / UNITS;
-    let unit = group.x * LANES + lane;
-    let row = (group.z * groups.y + group.y) * ROWS;
+    let tile = take_tile(group, groups);
+    let unit = tile.x * LANES + lane;
+    let row = tile.y * ROWS;
     if unit >= stride || row >= params.rows { return; }
 
     // The gradient that comes back through W_hh from the step handled before; units and rows past the end as above.
     var dh0 = vec4<f32>(); var dh1 = vec4<f32>(); var dh2 = vec4<f32>(); var dh3 = vec4<f32>();
     if PRODUCT && params.recurrent == 1u {
+        let later = step_later();
         let last = params.rows - 1u;
         let units = min(vec4(unit) + vec4(0u, 1u, 2u, 3u) * stride, vec4(H - 1u));
         for (var g = 0u; g < GATES; g++) {
             let slot = recurrent_slot(g);
-            let at0 = slot_at(params.later, row, slot, 0u);
-            let at1 = slot_at(params.later, min(row + 1u, last), slot, 0u);
-            let at2 = slot_at(params.later, min(row + 2u, last), slot, 0u);
-            let at3 = slot_at(params.later, min(row + 3u, last), slot, 0u);
-            var w = vec4(g * H * H) + units;
+            let at0 = slot_at(later, row, slot, 0u);
+            let at1 = slot_at(later, min(row + 1u, last), slot, 0u);
+            let at2 = slot_at(later, min(row + 2u, last), slot, 0u);
+            let at3 = slot_at(later, min(row + 3u, last), slot, 0u);
+            var w = vec4(first_weight() + g * H * H) + units;
             for (var k = 0u; k < H; k++) {
                 let values = vec4(weights[w.x], weights[w.y], weights[w.z], weights[w.w]);
                 dh0 += slots[at0 + k] * values; dh1 += slots[at1 + k] * values;
@@ -117,6 +122,9 @@ fn backward(
     }
 }
 
+// The step that was handled before this one; where only the product is wanted, this one.
+fn step_later() -> u32 { return step_of(params.t + 1u - params.finish); }
+
 fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> UnitBackward {
     var d = load_gradient(row, unit);
     d[0] += dh;
@@ -124,7 +132,8 @@ fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> UnitBackward {
     if params.finish == 1u {
         step.d = d;
     } else {
-        step = backward_unit(params.t, row, unit, load_kept(params.t, row, unit), d, p);
+        let t = step_of(params.t);
+        step = backward_unit(t, row, unit, load_kept(t, row, unit), d, p);
     }
     store_gradient(row, unit, step.d);
     return step;

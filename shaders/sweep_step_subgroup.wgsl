@@ -30,15 +30,17 @@ fn forward_subgroup(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let H = params.hidden;
-    let unit = group.x * TILE_UNITS + 4u * lane;
-    let row = (group.z * groups.y + group.y) * FORWARD_ROWS; // rows go on in z where y is full
+    let tile = take_tile(group, groups);
+    let unit = tile.x * TILE_UNITS + 4u * lane;
+    let row = tile.y * FORWARD_ROWS;
 
     // Rows and units past the end repeat the last ones, so that all lanes take part; their results are not stored.
     let last = params.rows - 1u;
-    let at0 = (slot_before(params.t) * params.rows + min(row + lane, last)) * H;
-    let at1 = (slot_before(params.t) * params.rows + min(row + SUBGROUP + lane, last)) * H;
+    let before = slot_before(step_of(params.t));
+    let at0 = state_at(0u, before, min(row + lane, last), 0u);
+    let at1 = state_at(0u, before, min(row + SUBGROUP + lane, last), 0u);
     let stride = H / 4u;
-    var w = min(unit, H - 4u) / 4u;
+    var w = (first_weight() + min(unit, H - 4u)) / 4u;
     var r0 = GateRows();
     var r1 = GateRows();
     for (var k = 0u; k < H; k++) {
@@ -73,19 +75,21 @@ fn backward_subgroup(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let H = params.hidden;
-    let unit = group.x * TILE_UNITS + 4u * lane;
-    let row = (group.z * groups.y + group.y) * BACKWARD_ROWS;
+    let tile = take_tile(group, groups);
+    let unit = tile.x * TILE_UNITS + 4u * lane;
+    let row = tile.y * BACKWARD_ROWS;
 
     var d0 = Rows(); var d1 = Rows(); var d2 = Rows(); var d3 = Rows();
     if params.recurrent == 1u {
+        let later = step_later();
         let last = params.rows - 1u;
         for (var g = 0u; g < GATES; g++) {
             let slot = recurrent_slot(g);
-            let at0 = slot_at(params.later, min(row + lane, last), slot, 0u);
-            let at1 = slot_at(params.later, min(row + 8u + lane, last), slot, 0u);
-            let at2 = slot_at(params.later, min(row + 16u + lane, last), slot, 0u);
-            let at3 = slot_at(params.later, min(row + 24u + lane, last), slot, 0u);
-            var w = (g * H * H + min(unit, H - 4u)) / 4u;
+            let at0 = slot_at(later, min(row + lane, last), slot, 0u);
+            let at1 = slot_at(later, min(row + 8u + lane, last), slot, 0u);
+            let at2 = slot_at(later, min(row + 16u + lane, last), slot, 0u);
+            let at3 = slot_at(later, min(row + 24u + lane, last), slot, 0u);
+            var w = (first_weight() + g * H * H + min(unit, H - 4u)) / 4u;
             for (var k = 0u; k < H; k++) {
                 let values = weight_vectors[w];
                 multiply(&d0, slots[at0 + k], values); multiply(&d1, slots[at1 + k], values);

@@ -25,8 +25,9 @@ fn forward_tiled(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
-    let unit0 = group.x * FORWARD_UNITS;
-    let row0 = (group.z * groups.y + group.y) * TILED_ROWS; // rows go on in z where y is full
+    let tile = take_tile(group, groups);
+    let unit0 = tile.x * FORWARD_UNITS;
+    let row0 = tile.y * TILED_ROWS;
     let depth = (H + FORWARD_SLICES * CHUNK - 1u) / (FORWARD_SLICES * CHUNK) * CHUNK; // k of a slice
     // What a lane sums: a slice of k, a unit, 4 rows.
     let slice = lane / 64u;
@@ -70,7 +71,7 @@ fn forward_tiled(
 fn load_h(k: u32, row: u32) -> vec4<f32> {
     if k >= params.hidden { return vec4<f32>(); }
     let last = params.rows - 1u;
-    let at = (vec4(slot_before(params.t) * params.rows) + min(vec4(row) + vec4(0u, 1u, 2u, 3u), vec4(last))) * params.hidden + k;
+    let at = vec4(state_at(0u, slot_before(step_of(params.t)), 0u, k)) + min(vec4(row) + vec4(0u, 1u, 2u, 3u), vec4(last)) * params.hidden;
     return vec4(states[at.x], states[at.y], states[at.z], states[at.w]);
 }
 
@@ -78,7 +79,7 @@ fn load_h(k: u32, row: u32) -> vec4<f32> {
 fn load_gates(k: u32, unit: u32) -> vec4<f32> {
     var w: array<f32, 4>; // FXC writes no vector at a place that is not constant
     if k < params.hidden && unit < params.hidden {
-        for (var g = 0u; g < GATES; g++) { w[g] = weights[(k * GATES + g) * params.hidden + unit]; }
+        for (var g = 0u; g < GATES; g++) { w[g] = weights[first_weight() + (k * GATES + g) * params.hidden + unit]; }
     }
     return vec4(w[0], w[1], w[2], w[3]);
 }
@@ -114,8 +115,9 @@ fn backward_tiled(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
-    let unit0 = group.x * BACKWARD_UNITS;
-    let row0 = (group.z * groups.y + group.y) * TILED_ROWS;
+    let tile = take_tile(group, groups);
+    let unit0 = tile.x * BACKWARD_UNITS;
+    let row0 = tile.y * TILED_ROWS;
     let depth = (H + BACKWARD_SLICES * CHUNK - 1u) / (BACKWARD_SLICES * CHUNK) * CHUNK; // k of a slice and gate
     // What a lane sums: a slice of k, 4 rows, 4 units.
     let slice = lane / 32u;
@@ -172,17 +174,18 @@ fn backward_tiled(
 fn load_gradients(gate: u32, k: u32, row: u32) -> vec4<f32> {
     if k >= params.hidden { return vec4<f32>(); }
     let slot = recurrent_slot(gate);
+    let later = step_later();
     let last = params.rows - 1u;
     return vec4(
-        slots[slot_at(params.later, min(row, last), slot, k)], slots[slot_at(params.later, min(row + 1u, last), slot, k)],
-        slots[slot_at(params.later, min(row + 2u, last), slot, k)], slots[slot_at(params.later, min(row + 3u, last), slot, k)],
+        slots[slot_at(later, min(row, last), slot, k)], slots[slot_at(later, min(row + 1u, last), slot, k)],
+        slots[slot_at(later, min(row + 2u, last), slot, k)], slots[slot_at(later, min(row + 3u, last), slot, k)],
     );
 }
 
 fn load_units(gate: u32, k: u32, unit: u32) -> vec4<f32> {
     var w: array<f32, 4>;
     if k < params.hidden {
-        let at = (gate * params.hidden + k) * params.hidden + unit;
+        let at = first_weight() + (gate * params.hidden + k) * params.hidden + unit;
         for (var i = 0u; i < 4u; i++) {
             if unit + i < params.hidden { w[i] = weights[at + i]; }
         }

@@ -1,15 +1,19 @@
 // What every sweep over steps does around the cell, for one step, row and unit: it loads and stores, holds back, skips what is past
 // a row's end, clips. Composed with a sweep, cell_contract.wgsl, one cell file and hold.wgsl; the sweep makes the product.
+//
+// A launch runs one direction of a layer, or both. Then every second column of workgroups has the second direction, which reads the
+// sequence the other way and whose part of each buffer but `lengths` lies behind that of the first: what follows knows where.
 
 struct Sweep {
     rows: u32,   // B
     hidden: u32, // H
     depth: u32,  // slots that `states` has for each state: T + 1, or 2 when nothing is kept for backward
-    t: u32,      // the first step of this launch, in the order of its direction
+    t: u32,      // the first step of this launch, counted as its direction reads them
     steps: u32,  // how many it takes
-    reverse: u32, // 1: the sequence is read from its last step to its first
-    later: u32,  // sweep_step, sweep_grid, backward: the step handled before the first
-    recurrent: u32, // the same: 1 where there is such a step
+    last: u32,   // T - 1
+    reverse: u32, // 1: the first direction reads the sequence from its last step to its first
+    directions: u32, // of the launch: 1 or 2
+    recurrent: u32, // sweep_step, sweep_grid, backward: 1 where a step was handled before the first
     finish: u32, // backward: 1: the product of the first step is wanted, for the gradient of the initial state; sweep_step: and nothing else
     tile: u32,   // sweep_grid: rows of a workgroup
     rescue: u32, // sweep_grid: 1: does what workgroups of the launch before it left undone
@@ -26,6 +30,15 @@ struct Sweep {
     zoneout_c: f32,
     clip: f32,      // backward: a bound for each element of the gradient that later steps give; 0: none
     flow_at: u32,   // backward with `flow`: where the gradients of all steps start in dstates
+    // Of the second direction: its key, and words from what the first has to what it has.
+    next_key0: u32,
+    next_key1: u32,
+    next_slots: u32,
+    next_states: u32,
+    next_weights: u32,
+    next_unit: u32,
+    next_y: u32,
+    next_dstates: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Sweep;
@@ -43,50 +56,77 @@ struct Sweep {
 override sums: bool = false; // whether dstates has room for the sums
 override flow: bool = false; // and for the gradients of all steps
 
+var<private> direction: u32; // of this workgroup: 0 or 1
+
+// The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. Every sweep asks first of all, because
+// from then on the direction is known.
+fn take_tile(group: vec3<u32>, groups: vec3<u32>) -> vec2<u32> {
+    direction = group.x % params.directions;
+    return vec2(group.x / params.directions, group.z * groups.y + group.y);
+}
+
+// 1: this direction reads the sequence from its last step to its first.
+fn is_reverse() -> u32 { return params.reverse ^ direction; }
+
+// The step of the sequence that this direction reads as number n, from 0.
+fn step_of(n: u32) -> u32 { return select(n, params.last - n, is_reverse() == 1u); }
+
 fn slot_at(t: u32, row: u32, slot: u32, unit: u32) -> u32 {
-    return ((t * params.rows + row) * SLOTS + slot) * params.hidden + unit;
+    return direction * params.next_slots + ((t * params.rows + row) * SLOTS + slot) * params.hidden + unit;
 }
 
 // The slots of `states` before and after a step.
-fn slot_before(t: u32) -> u32 { return (t + params.reverse) % params.depth; }
-fn slot_after(t: u32) -> u32 { return (t + 1u - params.reverse) % params.depth; }
+fn slot_before(t: u32) -> u32 { return (t + is_reverse()) % params.depth; }
+fn slot_after(t: u32) -> u32 { return (t + 1u - is_reverse()) % params.depth; }
+
+fn state_at(s: u32, slot: u32, row: u32, unit: u32) -> u32 {
+    return direction * params.next_states + ((s * params.depth + slot) * params.rows + row) * params.hidden + unit;
+}
 
 fn load_state(slot: u32, row: u32, unit: u32) -> State {
     var state: State;
-    for (var s = 0u; s < STATES; s++) {
-        state[s] = states[((s * params.depth + slot) * params.rows + row) * params.hidden + unit];
-    }
+    for (var s = 0u; s < STATES; s++) { state[s] = states[state_at(s, slot, row, unit)]; }
     return state;
 }
 
 fn store_state(slot: u32, row: u32, unit: u32, state: State) {
-    for (var s = 0u; s < STATES; s++) {
-        states[((s * params.depth + slot) * params.rows + row) * params.hidden + unit] = state[s];
-    }
+    for (var s = 0u; s < STATES; s++) { states[state_at(s, slot, row, unit)] = state[s]; }
+}
+
+// Where this direction's gradients, sums and flow start.
+fn first_dstate() -> u32 { return direction * params.next_dstates; }
+
+fn gradient_at(s: u32, row: u32, unit: u32) -> u32 {
+    return first_dstate() + (s * params.rows + row) * params.hidden + unit;
 }
 
 // The gradient that later steps give.
 fn load_gradient(row: u32, unit: u32) -> State {
     var d: State;
-    for (var s = 0u; s < STATES; s++) { d[s] = dstates[(s * params.rows + row) * params.hidden + unit]; }
+    for (var s = 0u; s < STATES; s++) { d[s] = dstates[gradient_at(s, row, unit)]; }
     return d;
 }
 
 fn store_gradient(row: u32, unit: u32, d: State) {
-    for (var s = 0u; s < STATES; s++) { dstates[(s * params.rows + row) * params.hidden + unit] = d[s]; }
+    for (var s = 0u; s < STATES; s++) { dstates[gradient_at(s, row, unit)] = d[s]; }
 }
+
+fn first_weight() -> u32 { return direction * params.next_weights; }
 
 fn load_unit(unit: u32) -> Unit {
     var p: Unit;
     for (var i = 0u; i < PARAMS; i++) {
         p[i] = 0.0;
-        if i < unit_params { p[i] = unit_values[i * params.hidden + unit]; }
+        if i < unit_params { p[i] = unit_values[direction * params.next_unit + i * params.hidden + unit]; }
     }
     return p;
 }
 
 fn site_of(t: u32, row: u32, unit: u32) -> Site {
-    return Site(params.key0, params.key1, params.start + t, row, unit);
+    let is_next = direction == 1u;
+    let key0 = select(params.key0, params.next_key0, is_next);
+    let key1 = select(params.key1, params.next_key1, is_next);
+    return Site(key0, key1, params.start + t, row, unit);
 }
 
 // What part of state s is held back.
@@ -100,7 +140,7 @@ fn is_valid(t: u32, row: u32) -> bool {
 }
 
 fn y_at(t: u32, row: u32, unit: u32) -> u32 {
-    return (t * params.rows + row) * params.y_stride + params.y_offset + unit;
+    return direction * params.next_y + (t * params.rows + row) * params.y_stride + params.y_offset + unit;
 }
 
 // The input part of all gates.
@@ -185,15 +225,14 @@ fn backward_unit(t: u32, row: u32, unit: u32, kept: Kept, later: State, p: Unit)
 
 // The whole gradient of each state after a step, behind the sums.
 fn store_flow(t: u32, row: u32, unit: u32, d: State) {
-    for (var s = 0u; s < STATES; s++) {
-        dstates[params.flow_at + ((t * STATES + s) * params.rows + row) * params.hidden + unit] = d[s];
-    }
+    let at = first_dstate() + params.flow_at + unit;
+    for (var s = 0u; s < STATES; s++) { dstates[at + ((t * STATES + s) * params.rows + row) * params.hidden] = d[s]; }
 }
 
 // Adds to the sums of a tile of rows, which no other lane has.
 fn add_sums(tile: u32, unit: u32, dunit: Unit, clipped: u32) {
     let counts = unit_params - BIASES; // the line of the counts, after those of the unit parameters
-    let at = STATES * params.rows * params.hidden + tile * (counts + 1u) * params.hidden + unit;
+    let at = first_dstate() + STATES * params.rows * params.hidden + tile * (counts + 1u) * params.hidden + unit;
     for (var k = BIASES; k < PARAMS; k++) {
         if k < unit_params { dstates[at + (k - BIASES) * params.hidden] += dunit[k]; }
     }

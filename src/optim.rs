@@ -4,7 +4,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::optimizer::{self, Arena, CONTROL_WORDS, Control, LARGEST_LOSS_SCALE};
 use crate::nn::Param;
-use crate::tensor::Tensor;
+use crate::tensor::{ALIGNMENT, Tensor};
 
 /// Stochastic gradient descent with momentum, in PyTorch's form: `v = momentum v + g + weight_decay w`, `w -= rate v`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -230,9 +230,6 @@ struct Slot {
     shape: Vec<usize>,
     version: crate::nn::Version,
 }
-
-/// Parameters start at multiples of this many numbers, so that each can be bound by itself.
-const ALIGNMENT: usize = 64;
 
 impl Optimizer {
     /// Moves the parameters into an arena. Their tensors from before no longer follow them.

@@ -47,6 +47,10 @@ pub struct Tensor {
     shape: Shape,
 }
 
+/// Where parts of a block start, in words, so that each can be bound by itself: the largest alignment that WebGPU allows an adapter to
+/// ask for.
+pub(crate) const ALIGNMENT: usize = 64;
+
 /// Kernels index with 32 bits, and step over the last element by at most 65535 workgroups of 256 lanes.
 const MAX_ELEMENTS: usize = u32::MAX as usize - 65_535 * 256;
 
@@ -92,6 +96,25 @@ impl Tensor {
     /// Memory for `shape`, of unspecified content: for outputs that a kernel fills.
     pub(crate) fn uninitialized(device: &Device, shape: impl Into<Shape>) -> Result<Self> {
         Self::allocate("tensor", device, shape.into())
+    }
+
+    /// `count` tensors of this shape, one behind the other in one block of memory, of unspecified content.
+    pub(crate) fn in_a_row(device: &Device, shape: impl Into<Shape>, count: usize) -> Result<Vec<Self>> {
+        let shape = shape.into();
+        let len = elements("tensor", &shape)?;
+        let stride = len.next_multiple_of(ALIGNMENT);
+        let all = Self::uninitialized(device, [stride * (count - 1) + len])?;
+        Ok((0..count).map(|n| all.slice(n * stride, shape.clone())).collect())
+    }
+
+    /// Tensors of one shape, one behind the other in one block of memory: these where they lie so already, else copies.
+    pub(crate) fn behind_each_other(tensors: &[Tensor]) -> Result<Vec<Self>> {
+        if tensors.windows(2).all(|pair| pair[0].shares_memory(&pair[1]) && pair[0].offset <= pair[1].offset) {
+            return Ok(tensors.to_vec());
+        }
+        let copies = Self::in_a_row(tensors[0].device(), tensors[0].shape(), tensors.len())?;
+        copies.iter().zip(tensors).try_for_each(|(copy, tensor)| copy.copy_from(tensor))?;
+        Ok(copies)
     }
 
     fn allocate(op: &str, device: &Device, shape: Shape) -> Result<Self> {
@@ -247,6 +270,12 @@ impl Tensor {
         }
     }
 
+    /// Words from the start of this one to the start of one that lies behind it in the same block.
+    pub(crate) fn words_to(&self, next: &Tensor) -> usize {
+        debug_assert!(self.shares_memory(next));
+        next.offset - self.offset
+    }
+
     /// Whether both lie in one block of memory.
     pub(crate) fn shares_memory(&self, other: &Tensor) -> bool {
         Arc::ptr_eq(&self.block, &other.block)
@@ -258,6 +287,12 @@ impl Tensor {
             Buffer::Gpu(buffer) => Range::new(buffer, self.offset as u64 * 4, self.len() as u64 * 4),
             Buffer::Native(_) => unreachable!("a native tensor given to a GPU kernel: callers compare devices first"),
         }
+    }
+
+    /// The same from the start of this one to the end of one that lies behind it in the same block.
+    pub(crate) fn range_to(&self, last: &Tensor) -> Range {
+        let end = last.offset + last.len();
+        Self { shape: vec![end - self.offset], ..self.clone() }.range()
     }
 
     /// For a CPU twin: the values, locked for reading.

@@ -228,12 +228,22 @@ impl Gpu {
         outcome.map_err(|_| self.fail(ErrorKind::DeviceLost, "the device was lost"))
     }
 
+    /// Bytes of the largest buffer that can be made and bound.
+    fn largest(&self) -> u64 {
+        self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size)
+    }
+
+    /// Whether `words` 32-bit words fit in one buffer.
+    pub fn fits(&self, words: usize) -> bool {
+        (words as u64).saturating_mul(4) <= self.largest()
+    }
+
     /// Memory for `words` 32-bit words, of unspecified content.
     pub fn allocate(&self, words: usize) -> Result<GpuBuffer> {
         self.check()?;
         let bytes = (words as u64).saturating_mul(4);
-        let limit = self.limits.max_storage_buffer_binding_size.min(self.limits.max_buffer_size);
-        if bytes > limit {
+        if !self.fits(words) {
+            let limit = self.largest();
             let what =
                 format!("a tensor of {words} elements takes {bytes} bytes, expected at most {limit} (the adapter's limit)");
             return Err(self.fail(ErrorKind::Limit, what));

@@ -1,4 +1,4 @@
-//! What all sweeps over time share: the plan of one direction of one layer, and its buffers.
+//! What all sweeps over time share: the plan of a direction of a layer, its buffers, and which sweep runs.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ use crate::backend::gpu::Range;
 use crate::backend::native::threads;
 use crate::device::{Backend, Device};
 use crate::rng::MaskKey;
-use crate::tensor::{Lengths, Tensor};
+use crate::tensor::{ALIGNMENT, Lengths, Tensor};
 
 /// One direction of one layer over all of its steps.
 #[derive(Clone, Copy)]
@@ -68,6 +68,14 @@ pub(crate) struct Buffers<'a> {
     /// `[T, B, y_stride]`. Forward: y goes out, zeros past a row's end. Backward: dy comes in. Without [`Plan::output`] any
     /// tensor that is none of the others.
     pub y: &'a Tensor,
+}
+
+/// A direction of a layer, for a sweep. On a GPU a sweep of steps may run both directions at once ([`at_once`]): plans differ in what
+/// hangs on the direction alone, and each buffer of the second lies behind that of the first ([`Tensor::behind_each_other`]).
+#[derive(Clone, Copy)]
+pub(crate) struct Side<'a> {
+    pub plan: Plan<'a>,
+    pub buffers: Buffers<'a>,
 }
 
 /// What a sweep that forms the input part of the gates itself makes it of. See [`forms_inputs`].
@@ -132,17 +140,13 @@ pub(crate) enum Sweep {
     Grid,
     /// A launch a step.
     Step,
-    /// A row of launches a step.
-    Split,
 }
 
-/// Which sweep runs, forward or backward. `split`: something comes between the product and the cell, or after the cell. It may wait for
-/// the device, once a kernel: see [`sweep_grid`].
-pub(crate) fn choose<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, split: bool, backward: bool) -> Sweep {
-    match (device.backend(), split) {
-        (_, true) => Sweep::Split,
-        (Backend::Native, false) => Sweep::Step,
-        (Backend::Gpu(gpu), false) => match choice::sweep(device, gpu, cell, plan, backward) {
+/// Which sweep of whole steps runs, forward or backward. It may wait for the device, once a kernel: see [`sweep_grid`].
+pub(crate) fn choose<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, backward: bool) -> Sweep {
+    match device.backend() {
+        Backend::Native => Sweep::Step,
+        Backend::Gpu(gpu) => match choice::sweep(device, gpu, cell, plan, backward) {
             SweepKernel::Scan => C::SCAN.map_or(Sweep::Step, Sweep::Scan),
             SweepKernel::Resident => Sweep::Resident,
             SweepKernel::Grid => Sweep::Grid,
@@ -151,11 +155,23 @@ pub(crate) fn choose<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, 
     }
 }
 
+/// Whether both directions of a layer may be sides of one sweep of whole steps: on a GPU, where buffers of both fit in one. It shows in
+/// no bit.
+pub(crate) fn at_once<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>) -> bool {
+    let Backend::Gpu(gpu) = device.backend() else { return false };
+    let lines = plan.steps * plan.rows;
+    let states = C::State::LEN * (plan.steps + 1) * plan.rows;
+    let slots = (C::Slots::LEN * lines).max(C::Pre::LEN * plan.hidden); // or the weights
+    let largest = (states.max(slots) * plan.hidden).max(plan.dstates_len(cell));
+    gpu.fits(2 * largest + ALIGNMENT)
+}
+
 /// From so many rows on a sweep on the CPU forms the product with W_ih as well: with fewer it would read W_ih again at every step for
 /// too little.
 const INPUT_ROWS: usize = 8;
 
-/// Whether a forward sweep forms the input part of the gates itself; `split` as in [`choose`]. It shows in no bit.
+/// Whether a forward sweep forms the input part of the gates itself. `split`: whether it is that of [`super::sweep_split`]. It shows in no
+/// bit.
 pub(crate) fn forms_inputs(device: &Device, plan: &Plan<'_>, split: bool) -> bool {
     matches!(device.backend(), Backend::Native) && !split && plan.rows >= INPUT_ROWS
 }
@@ -232,11 +248,17 @@ impl<'a> Plan<'a> {
     }
 }
 
-impl Buffers<'_> {
-    /// What the shaders of sweeps bind, from the slots to y.
-    pub(super) fn bindings(&self, plan: &Plan<'_>) -> [Range; 6] {
-        // Without lengths something must still be bound in their place.
-        let lengths = plan.lengths.map_or(self.unit, |lengths| lengths.tensor());
-        [self.slots, self.states, self.weights, self.unit, lengths, self.y].map(Tensor::range)
-    }
+/// What the shaders of sweeps bind, from the slots to y: of all sides at once.
+pub(super) fn bindings(sides: &[Side<'_>]) -> [Range; 6] {
+    let (from, to) = (&sides[0].buffers, &sides[sides.len() - 1].buffers);
+    // Without lengths something must still be bound in their place.
+    let lengths = sides[0].plan.lengths.map_or(from.unit, |lengths| lengths.tensor());
+    [
+        from.slots.range_to(to.slots),
+        from.states.range_to(to.states),
+        from.weights.range_to(to.weights),
+        from.unit.range_to(to.unit),
+        lengths.range(),
+        from.y.range_to(to.y),
+    ]
 }

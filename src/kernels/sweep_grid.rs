@@ -13,7 +13,7 @@
 //! On the CPU it is the step sweep.
 
 use super::cell_contract::{Block, CellKernel};
-use super::sweep::{Buffers, Plan};
+use super::sweep::{Plan, Side};
 use super::sweep_step::{self, Sweep};
 use crate::backend::Kernel;
 use crate::backend::adapter::Class;
@@ -121,7 +121,7 @@ fn co_resident<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &Plan<
             .zip(&unused)
             .map(|((binding, _), unused)| if *binding == 8 { exchange.clone() } else { unused.range() })
             .collect();
-        let params = Sweep { steps: 0, ..plan.params(2, 0) };
+        let params = Sweep { steps: 0, ..plan.params(2) };
         let groups = [GROUPS as u32, 1, 1];
         gpu.launch_each(kernel, &plan.constants(cell, backward), &bindings, std::iter::once((params, groups)))?;
         let present = gpu.read(exchange.part(4 * PRESENT, 4))?;
@@ -129,24 +129,23 @@ fn co_resident<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &Plan<
     })
 }
 
-/// Launches runs of steps, in the order of the direction or, backward, in the opposite one.
-fn launch<C: CellKernel>(
-    device: &Device,
-    gpu: &Gpu,
-    cell: &C,
-    plan: &Plan<'_>,
-    depth: usize,
-    bindings: &[Range],
-    backward: bool,
-) -> Result<()> {
-    let kernel = kernel::<C>(backward);
-    let columns = unit_tiles(plan.hidden);
+/// Launches runs of steps, in the order of the direction or, backward, in the opposite one. Of two sides whose workgroups do not all run at
+/// once, or whose exchange is too large, one comes after the other.
+fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, sides: &[Side<'_>], dstates: &[&Tensor], backward: bool) -> Result<()> {
+    let (kernel, plan) = (kernel::<C>(backward), &sides[0].plan);
+    let columns = sides.len() * unit_tiles(plan.hidden);
     let waits = waits(plan, backward);
     // As many tiles of rows as have room beside each other.
+    let device = sides[0].buffers.slots.device();
     let most = if waits { co_resident(device, gpu, cell, plan, backward)? } else { GROUPS }.min(GROUPS) / columns;
+    let values = sides.len() * plan.rows * plan.hidden * if backward { C::Pre::LEN } else { 1 }; // of a step
+    if sides.len() > 1 && (most == 0 || !gpu.fits(VALUES + LEAST_RUN * values)) {
+        let each = |n: usize| launch(gpu, cell, &sides[n..=n], dstates.get(n..=n).unwrap_or_default(), backward);
+        return (0..sides.len()).try_for_each(each);
+    }
+    let (params, bindings) = sweep_step::prepare(cell, sides, dstates);
     let tile = plan.rows.div_ceil(most.max(1));
     let groups = [columns as u32, plan.rows.div_ceil(tile) as u32, 1];
-    let values = plan.rows * plan.hidden * if backward { C::Pre::LEN } else { 1 }; // of a step
     let run = match gpu.class() {
         Class::Software => LEAST_RUN, // see PATIENCE in the shader
         _ => (EXCHANGE / values).clamp(LEAST_RUN, MOST_RUN),
@@ -156,23 +155,19 @@ fn launch<C: CellKernel>(
     let _in_use = gpu.exchange_in_use();
     let exchange = gpu.exchange(VALUES + run * values)?;
     let cleared = exchange.part(4, exchange.size() - 4);
-    let bindings = [bindings, &[exchange]].concat();
-    let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
+    let bindings = [bindings, vec![exchange]].concat();
     for first in (0..plan.steps).step_by(run) {
         let steps = run.min(plan.steps - first);
-        // Forward in time is upward, unless one of the two is turned round.
-        let upward = plan.reverse == backward;
-        let t = |step: usize| if upward { step } else { plan.steps - 1 - step };
+        let t = if backward { plan.steps - 1 - first } else { first };
         let grid = Sweep {
+            t: t as u32,
             steps: steps as u32,
-            later: if first > 0 { t(first - 1) as u32 } else { 0 },
             recurrent: u32::from(first > 0),
             finish: u32::from(first + steps == plan.steps),
             tile: tile as u32,
-            flow_at,
-            ..plan.params(depth, t(first))
+            ..params
         };
-        let rescue = (Sweep { rescue: 1, ..grid }, [1, plan.rows as u32, 1]);
+        let rescue = (Sweep { rescue: 1, ..grid }, [sides.len() as u32, plan.rows as u32, 1]);
         if waits {
             gpu.clear(cleared.clone())?;
         }
@@ -183,16 +178,13 @@ fn launch<C: CellKernel>(
 }
 
 /// As [`sweep_step::forward`], which it is on the CPU.
-pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<()> {
-    let device = buffers.slots.device();
-    let Backend::Gpu(gpu) = device.backend() else { return sweep_step::forward(cell, plan, buffers) };
-    launch(device, gpu, cell, plan, plan.depth::<C>(buffers.states), &buffers.bindings(plan), false)
+pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()> {
+    let Backend::Gpu(gpu) = sides[0].buffers.slots.device().backend() else { return sweep_step::forward(cell, sides) };
+    launch(gpu, cell, sides, &[], false)
 }
 
 /// As [`sweep_step::backward`], which it is on the CPU.
-pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
-    let device = buffers.slots.device();
-    let Backend::Gpu(gpu) = device.backend() else { return sweep_step::backward(cell, plan, buffers, dstates) };
-    let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
-    launch(device, gpu, cell, plan, plan.steps + 1, &bindings, true)
+pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> Result<()> {
+    let Backend::Gpu(gpu) = sides[0].buffers.slots.device().backend() else { return sweep_step::backward(cell, sides, dstates) };
+    launch(gpu, cell, sides, dstates, true)
 }

@@ -4,11 +4,11 @@
 //! On the CPU it is the step sweep, whose product is as fast and whose steps cost no launch.
 
 use super::cell_contract::CellKernel;
-use super::sweep::{Buffers, Plan};
+use super::sweep::{Plan, Side};
 use super::sweep_step::{self, Sweep};
 use super::tiles;
 use crate::backend::Kernel;
-use crate::backend::gpu::{Gpu, Range};
+use crate::backend::gpu::Gpu;
 use crate::device::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -88,37 +88,36 @@ fn tile<C: CellKernel>(plan: &Plan<'_>) -> [usize; 3] {
 }
 
 /// Launches `kernels` for runs of steps, in the order of the direction or, backward, in the opposite one.
-fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, plan: &Plan<'_>, depth: usize, bindings: &[Range], backward: bool) -> Result<()> {
+fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, sides: &[Side<'_>], dstates: &[&Tensor], backward: bool) -> Result<()> {
+    let plan = &sides[0].plan;
+    let (params, bindings) = sweep_step::prepare(cell, sides, dstates);
     let [width, parts, rows] = tile::<C>(plan);
     let kernels = if gpu.subgroup_size() == Some(8) { &C::RESIDENT.eight } else { &C::RESIDENT.plain };
     let kernel = &kernels[usize::from(backward)];
     let mut constants = plan.constants(cell, backward);
     constants.extend([("width", width), ("parts", parts), ("tile", rows)].map(|(name, value)| (name, value as f64)));
     let columns = if C::PRODUCT { 1 } else { plan.hidden.div_ceil(width) };
-    let groups = tiles(columns, plan.rows.div_ceil(rows));
-    let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
+    let groups = tiles(sides.len() * columns, plan.rows.div_ceil(rows));
     let runs = (0..plan.steps).step_by(RUN).map(|first| {
         let steps = RUN.min(plan.steps - first);
-        // Forward in time is upward, unless one of the two is turned round.
-        let t = if plan.reverse != backward { plan.steps - 1 - first } else { first };
-        (Sweep { steps: steps as u32, flow_at, ..plan.params(depth, t) }, groups)
+        let t = if backward { plan.steps - 1 - first } else { first };
+        (Sweep { t: t as u32, steps: steps as u32, ..params }, groups)
     });
-    gpu.launch_each(kernel, &constants, bindings, runs)
+    gpu.launch_each(kernel, &constants, &bindings, runs)
 }
 
 /// As [`sweep_step::forward`], which it is on the CPU.
-pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<()> {
-    let Backend::Gpu(gpu) = buffers.slots.device().backend() else {
-        return sweep_step::forward(cell, plan, buffers);
+pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()> {
+    let Backend::Gpu(gpu) = sides[0].buffers.slots.device().backend() else {
+        return sweep_step::forward(cell, sides);
     };
-    launch(gpu, cell, plan, plan.depth::<C>(buffers.states), &buffers.bindings(plan), false)
+    launch(gpu, cell, sides, &[], false)
 }
 
 /// As [`sweep_step::backward`], which it is on the CPU.
-pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
-    let Backend::Gpu(gpu) = buffers.slots.device().backend() else {
-        return sweep_step::backward(cell, plan, buffers, dstates);
+pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> Result<()> {
+    let Backend::Gpu(gpu) = sides[0].buffers.slots.device().backend() else {
+        return sweep_step::backward(cell, sides, dstates);
     };
-    let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
-    launch(gpu, cell, plan, plan.steps + 1, &bindings, true)
+    launch(gpu, cell, sides, dstates, true)
 }

@@ -2,8 +2,10 @@
 //!
 //! On the CPU it is the step sweep: a scan does more work to do it at once, and rows and units fill a CPU's vectors already.
 
+use std::slice;
+
 use super::cell_contract::CellKernel;
-use super::sweep::{Buffers, Plan};
+use super::sweep::{Plan, Side};
 use super::sweep_step;
 use super::tiles;
 use crate::backend::{Kernel, params};
@@ -105,16 +107,12 @@ pub(crate) fn fits(plan: &Plan<'_>) -> bool {
     linear && plan.start == 0 && plan.steps == plan.total
 }
 
-/// As [`sweep_step::forward`], which it is on the CPU.
-pub(crate) fn forward<C: CellKernel>(
-    kernels: &'static ScanKernels,
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-) -> Result<()> {
+/// As [`sweep_step::forward`] of one side, which it is on the CPU.
+pub(crate) fn forward<C: CellKernel>(kernels: &'static ScanKernels, cell: &C, side: &Side<'_>) -> Result<()> {
+    let Side { plan, buffers } = side;
     let device = buffers.slots.device();
     let Backend::Gpu(gpu) = device.backend() else {
-        return sweep_step::forward(cell, plan, buffers);
+        return sweep_step::forward(cell, slice::from_ref(side));
     };
     let depth = plan.depth::<C>(buffers.states);
     let (first, last) = plan.ends(depth);
@@ -132,17 +130,12 @@ pub(crate) fn forward<C: CellKernel>(
     gpu.launch(&kernels.forward, &params, &[slots, states, lengths, y, carries], groups(plan, blocks))
 }
 
-/// As [`sweep_step::backward`], which it is on the CPU; `dstates [B, H]`.
-pub(crate) fn backward<C: CellKernel>(
-    kernels: &'static ScanKernels,
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    dstates: &Tensor,
-) -> Result<()> {
+/// As [`sweep_step::backward`] of one side, which it is on the CPU; `dstates [B, H]`.
+pub(crate) fn backward<C: CellKernel>(kernels: &'static ScanKernels, cell: &C, side: &Side<'_>, dstates: &Tensor) -> Result<()> {
+    let Side { plan, buffers } = side;
     let device = buffers.slots.device();
     let Backend::Gpu(gpu) = device.backend() else {
-        return sweep_step::backward(cell, plan, buffers, dstates);
+        return sweep_step::backward(cell, slice::from_ref(side), &[dstates]);
     };
     debug_assert_eq!(plan.depth::<C>(buffers.states), plan.steps + 1, "backward needs every state");
     let params = scan(plan, !plan.reverse);

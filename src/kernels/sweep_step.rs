@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel};
 use super::choice;
-use super::sweep::{Buffers, Inputs, Plan, Step};
+use super::sweep::{self, Buffers, Inputs, Plan, Side, Step};
 use super::{sweep_native, tiles, transpose};
-use crate::backend::gpu::Gpu;
+use crate::backend::gpu::{Gpu, Range};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
 use crate::error::Result;
@@ -18,7 +18,7 @@ params! {
     /// The shader's uniform struct.
     Sweep {
         rows: u32, hidden: u32, depth: u32,
-        t: u32, steps: u32, reverse: u32, later: u32, recurrent: u32, finish: u32,
+        t: u32, steps: u32, last: u32, reverse: u32, directions: u32, recurrent: u32, finish: u32,
         tile: u32, rescue: u32,
         ragged: u32, keep: u32,
         output: u32, y_stride: u32, y_offset: u32,
@@ -26,6 +26,8 @@ params! {
         random: u32, zoneout_h: f32, zoneout_c: f32,
         clip: f32,
         flow_at: u32,
+        next_key0: u32, next_key1: u32,
+        next_slots: u32, next_states: u32, next_weights: u32, next_unit: u32, next_y: u32, next_dstates: u32,
     }
 }
 
@@ -176,17 +178,23 @@ impl StepKernel {
 }
 
 impl Plan<'_> {
-    /// A launch of one step.
-    pub(super) fn params(&self, depth: usize, t: usize) -> Sweep {
+    /// Which step this is in the order of the direction.
+    fn number(&self, (t, ..): Step) -> u32 {
+        (if self.reverse { self.steps - 1 - t } else { t }) as u32
+    }
+
+    /// A launch of one step of this direction, the first that it reads.
+    pub(super) fn params(&self, depth: usize) -> Sweep {
         let [key0, key1] = self.key.words();
         Sweep {
             rows: self.rows as u32,
             hidden: self.hidden as u32,
             depth: depth as u32,
-            t: t as u32,
+            t: 0,
             steps: 1,
+            last: self.steps as u32 - 1,
             reverse: self.reverse.into(),
-            later: 0,
+            directions: 1,
             recurrent: 0,
             finish: 0,
             tile: 0,
@@ -204,13 +212,52 @@ impl Plan<'_> {
             zoneout_c: self.zoneout[1],
             clip: self.clip,
             flow_at: 0,
+            next_key0: 0,
+            next_key1: 0,
+            next_slots: 0,
+            next_states: 0,
+            next_weights: 0,
+            next_unit: 0,
+            next_y: 0,
+            next_dstates: 0,
         }
     }
+}
 
-    /// For workgroups of `rows` rows and `units` units each.
-    fn groups(&self, [rows, units]: [usize; 2]) -> [u32; 3] {
-        tiles(self.hidden.div_ceil(units), self.rows.div_ceil(rows))
+/// What the launches of a sweep share: the uniform struct of the first step that the sides read, and what they bind, backward with dstates.
+pub(super) fn prepare<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> (Sweep, Vec<Range>) {
+    let Side { plan, buffers } = &sides[0];
+    let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
+    let mut params = Sweep { flow_at, ..plan.params(plan.depth::<C>(buffers.states)) };
+    let mut bindings = sweep::bindings(sides).to_vec();
+    if let (Some(first), Some(last)) = (dstates.first(), dstates.last()) {
+        bindings.push(first.range_to(last));
     }
+    if let [_, second] = sides {
+        let next = &second.buffers;
+        debug_assert!(second.plan.reverse != plan.reverse, "the second direction reads the other way");
+        let [next_key0, next_key1] = second.plan.key.words();
+        let words = |from: &Tensor, to: &Tensor| from.words_to(to) as u32;
+        params = Sweep {
+            directions: 2,
+            next_key0,
+            next_key1,
+            next_slots: words(buffers.slots, next.slots),
+            next_states: words(buffers.states, next.states),
+            next_weights: words(buffers.weights, next.weights),
+            next_unit: words(buffers.unit, next.unit),
+            next_y: words(buffers.y, next.y) + (second.plan.y_offset - plan.y_offset) as u32,
+            next_dstates: if let [first, second] = dstates { words(first, second) } else { 0 },
+            ..params
+        };
+    }
+    (params, bindings)
+}
+
+/// Workgroups of `rows` rows and `units` units each.
+fn groups(sides: &[Side<'_>], [rows, units]: [usize; 2]) -> [u32; 3] {
+    let plan = &sides[0].plan;
+    tiles(sides.len() * plan.hidden.div_ceil(units), plan.rows.div_ceil(rows))
 }
 
 /// W_hh `[GATES * H, H]` as [`forward`] reads it on its device.
@@ -236,25 +283,29 @@ pub(crate) fn input_weights<C: CellKernel>(weights: &Tensor, hidden: usize) -> R
     sweep_native::pack::<C>(weights, hidden)
 }
 
-/// As [`forward`], with the product of x formed here: only where [`super::sweep::forms_inputs`].
-pub(crate) fn forward_from<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, inputs: &Inputs<'_>) {
+/// As [`forward`] of one side, with the product of x formed here: only where [`super::sweep::forms_inputs`].
+pub(crate) fn forward_from<C: CellKernel>(cell: &C, Side { plan, buffers }: &Side<'_>, inputs: &Inputs<'_>) {
     let depth = plan.depth::<C>(buffers.states);
     sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), Some(inputs), None);
 }
 
-/// Runs the cell over all steps: fills y, the states, and what backward needs.
-pub(crate) fn forward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<()> {
-    let depth = plan.depth::<C>(buffers.states);
-    let device = buffers.slots.device();
+/// Runs the cell over all steps, of two sides at once: fills y, the states, and what backward needs.
+pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()> {
+    let plan = &sides[0].plan;
+    let device = sides[0].buffers.slots.device();
     match device.backend() {
         Backend::Native => {
-            sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None, None);
+            for Side { plan, buffers } in sides {
+                let depth = plan.depth::<C>(buffers.states);
+                sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None, None);
+            }
             Ok(())
         }
         Backend::Gpu(gpu) => {
             let (kernel, tile) = choice::step::<C>(device, gpu, plan).forward::<C>();
-            let steps = plan.order(depth).map(|(t, ..)| (plan.params(depth, t), plan.groups(tile)));
-            gpu.launch_each(kernel, &plan.constants(cell, false), &buffers.bindings(plan), steps)
+            let (params, bindings) = prepare(cell, sides, &[]);
+            let steps = (0..plan.steps as u32).map(|t| (Sweep { t, ..params }, groups(sides, tile)));
+            gpu.launch_each(kernel, &plan.constants(cell, false), &bindings, steps)
         }
     }
 }
@@ -274,44 +325,38 @@ pub(crate) fn forward_split<C: CellKernel>(
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let [slots, states, _, unit, lengths, y] = buffers.bindings(plan);
+            let sides = [Side { plan: *plan, buffers: *buffers }];
+            let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
             let bindings = [slots, states, unit, lengths, y, product.range()];
-            let step = (plan.params(depth, step.0), plan.groups([1, WORKGROUP]));
+            let step = (Sweep { t: plan.number(step), ..plan.params(depth) }, groups(&sides, [1, WORKGROUP]));
             gpu.launch_each(&C::KERNELS.forward_split, &plan.constants(cell, false), &bindings, std::iter::once(step))
         }
     }
 }
 
-/// Runs the cell backward over all steps. `dstates` of [`Plan::dstates_len`] words: the gradient of the final state
-/// `[STATES, B, H]` comes in, that of the initial state goes out; sums are added to those behind it.
-pub(crate) fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor) -> Result<()> {
+/// Runs the cell backward over all steps, of two sides at once. `dstates` of each, of [`Plan::dstates_len`] words: the gradient of the final
+/// state `[STATES, B, H]` comes in, that of the initial state goes out; sums are added to those behind it.
+pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> Result<()> {
+    let Side { plan, buffers } = &sides[0];
     let depth = plan.steps + 1;
     debug_assert_eq!(plan.depth::<C>(buffers.states), depth, "backward needs every state");
     let device = buffers.slots.device();
     match device.backend() {
         Backend::Native => {
-            sweep_native::backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
+            for (Side { plan, buffers }, dstates) in sides.iter().zip(dstates) {
+                sweep_native::backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
+            }
             Ok(())
         }
         Backend::Gpu(gpu) => {
             let (kernel, tile) = choice::step::<C>(device, gpu, plan).backward::<C>();
-            let mut later = None;
-            let mut params = |t: usize, finish: bool| {
-                let recurrent = u32::from(later.is_some());
-                let finish = u32::from(finish);
-                let (later_step, flow_at) = (later.unwrap_or(0), plan.flow_at(cell).unwrap_or(0) as u32);
-                let params = Sweep { later: later_step, recurrent, finish, flow_at, ..plan.params(depth, t) };
-                later = Some(t as u32);
-                (params, plan.groups(tile))
-            };
-            let mut steps: Vec<_> = plan.order(depth).rev().map(|(t, ..)| params(t, false)).collect();
+            let (params, bindings) = prepare(cell, sides, dstates);
+            let count = plan.steps as u32;
+            let steps = (0..count).rev().map(|t| Sweep { t, recurrent: u32::from(t + 1 < count), ..params });
             // The product of the first step, whose gradient is the initial state's.
-            if let (true, Some((first, ..))) = (C::PRODUCT, plan.order(depth).next()) {
-                steps.push(params(first, true));
-            }
-            let steps = steps.into_iter();
-            let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
-            gpu.launch_each(kernel, &plan.constants(cell, true), &bindings, steps)
+            let finish = C::PRODUCT.then_some(Sweep { recurrent: 1, finish: 1, ..params });
+            let launches = steps.chain(finish).map(|params| (params, groups(sides, tile)));
+            gpu.launch_each(kernel, &plan.constants(cell, true), &bindings, launches)
         }
     }
 }
@@ -330,9 +375,9 @@ pub(crate) fn backward_split<C: CellKernel>(
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let bindings = [&buffers.bindings(plan)[..], &[dstates.range()]].concat();
-            let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
-            let step = (Sweep { flow_at, ..plan.params(plan.steps + 1, step.0) }, plan.groups([ROWS, WORKGROUP * UNITS]));
+            let sides = [Side { plan: *plan, buffers: *buffers }];
+            let (params, bindings) = prepare(cell, &sides, &[dstates]);
+            let step = (Sweep { t: plan.number(step), ..params }, groups(&sides, [ROWS, WORKGROUP * UNITS]));
             gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, std::iter::once(step))
         }
     }

@@ -31,9 +31,9 @@ pub struct Param {
     bounded: bool,
 }
 
-/// A copy of a parameter's value in another order, and the version that it was made of.
+/// A copy of the values of parameters in another order or place, and the version, of several the sum of versions, that it was made of.
 #[derive(Debug)]
-struct CachedCopy<T = Tensor>(Mutex<Option<(u64, T)>>);
+pub(super) struct CachedCopy<T = Tensor>(Mutex<Option<(u64, T)>>);
 
 impl<T> Default for CachedCopy<T> {
     fn default() -> Self {
@@ -42,7 +42,7 @@ impl<T> Default for CachedCopy<T> {
 }
 
 impl<T: Clone> CachedCopy<T> {
-    fn get(&self, version: u64, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(super) fn get(&self, version: u64, make: impl FnOnce() -> Result<T>) -> Result<T> {
         let mut cached = self.0.lock();
         match &*cached {
             Some((made_of, copy)) if *made_of == version => Ok(copy.clone()),

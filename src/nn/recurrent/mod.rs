@@ -21,6 +21,7 @@ pub use state::{CellState, HiddenState, LstmState, SLstmState};
 pub(crate) use sweep_alone::SweepAlone;
 use weights::Weights;
 
+use super::param::CachedCopy;
 use super::{Context, Input, Layer, Module, Output, Param, Tape, Value, Version, expect_apart};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -42,7 +43,7 @@ use crate::kernels::half::{Factor, Precision};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Sweep};
+use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Side, Sweep};
 use crate::kernels::sweep_grid;
 use crate::kernels::sweep_resident;
 use crate::kernels::sweep_scan;
@@ -214,6 +215,8 @@ pub struct Recurrent<C: Cell> {
     device: Device,
     /// Layer by layer, in each layer by direction.
     weights: Vec<Weights>,
+    /// Of each layer, where a sweep runs both directions at once: W_hh of both, as forward sweeps read it.
+    both_ways: Vec<CachedCopy<Vec<Tensor>>>,
 }
 
 /// Long short-term memory, with the equations, gate order and parameter names of PyTorch's `nn.LSTM`.
@@ -381,7 +384,8 @@ impl<C: Cell> Recurrent<C> {
                 weights.push(Weights::init(&config, inputs, &suffix, device, rng)?);
             }
         }
-        Ok(Self { config, device: device.clone(), weights })
+        let both_ways = (0..config.layers).map(|_| CachedCopy::default()).collect();
+        Ok(Self { config, device: device.clone(), weights, both_ways })
     }
 
     /// Numbers in an input row.
@@ -566,11 +570,12 @@ impl<C: Cell> Recurrent<C> {
     }
 
     /// The gradient of each direction's output from that of the layer's.
-    fn merge_backward(&self, dy: &Tensor, factors: &[Tensor], direction: usize) -> Result<Tensor> {
+    fn merge_backward(&self, dy: &Tensor, factors: &[Tensor]) -> Result<Vec<Tensor>> {
+        let directions = self.config.directions();
         match (self.config.merge, factors) {
-            (Merge::Mean, _) => elementwise::scale(dy, 0.5),
-            (Merge::Product, [a, b]) => elementwise::multiply(dy, if direction == 0 { b } else { a }),
-            _ => Ok(dy.clone()),
+            (Merge::Mean, _) => Ok(vec![elementwise::scale(dy, 0.5)?; directions]),
+            (Merge::Product, [a, b]) => Ok(vec![elementwise::multiply(dy, b)?, elementwise::multiply(dy, a)?]),
+            _ => Ok(vec![dy.clone(); directions]),
         }
     }
 
@@ -662,6 +667,13 @@ impl<C: Cell> Recurrent<C> {
         output.is_some() || *layer_norm || cell.gated().is_some() || masked || half
     }
 
+    /// How many passes of a layer a sweep takes at once: of two directions both, where it can.
+    fn at_once(&self, passes: &[Pass<'_>]) -> usize {
+        let Pass { plan, key, .. } = &passes[0];
+        let together = !self.is_split(key.is_some()) && sweep::at_once(&self.device, &self.config.cell, plan);
+        if together { passes.len() } else { 1 }
+    }
+
     /// The masks of recurrent dropout, in training.
     fn gate_masks(&self, pass: &Pass<'_>) -> Option<Masks> {
         let probability = self.config.recurrent_dropout;
@@ -715,21 +727,28 @@ impl<C: Cell> Recurrent<C> {
         let mut x = if batch_first { transpose::leading(x)? } else { x.clone() };
         let mut tapes = Vec::new();
         for layer in 0..layers {
+            let pass = |index: usize| Pass {
+                plan: self.plan([steps, rows], window, index, input.lengths, key),
+                index,
+                key,
+                batch: rows,
+                teacher: teacher.as_ref(),
+            };
+            let of_layer: Vec<Pass<'_>> = (layer * directions..(layer + 1) * directions).map(pass).collect();
+            let shape = [steps, rows, self.output()];
             // One for both directions, or one for each.
-            let outputs = (0..if self.config.is_merged() { directions } else { 1 })
-                .map(|_| Tensor::uninitialized(&self.device, [steps, rows, self.output()]))
-                .collect::<Result<Vec<_>>>()?;
-            let mut passes = Vec::new();
-            for direction in 0..directions {
-                let index = layer * directions + direction;
-                let y = &outputs[direction.min(outputs.len() - 1)];
-                let plan = self.plan([steps, rows], window, index, input.lengths, key);
-                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
-                let tape = match &teacher {
-                    Some(teacher) if teacher.probability >= 1.0 => self.forced(&pass, &x, y, initial, &finals, train)?,
-                    _ => self.forward_pass(&pass, &x, y, initial, &finals, train)?,
+            let shared = if self.config.is_merged() { None } else { Some(Tensor::uninitialized(&self.device, shape)?) };
+            let (mut passes, mut outputs) = (Vec::new(), Vec::new());
+            for at_once in of_layer.chunks(self.at_once(&of_layer)) {
+                let ys = match &shared {
+                    Some(y) => vec![y.clone(); at_once.len()],
+                    None => Tensor::in_a_row(&self.device, shape, at_once.len())?,
                 };
-                passes.push(tape);
+                passes.extend(match &teacher {
+                    Some(teacher) if teacher.probability >= 1.0 => self.forced(&at_once[0], &x, &ys, initial, &finals, train)?,
+                    _ => self.forward_passes(at_once, &x, &ys, initial, &finals, train)?,
+                });
+                outputs.extend(ys);
             }
             let (mut y, factors) = self.merge(outputs)?;
             if let Some(key) = self.mask_key(key, layer) {
@@ -771,41 +790,44 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// One direction of one layer: from x `[T, B, I]` and the initial state to y and the final state.
-    fn forward_pass(
+    /// Passes of one layer that a sweep takes at once: from x `[T, B, I]` and the initial state to y and the final state of each.
+    fn forward_passes(
         &self,
-        pass: &Pass<'_>,
+        passes: &[Pass<'_>],
         x: &Tensor,
-        y: &Tensor,
+        ys: &[Tensor],
         initial: Option<&[Tensor]>,
         finals: &[Tensor],
         train: bool,
-    ) -> Result<PassTape> {
-        let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
-        let depth = if train { plan.steps + 1 } else { 2 };
-        let from_x = self.forms_inputs(pass);
+    ) -> Result<Vec<PassTape>> {
+        let depth = if train { passes[0].plan.steps + 1 } else { 2 };
+        let from_x = self.forms_inputs(&passes[0]);
         let slots = match (from_x, train) {
             (false, _) => Slots::InputPart,
             (true, true) => Slots::Empty,
             (true, false) => Slots::None,
         };
-        let tape = self.prepare(pass, x, depth, slots)?;
-        let (first, last) = plan.ends(depth);
-        for (s, state) in finals.iter().enumerate() {
-            let width = self.width_of(s);
-            let from = tape.state_slot::<C>(s, first, plan, width);
-            match initial {
-                Some(initial) => from.copy_from(&part(&initial[s], pass.index, plan.rows * width))?,
-                None => from.clear()?,
+        let tapes = self.prepare(passes, x, depth, slots)?;
+        for (Pass { plan, index, .. }, tape) in passes.iter().zip(&tapes) {
+            for (s, state) in finals.iter().enumerate() {
+                let width = self.width_of(s);
+                let from = tape.state_slot::<C>(s, plan.ends(depth).0, plan, width);
+                match initial {
+                    Some(initial) => from.copy_from(&part(&initial[s], *index, plan.rows * width))?,
+                    None => from.clear()?,
+                }
+                debug_assert_eq!(state.len(), self.weights.len() * plan.rows * width);
             }
-            debug_assert_eq!(state.len(), self.weights.len() * plan.rows * width);
         }
-        self.sweep_forward(pass, weights, &tape, from_x.then_some((x, train)), y)?;
-        for (s, state) in finals.iter().enumerate() {
-            let width = self.width_of(s);
-            part(state, pass.index, plan.rows * width).copy_from(&tape.state_slot::<C>(s, last, plan, width))?;
+        self.sweep_forward(passes, &tapes, from_x.then_some((x, train)), ys)?;
+        for (Pass { plan, index, .. }, tape) in passes.iter().zip(&tapes) {
+            for (s, state) in finals.iter().enumerate() {
+                let width = self.width_of(s);
+                let last = tape.state_slot::<C>(s, plan.ends(depth).1, plan, width);
+                part(state, *index, plan.rows * width).copy_from(&last)?;
+            }
         }
-        Ok(tape)
+        Ok(tapes)
     }
 
     /// The same where targets stand in for all outputs but the last: nothing recurs, so that all steps of all rows run at once, as
@@ -814,22 +836,23 @@ impl<C: Cell> Recurrent<C> {
         &self,
         pass: &Pass<'_>,
         x: &Tensor,
-        y: &Tensor,
+        ys: &[Tensor],
         initial: Option<&[Tensor]>,
         finals: &[Tensor],
         train: bool,
-    ) -> Result<PassTape> {
+    ) -> Result<Vec<PassTape>> {
         let (plan, width) = (&pass.plan, self.config.width());
         let targets = match pass.teacher {
             Some(teacher) => &teacher.targets,
             None => unreachable!("only a teacher forces"),
         };
         let flat = Forced::new(plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(plan), teacher: None, ..*pass };
-        debug_assert!(train || !pass.plan.random);
-        let tape = self.prepare(&pass, x, 2, Slots::InputPart)?;
+        let pass = [Pass { plan: flat.plan(plan), teacher: None, ..*pass }];
+        debug_assert!(train || !pass[0].plan.random);
+        let tapes = self.prepare(&pass, x, 2, Slots::InputPart)?;
+        let tape = &tapes[0];
         // What each step sees: the given state, then the targets of the steps before.
-        let seen = tape.state_slot::<C>(0, 0, &pass.plan, width);
+        let seen = tape.state_slot::<C>(0, 0, &pass[0].plan, width);
         let block = plan.rows * width;
         match initial {
             Some(initial) => part(&seen, 0, block).copy_from(&initial[0])?,
@@ -839,10 +862,10 @@ impl<C: Cell> Recurrent<C> {
             let count = (plan.steps - 1) * block;
             seen.slice(block, [count]).copy_from(&targets.slice(0, [count]))?;
         }
-        self.sweep_forward(&pass, &self.weights[pass.index], &tape, None, y)?;
+        self.sweep_forward(&pass, &tapes, None, ys)?;
         let outputs = tape.outputs.as_ref().unwrap_or(&tape.states);
         finals[0].copy_from(&gather::gather(flat.last.tensor(), outputs, width)?)?;
-        Ok(tape)
+        Ok(tapes)
     }
 
     /// Whether the forward sweep forms the products of x itself.
@@ -851,17 +874,33 @@ impl<C: Cell> Recurrent<C> {
         self.config.precision == Precision::Single && sweep::forms_inputs(&self.device, &pass.plan, split)
     }
 
-    /// The buffers of a pass; the states are not set.
-    fn prepare(&self, pass: &Pass<'_>, x: &Tensor, depth: usize, slots: Slots) -> Result<PassTape> {
+    /// The buffers of passes that a sweep takes at once; the states are not set.
+    fn prepare(&self, passes: &[Pass<'_>], x: &Tensor, depth: usize, slots: Slots) -> Result<Vec<PassTape>> {
+        let Plan { steps, rows, hidden, .. } = passes[0].plan;
+        let kept = match slots {
+            Slots::InputPart | Slots::Empty => vec![steps * rows, C::Slots::LEN * hidden],
+            // Something is still bound in their place.
+            Slots::None => vec![1],
+        };
+        let all_slots = Tensor::in_a_row(&self.device, kept, passes.len())?;
+        let all_states = Tensor::in_a_row(&self.device, [C::State::LEN, depth, rows, hidden], passes.len())?;
+        let buffers = all_slots.into_iter().zip(all_states);
+        passes.iter().zip(buffers).map(|(pass, buffers)| self.prepare_pass(pass, x, depth, slots, buffers)).collect()
+    }
+
+    fn prepare_pass(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        depth: usize,
+        content: Slots,
+        (slots, states): (Tensor, Tensor),
+    ) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
         let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
-        let slots = match slots {
-            Slots::InputPart => self.input_part(weights, x, [plan.steps, plan.rows], norms.as_ref())?,
-            Slots::Empty => Tensor::uninitialized(&self.device, [plan.steps * plan.rows, C::Slots::LEN * plan.hidden])?,
-            // Something is still bound in their place.
-            Slots::None => Tensor::uninitialized(&self.device, [1])?,
-        };
-        let states = Tensor::uninitialized(&self.device, [C::State::LEN, depth, plan.rows, plan.hidden])?;
+        if let Slots::InputPart = content {
+            self.input_part(weights, x, &slots, [plan.steps, plan.rows], norms.as_ref())?;
+        }
         let outputs = match self.config.output {
             Some((width, _)) => {
                 // The cell's own h before the first step, which nothing sees.
@@ -942,41 +981,62 @@ impl<C: Cell> Recurrent<C> {
         dropout::dropout(weights, [0, rows, cols], self.config.weight_dropout, key.draw(draws::WEIGHTS, index))
     }
 
-    /// `x`: where [`Self::forms_inputs`], and whether backward will follow.
-    fn sweep_forward(
-        &self,
-        pass: &Pass<'_>,
-        weights: &Weights,
-        tape: &PassTape,
-        x: Option<(&Tensor, bool)>,
-        y: &Tensor,
-    ) -> Result<()> {
-        let (cell, plan) = (&self.swept_cell(), &pass.plan);
-        let unit = weights.unit(cell, plan.hidden)?;
-        let (split, precision) = (self.is_split(pass.key.is_some()), self.config.precision);
-        let recurrent = if split { tape.recurrent_transposed(weights, precision)? } else { None };
-        let packed = |weight: &Tensor| sweep_step::forward_weights::<C>(weight, plan.hidden);
-        let words = match (&recurrent, &tape.weights, &weights.weight_hh) {
-            (Some(factor), ..) => factor.words.clone(),
-            (None, Some(dropped), _) => packed(dropped)?,
-            (None, None, Some(weight)) => weight.packed(packed)?,
-            (None, None, None) => unit.clone(),
-        };
-        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &words, unit: &unit, y };
+    /// The units' own parameters, of each pass of a sweep.
+    fn units(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
+        let unit = |pass: &Pass<'_>| self.weights[pass.index].unit(&self.swept_cell(), self.config.hidden);
+        Tensor::behind_each_other(&passes.iter().map(unit).collect::<Result<Vec<_>>>()?)
+    }
+
+    /// W_hh as forward sweeps of whole steps read it, of each pass of a sweep; anything where the cell has no product.
+    fn recurrent_weights(&self, passes: &[Pass<'_>], tapes: &[PassTape], units: &[Tensor]) -> Result<Vec<Tensor>> {
+        let packed = |weight: &Tensor| sweep_step::forward_weights::<C>(weight, self.config.hidden);
+        let weights: Vec<&Param> = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hh.as_ref()).collect();
+        let dropped: Vec<&Tensor> = tapes.iter().filter_map(|tape| tape.weights.as_ref()).collect();
+        let both_ways = &self.both_ways[passes[0].index / self.config.directions()];
+        let behind_each_other =
+            |packed: Vec<Result<Tensor>>| Tensor::behind_each_other(&packed.into_iter().collect::<Result<Vec<_>>>()?);
+        match &weights[..] {
+            [] => Ok(units.to_vec()),
+            _ if !dropped.is_empty() => behind_each_other(dropped.into_iter().map(packed).collect()),
+            [weight] => Ok(vec![weight.packed(packed)?]),
+            weights => {
+                let version = weights.iter().map(|weight| weight.version().get()).sum();
+                both_ways.get(version, || behind_each_other(weights.iter().map(|weight| packed(weight.value())).collect()))
+            }
+        }
+    }
+
+    /// Of passes that a sweep takes at once. `x`: where [`Self::forms_inputs`], and whether backward will follow.
+    fn sweep_forward(&self, passes: &[Pass<'_>], tapes: &[PassTape], x: Option<(&Tensor, bool)>, ys: &[Tensor]) -> Result<()> {
+        if self.is_split(passes[0].key.is_some()) {
+            return self.split_forward(&passes[0], &tapes[0], &ys[0]);
+        }
+        let cell = &self.config.cell;
+        let units = self.units(passes)?;
+        let weights = self.recurrent_weights(passes, tapes, &units)?;
+        let sides = sides(passes, tapes, &weights, &units, ys);
         if let Some((x, keep)) = x {
-            let packed = weights.weight_ih.packed(|weight| sweep_step::input_weights::<C>(weight, plan.hidden))?;
-            let inputs = Inputs { x, weights: &packed, bias: weights.bias_ih.as_ref().map(Param::value), keep };
-            sweep_step::forward_from(cell, plan, &buffers, &inputs);
+            let Weights { weight_ih, bias_ih, .. } = &self.weights[passes[0].index];
+            let packed = weight_ih.packed(|weight| sweep_step::input_weights::<C>(weight, self.config.hidden))?;
+            let inputs = Inputs { x, weights: &packed, bias: bias_ih.as_ref().map(Param::value), keep };
+            sweep_step::forward_from(cell, &sides[0], &inputs);
             return Ok(());
         }
-        match sweep::choose(&self.device, cell, plan, split, false) {
-            Sweep::Scan(kernels) => return sweep_scan::forward(kernels, cell, plan, &buffers),
-            Sweep::Resident => return sweep_resident::forward(cell, plan, &buffers),
-            Sweep::Grid => return sweep_grid::forward(cell, plan, &buffers),
-            Sweep::Step => return sweep_step::forward(cell, plan, &buffers),
-            Sweep::Split => {}
+        match sweep::choose(&self.device, cell, &passes[0].plan, false) {
+            Sweep::Scan(kernels) => sides.iter().try_for_each(|side| sweep_scan::forward(kernels, cell, side)),
+            Sweep::Resident => sweep_resident::forward(cell, &sides),
+            Sweep::Grid => sweep_grid::forward(cell, &sides),
+            Sweep::Step => sweep_step::forward(cell, &sides),
         }
-        let Some(recurrent) = &recurrent else { unreachable!("only a cell with a product is split") };
+    }
+
+    fn split_forward(&self, pass: &Pass<'_>, tape: &PassTape, y: &Tensor) -> Result<()> {
+        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
+        let (unit, precision) = (weights.unit(cell, plan.hidden)?, self.config.precision);
+        let Some(recurrent) = &tape.recurrent_transposed(weights, precision)? else {
+            unreachable!("only a cell with a product is split")
+        };
+        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent.words, unit: &unit, y };
         let norms = tape.norms.as_ref();
         let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
         let state_norm = self.state_norm(weights, norms, y);
@@ -994,15 +1054,21 @@ impl<C: Cell> Recurrent<C> {
 
     /// The input part of every gate and step: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in the first columns
     /// of the slots `[T, B, SLOTS, H]`.
-    fn input_part(&self, weights: &Weights, x: &Tensor, [steps, rows]: [usize; 2], norms: Option<&Norms>) -> Result<Tensor> {
+    fn input_part(
+        &self,
+        weights: &Weights,
+        x: &Tensor,
+        slots: &Tensor,
+        [steps, rows]: [usize; 2],
+        norms: Option<&Norms>,
+    ) -> Result<()> {
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-        let slots = Tensor::uninitialized(&self.device, [steps * rows, kept])?;
         let bias = weights.bias_ih.as_ref().map(Param::value);
         let weight_ih = weights.weight_ih.transposed_factor(self.config.precision)?;
         for (first, count) in time_blocks(steps, rows) {
             let x = Matrix::window(x, first * inputs, count, inputs, inputs);
-            let target = Matrix::window(&slots, first * kept, count, gates, kept);
+            let target = Matrix::window(slots, first * kept, count, gates, kept);
             match self.input_norm(weights, norms) {
                 Some(norm) => {
                     product(x, &weight_ih, None, norm.window(first, count), false)?;
@@ -1011,7 +1077,7 @@ impl<C: Cell> Recurrent<C> {
                 None => product(x, &weight_ih, bias, target, false)?,
             }
         }
-        Ok(slots)
+        Ok(())
     }
 
     fn run_backward(
@@ -1077,23 +1143,31 @@ impl<C: Cell> Recurrent<C> {
                 true => Some(Tensor::uninitialized(&self.device, x.shape())?),
                 false => None,
             };
-            for (direction, tape) in passes.into_iter().enumerate() {
-                let index = layer * directions + direction;
-                let plan = Plan { flow: flow.is_some(), ..self.plan([steps, rows], window, index, lengths.as_ref(), key) };
-                let pass = Pass { plan, index, key, batch: rows, teacher: teacher.as_ref() };
-                let sums = sums.get(index);
-                let dy = self.merge_backward(&dy, &factors, direction)?;
+            let flows = flow.is_some();
+            let pass = |index: usize| Pass {
+                plan: Plan { flow: flows, ..self.plan([steps, rows], window, index, lengths.as_ref(), key) },
+                index,
+                key,
+                batch: rows,
+                teacher: teacher.as_ref(),
+            };
+            let of_layer: Vec<Pass<'_>> = (layer * directions..(layer + 1) * directions).map(pass).collect();
+            let dys = self.merge_backward(&dy, &factors)?;
+            let count = self.at_once(&of_layer);
+            for ((at_once, tapes), dys) in of_layer.chunks(count).zip(passes.chunks(count)).zip(dys.chunks(count)) {
                 let gradients = match &teacher {
                     Some(teacher) if teacher.probability >= 1.0 => {
-                        self.forced_backward(&pass, &tape, &x, &dy, finals.as_deref(), &initial)?
+                        self.forced_backward(&at_once[0], tapes, [&x, &dys[0]], finals.as_deref(), &initial)?
                     }
-                    _ => self.backward_pass(&pass, &tape, [&x, &dy], finals.as_deref(), &initial, sums)?,
+                    _ => self.backward_passes(at_once, tapes, (&x, dys), finals.as_deref(), &initial, sums)?,
                 };
-                if let Some(flow) = &mut flow {
-                    flow.push(self.totals(&pass, gradients));
-                }
-                if let Some(dx) = &dx {
-                    self.input_gradient(&self.weights[index], &tape, [steps, rows], dx, direction > 0)?;
+                for ((pass, tape), gradients) in at_once.iter().zip(tapes).zip(gradients) {
+                    if let Some(flow) = &mut flow {
+                        flow.push(self.totals(pass, gradients));
+                    }
+                    if let Some(dx) = &dx {
+                        self.input_gradient(pass, tape, dx)?;
+                    }
                 }
             }
             if let (Some(dx), Some(added)) = (&mut dx, added) {
@@ -1128,19 +1202,13 @@ impl<C: Cell> Recurrent<C> {
         Ok(Some(dproducts))
     }
 
-    /// `dx (+)= dx-part . W_ih`, from the gradients in the slots.
-    fn input_gradient(
-        &self,
-        weights: &Weights,
-        tape: &PassTape,
-        [steps, rows]: [usize; 2],
-        dx: &Tensor,
-        accumulate: bool,
-    ) -> Result<()> {
+    /// `dx (+)= dx-part . W_ih`, from the gradients in the slots; the first direction's is not added.
+    fn input_gradient(&self, pass: &Pass<'_>, tape: &PassTape, dx: &Tensor) -> Result<()> {
+        let (weights, accumulate) = (&self.weights[pass.index], pass.index % self.config.directions() > 0);
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let weight_ih = weights.weight_ih.factor(self.config.precision, gates)?;
-        for (first, count) in time_blocks(steps, rows) {
+        for (first, count) in time_blocks(pass.plan.steps, pass.plan.rows) {
             let normalized = self.through_input_norm(weights, tape, [first, count])?;
             let part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
             let part = normalized.as_ref().map_or(part, |part| Matrix::new(part, count, gates));
@@ -1149,73 +1217,82 @@ impl<C: Cell> Recurrent<C> {
         Ok(())
     }
 
-    /// One direction of one layer backward: from dy and the gradient of the final state to that of the initial one, in the slots
-    /// those of the gates, and those of the parameters.
-    fn backward_pass(
+    /// Passes of one layer that a sweep takes at once, backward: from dy and the gradient of the final state to that of the initial one, in
+    /// the slots those of the gates, and those of the parameters. `sums`: of all layers and directions, where there are any.
+    fn backward_passes(
         &self,
-        pass: &Pass<'_>,
-        tape: &PassTape,
-        [x, dy]: [&Tensor; 2],
+        passes: &[Pass<'_>],
+        tapes: &[PassTape],
+        (x, dys): (&Tensor, &[Tensor]),
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-        sums: Option<&Tensor>,
-    ) -> Result<Gradients> {
-        let gradients = self.new_gradients(pass)?;
-        let rows = pass.plan.rows;
-        let after_states = C::State::LEN * rows * self.config.hidden;
-        let kept_sums = sums.map(|sums| (gradients.dstates.slice(after_states, [sums.len()]), sums));
-        if let Some((place, sums)) = &kept_sums {
-            place.copy_from(sums)?;
-        }
-        for s in 0..C::State::LEN {
-            let width = self.width_of(s);
-            let target = gradients.state(s, rows, width, self.config.hidden);
-            match finals {
-                Some(finals) => target.copy_from(&part(finals[s], pass.index, rows * width))?,
-                None => target.clear()?,
+        sums: &[Tensor],
+    ) -> Result<Vec<Gradients>> {
+        let all = self.new_gradients(passes)?;
+        let (rows, hidden) = (passes[0].plan.rows, self.config.hidden);
+        let sums_of = |pass: &Pass<'_>, gradients: &Gradients| {
+            let sums = sums.get(pass.index)?.clone();
+            Some((gradients.dstates.slice(C::State::LEN * rows * hidden, [sums.len()]), sums))
+        };
+        for (pass, gradients) in passes.iter().zip(&all) {
+            if let Some((place, sums)) = sums_of(pass, gradients) {
+                place.copy_from(&sums)?;
+            }
+            for s in 0..C::State::LEN {
+                let width = self.width_of(s);
+                let target = gradients.state(s, rows, width, hidden);
+                match finals {
+                    Some(finals) => target.copy_from(&part(finals[s], pass.index, rows * width))?,
+                    None => target.clear()?,
+                }
             }
         }
-        self.sweep_backward(pass, tape, dy, &gradients)?;
-        if let Some((place, sums)) = &kept_sums {
-            sums.copy_from(place)?;
+        self.sweep_backward(passes, tapes, dys, &all)?;
+        for ((pass, tape), gradients) in passes.iter().zip(tapes).zip(&all) {
+            if let Some((place, sums)) = sums_of(pass, gradients) {
+                sums.copy_from(&place)?;
+            }
+            self.gradients(pass, tape, x, gradients)?;
+            for (s, state) in initial.iter().enumerate() {
+                let width = self.width_of(s);
+                part(state, pass.index, rows * width).copy_from(&gradients.state(s, rows, width, hidden))?;
+            }
         }
-        self.gradients(pass, tape, x, &gradients)?;
-        for (s, state) in initial.iter().enumerate() {
-            let width = self.width_of(s);
-            part(state, pass.index, rows * width).copy_from(&gradients.state(s, rows, width, self.config.hidden))?;
-        }
-        Ok(gradients)
+        Ok(all)
     }
 
     fn forced_backward(
         &self,
         pass: &Pass<'_>,
-        tape: &PassTape,
-        x: &Tensor,
-        dy: &Tensor,
+        tapes: &[PassTape],
+        [x, dy]: [&Tensor; 2],
         finals: Option<&[&Tensor]>,
         initial: &[Tensor],
-    ) -> Result<Gradients> {
+    ) -> Result<Vec<Gradients>> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
-        let pass = Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass };
+        let pass = [Pass { plan: flat.plan(&pass.plan), teacher: None, ..*pass }];
         let gradients = self.new_gradients(&pass)?;
-        let carried = gradients.state(0, pass.plan.rows, width, self.config.hidden);
+        let carried = gradients[0].state(0, pass[0].plan.rows, width, self.config.hidden);
         carried.clear()?;
         if let Some(finals) = finals {
             gather::scatter(&flat.ends.positions()?, finals[0], &carried, width, None)?;
         }
-        self.sweep_backward(&pass, tape, dy, &gradients)?;
-        self.gradients(&pass, tape, x, &gradients)?;
+        self.sweep_backward(&pass, tapes, std::slice::from_ref(dy), &gradients)?;
+        self.gradients(&pass[0], &tapes[0], x, &gradients[0])?;
         // What is left of the others belongs to the targets.
         initial[0].copy_from(&part(&carried, 0, rows * width))?;
         Ok(gradients)
     }
 
-    /// Buffers for a backward pass: the gradients of the state are not set.
-    fn new_gradients(&self, pass: &Pass<'_>) -> Result<Gradients> {
-        let plan = &pass.plan;
-        let dstates = Tensor::uninitialized(&self.device, [plan.dstates_len(&self.config.cell)])?;
+    /// Buffers for passes backward that a sweep takes at once: the gradients of the state are not set.
+    fn new_gradients(&self, passes: &[Pass<'_>]) -> Result<Vec<Gradients>> {
+        let plan = &passes[0].plan;
+        let dstates = Tensor::in_a_row(&self.device, [plan.dstates_len(&self.config.cell)], passes.len())?;
+        dstates.into_iter().map(|dstates| self.gradients_of(plan, dstates)).collect()
+    }
+
+    fn gradients_of(&self, plan: &Plan<'_>, dstates: Tensor) -> Result<Gradients> {
         let output = match self.config.output {
             Some((width, _)) => Some((
                 Tensor::uninitialized(&self.device, [plan.rows, width])?,
@@ -1233,21 +1310,37 @@ impl<C: Cell> Recurrent<C> {
         Ok(Gradients { dstates, output, products, values })
     }
 
-    fn sweep_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
-        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
-        let unit = weights.unit(cell, plan.hidden)?;
-        let precision = self.config.precision;
-        let recurrent = tape.recurrent(weights, precision, plan.hidden)?;
-        let words = recurrent.as_ref().map_or(&unit, |factor| &factor.words);
-        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: words, unit: &unit, y: dy };
-        match sweep::choose(&self.device, cell, plan, self.is_split(pass.key.is_some()), true) {
-            Sweep::Scan(kernels) => return sweep_scan::backward(kernels, cell, plan, &buffers, &gradients.dstates),
-            Sweep::Resident => return sweep_resident::backward(cell, plan, &buffers, &gradients.dstates),
-            Sweep::Grid => return sweep_grid::backward(cell, plan, &buffers, &gradients.dstates),
-            Sweep::Step => return sweep_step::backward(cell, plan, &buffers, &gradients.dstates),
-            Sweep::Split => {}
+    /// Of passes that a sweep takes at once.
+    fn sweep_backward(&self, passes: &[Pass<'_>], tapes: &[PassTape], dys: &[Tensor], gradients: &[Gradients]) -> Result<()> {
+        if self.is_split(passes[0].key.is_some()) {
+            return self.split_backward(&passes[0], &tapes[0], &dys[0], &gradients[0]);
         }
-        let Some(recurrent) = &recurrent else { unreachable!("only a cell with a product is split") };
+        let cell = &self.config.cell;
+        let (units, dys) = (self.units(passes)?, Tensor::behind_each_other(dys)?);
+        let weights = passes.iter().zip(tapes).zip(&units).map(|((pass, tape), unit)| {
+            let recurrent = tape.recurrent(&self.weights[pass.index], Precision::Single, self.config.hidden)?;
+            Ok(recurrent.map_or_else(|| unit.clone(), |factor| factor.words))
+        });
+        let weights = Tensor::behind_each_other(&weights.collect::<Result<Vec<_>>>()?)?;
+        let sides = sides(passes, tapes, &weights, &units, &dys);
+        let dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
+        match sweep::choose(&self.device, cell, &passes[0].plan, true) {
+            Sweep::Scan(kernels) => {
+                sides.iter().zip(dstates).try_for_each(|(side, dstates)| sweep_scan::backward(kernels, cell, side, dstates))
+            }
+            Sweep::Resident => sweep_resident::backward(cell, &sides, &dstates),
+            Sweep::Grid => sweep_grid::backward(cell, &sides, &dstates),
+            Sweep::Step => sweep_step::backward(cell, &sides, &dstates),
+        }
+    }
+
+    fn split_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
+        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
+        let (unit, precision) = (weights.unit(cell, plan.hidden)?, self.config.precision);
+        let Some(recurrent) = &tape.recurrent(weights, precision, plan.hidden)? else {
+            unreachable!("only a cell with a product is split")
+        };
+        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent.words, unit: &unit, y: dy };
         let norms = tape.norms.as_ref();
         let dproducts = gradients.products.as_ref();
         let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts });
@@ -1413,12 +1506,28 @@ fn valid_rows(x: &Tensor, lengths: Option<&Lengths>) -> Result<Tensor> {
     gather::gather(places.tensor(), x, width)?.reshape(x.shape())
 }
 
+/// Passes, for a sweep that takes them at once.
+fn sides<'a>(
+    passes: &'a [Pass<'_>],
+    tapes: &'a [PassTape],
+    weights: &'a [Tensor],
+    units: &'a [Tensor],
+    ys: &'a [Tensor],
+) -> Vec<Side<'a>> {
+    let side = |n: usize| {
+        let (PassTape { slots, states, .. }, weights) = (&tapes[n], &weights[n]);
+        Side { plan: passes[n].plan, buffers: Buffers { slots, states, weights, unit: &units[n], y: &ys[n] } }
+    };
+    (0..passes.len()).map(side).collect()
+}
+
 /// Part number `index` of a tensor of parts of `len` numbers: a layer and direction of a state.
 fn part(tensor: &Tensor, index: usize, len: usize) -> Tensor {
     tensor.slice(index * len, [len])
 }
 
 /// What the slots of a forward pass hold before its sweep.
+#[derive(Clone, Copy)]
 enum Slots {
     /// The input part of every gate.
     InputPart,

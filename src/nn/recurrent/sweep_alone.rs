@@ -1,5 +1,7 @@
 //! The sweep of one layer without the products before and after it, for the bench of kernels.
 
+use std::slice;
+
 use super::{Cell, Gradients, Pass, PassTape, Recurrent, Slots, Window};
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -8,8 +10,8 @@ use crate::tensor::Tensor;
 pub(crate) struct SweepAlone<C: Cell> {
     layer: Recurrent<C>,
     shape: [usize; 2],
-    tape: PassTape,
-    gradients: Gradients,
+    tape: Vec<PassTape>,
+    gradients: Vec<Gradients>,
     /// The slots before and after the forward sweep, which works in place.
     before: Tensor,
     after: Tensor,
@@ -23,45 +25,45 @@ impl<C: Cell> SweepAlone<C> {
         let shape = [x.shape()[0], x.shape()[1]];
         let y = Tensor::uninitialized(&layer.device, dy.shape())?;
         let (tape, gradients) = {
-            let pass = pass(&layer, shape);
+            let pass = [pass(&layer, shape)];
             (layer.prepare(&pass, x, shape[0] + 1, Slots::InputPart)?, layer.new_gradients(&pass)?)
         };
-        tape.states.clear()?;
+        tape[0].states.clear()?;
         let copy = || -> Result<Tensor> {
-            let copy = Tensor::uninitialized(&layer.device, tape.slots.shape())?;
-            copy.copy_from(&tape.slots)?;
+            let copy = Tensor::uninitialized(&layer.device, tape[0].slots.shape())?;
+            copy.copy_from(&tape[0].slots)?;
             Ok(copy)
         };
         let before = copy()?;
-        layer.sweep_forward(&pass(&layer, shape), &layer.weights[0], &tape, None, &y)?;
+        layer.sweep_forward(&[pass(&layer, shape)], &tape, None, slice::from_ref(&y))?;
         let after = copy()?;
         Ok(Self { shape, tape, gradients, before, after, y, dy: dy.clone(), layer })
     }
 
     /// Puts the input part back into the slots.
     pub fn prepare_forward(&self) -> Result<()> {
-        self.tape.slots.copy_from(&self.before)
+        self.tape[0].slots.copy_from(&self.before)
     }
 
     /// The forward sweep.
     pub fn forward(&self) -> Result<()> {
-        self.layer.sweep_forward(&pass(&self.layer, self.shape), &self.layer.weights[0], &self.tape, None, &self.y)
+        self.layer.sweep_forward(&[pass(&self.layer, self.shape)], &self.tape, None, slice::from_ref(&self.y))
     }
 
     /// Puts what the forward sweep left back into the slots.
     pub fn prepare_backward(&self) -> Result<()> {
-        self.tape.slots.copy_from(&self.after)?;
-        self.gradients.dstates.clear()
+        self.tape[0].slots.copy_from(&self.after)?;
+        self.gradients[0].dstates.clear()
     }
 
     /// The backward sweep.
     pub fn backward(&self) -> Result<()> {
-        self.layer.sweep_backward(&pass(&self.layer, self.shape), &self.tape, &self.dy, &self.gradients)
+        self.layer.sweep_backward(&[pass(&self.layer, self.shape)], &self.tape, slice::from_ref(&self.dy), &self.gradients)
     }
 
     /// Numbers of the slots and of the states, all steps together.
     pub fn sizes(&self) -> [usize; 2] {
-        [self.tape.slots.len(), self.tape.states.len()]
+        [self.tape[0].slots.len(), self.tape[0].states.len()]
     }
 }
 

@@ -7,7 +7,7 @@ use crate::kernels::cell_contract::Block;
 use crate::kernels::cell_min_gru::MinGruCell;
 use crate::kernels::cell_min_lstm::MinLstmCell;
 use crate::kernels::choice::KernelOverride;
-use crate::kernels::sweep::{Buffers, Plan, SweepKernel};
+use crate::kernels::sweep::{Buffers, Plan, Side, SweepKernel};
 use crate::kernels::sweep_scan;
 use crate::kernels::sweep_step;
 use crate::nn::{Cell, Direction, MinGruConfig, MinLstmConfig, RecurrentConfig};
@@ -107,8 +107,8 @@ fn sweep<C: Cell>(run: &mut Run<'_>, sweep: &Sweep, depth: usize, scan: bool) ->
     let buffers = Buffers { slots: &slots, states: &states, weights: &unit, unit: &unit, y: &y };
     let kernels = C::SCAN.filter(|_| scan);
     match kernels {
-        Some(kernels) => sweep_scan::forward(kernels, &cell, &plan, &buffers)?,
-        None => sweep_step::forward(&cell, &plan, &buffers)?,
+        Some(kernels) => sweep_scan::forward(kernels, &cell, &Side { plan, buffers })?,
+        None => sweep_step::forward(&cell, &[Side { plan, buffers }])?,
     }
     let dstates = Tensor::from_slice(device, &sweep.dlast, [rows, hidden])?;
     if depth != steps + 1 {
@@ -122,8 +122,8 @@ fn sweep<C: Cell>(run: &mut Run<'_>, sweep: &Sweep, depth: usize, scan: bool) ->
     let dy = run.input("dy", &words, [steps * rows, hidden + 3])?;
     let buffers = Buffers { y: &dy, ..buffers };
     match kernels {
-        Some(kernels) => sweep_scan::backward(kernels, &cell, &plan, &buffers, &dstates)?,
-        None => sweep_step::backward(&cell, &plan, &buffers, &dstates)?,
+        Some(kernels) => sweep_scan::backward(kernels, &cell, &Side { plan, buffers }, &dstates)?,
+        None => sweep_step::backward(&cell, &[Side { plan, buffers }], &[&dstates])?,
     }
     Ok([y, states, slots, dstates])
 }

@@ -1,16 +1,16 @@
-//! The recurrent sweep: one direction of one layer.
+//! The recurrent sweep: one direction of one layer, and both at once.
 
 use super::harness::{Cases, GRADIENT, NAN, OUTPUT, Run, Window, overridden, pad, ragged, to_bits, wide, within};
 use super::networks::{INPUT, Network, check};
 use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::choice::KernelOverride;
-use crate::kernels::sweep::{Buffers, Plan, SweepKernel};
+use crate::kernels::sweep::{Buffers, Plan, Side, SweepKernel};
 use crate::kernels::sweep_step::StepKernel;
 use crate::kernels::{sweep_grid, sweep_resident, sweep_step};
 use crate::nn::{Direction, GruConfig, IndRnnConfig, RnnConfig, SLstmConfig};
 use crate::rng::{MaskKey, Rng};
-use crate::tensor::{POISON, Tensor};
+use crate::tensor::{Lengths, POISON, Tensor};
 use crate::verify::autodiff::sigmoid;
 use crate::verify::oracle::{self, Cell, Recurrent, RecurrentInput};
 use crate::verify::{Comparison, Report};
@@ -24,6 +24,8 @@ struct Sweep {
     reverse: bool,
     /// Which of the sweeps.
     kind: SweepKernel,
+    /// Whether zoneout and the clip of the gradient act between steps, and the flow is kept: more than `expected` knows.
+    acts: bool,
     lengths: Option<Vec<u32>>,
     /// Input parts `[T, B, 4, H]`, W_hh `[4H, H]`, b_hh `[4H]`, initial state `[2, B, H]`.
     x: Vec<f32>,
@@ -56,7 +58,8 @@ impl Sweep {
         let weights = scaled(4 * hidden * hidden, size.min(1.0) / (hidden as f32).sqrt());
         let (bias, initial) = (scaled(4 * hidden, 0.5), scaled(2 * rows * hidden, 1.0));
         let dlast = scaled(2 * rows * hidden, 1.0);
-        Self { steps, rows, hidden, reverse, kind: SweepKernel::Step, lengths, x, weights, bias, initial, dy, dlast }
+        let (kind, acts) = (SweepKernel::Step, false);
+        Self { steps, rows, hidden, reverse, kind, acts, lengths, x, weights, bias, initial, dy, dlast }
     }
 
     fn name(&self) -> String {
@@ -120,30 +123,29 @@ impl Sweep {
         depth: usize,
         check: impl FnOnce(&mut Run<'_>, &Launched<'_>) -> Result<()>,
     ) -> Result<()> {
-        let Self { steps, rows, hidden, reverse, .. } = *self;
-        let lengths = run.lengths(self.lengths.as_deref())?;
-        let (y_stride, y_offset) = (hidden + 8, 5);
-        let key = MaskKey::new(0, 0);
+        launch(&[self], run, depth, |run, launched| check(run, &launched[0]))
+    }
+
+    /// The buffers before the forward sweep.
+    fn prepare<'a>(&'a self, run: &mut Run<'_>, depth: usize, lengths: Option<&'a Lengths>) -> Result<Launched<'a>> {
+        let Self { steps, rows, hidden, reverse, acts, .. } = *self;
         let plan = Plan {
             steps,
             rows,
             hidden,
             reverse,
-            lengths: lengths.as_ref(),
+            lengths,
             output: true,
-            y_stride,
-            y_offset,
-            key,
+            y_stride: hidden + 8,
+            y_offset: 5,
+            key: MaskKey::new(3, u64::from(reverse)),
             start: 0,
             total: steps,
-            random: false,
-            zoneout: [0.0; 2],
-            clip: 0.0,
-            flow: false,
+            random: acts,
+            zoneout: if acts { [0.3, 0.2] } else { [0.0; 2] },
+            clip: if acts { 0.5 } else { 0.0 },
+            flow: acts,
         };
-        if self.kind == SweepKernel::Grid {
-            run.device.reset_alarm()?;
-        }
         let slots = Tensor::from_slice(run.device, &self.x, [steps, rows, 4, hidden])?;
         let block = rows * hidden;
         let states = Tensor::uninitialized(run.device, [2, depth, rows, hidden])?;
@@ -154,41 +156,89 @@ impl Sweep {
         let weights = run.input("weights", &self.weights, [4 * hidden, hidden])?;
         let forward_weights = sweep_step::forward_weights::<LstmCell>(&weights, hidden)?;
         let y = run.window_of_y(self, None)?;
-        let buffers = Buffers { slots: &slots, states: &states, weights: &forward_weights, unit: &unit, y: &y.tensor };
-        match self.kind {
-            SweepKernel::Scan | SweepKernel::Step => sweep_step::forward(&LstmCell::default(), &plan, &buffers)?,
-            SweepKernel::Resident => sweep_resident::forward(&LstmCell::default(), &plan, &buffers)?,
-            SweepKernel::Grid => sweep_grid::forward(&LstmCell::default(), &plan, &buffers)?,
-        }
-        check(run, &Launched { plan, slots: &slots, states: &states, y: &y, weights: &weights, unit: &unit })
+        Ok(Launched { sweep: self, plan, slots, states, y, weights, forward_weights, unit })
     }
+}
+
+/// As [`Sweep::launch`], of both directions in one.
+fn launch(
+    sweeps: &[&Sweep],
+    run: &mut Run<'_>,
+    depth: usize,
+    check: impl FnOnce(&mut Run<'_>, &[Launched<'_>]) -> Result<()>,
+) -> Result<()> {
+    let lengths = run.lengths(sweeps[0].lengths.as_deref())?;
+    let launched = sweeps.iter().map(|sweep| sweep.prepare(run, depth, lengths.as_ref()));
+    let mut launched = launched.collect::<Result<Vec<_>>>()?;
+    let fields: [for<'a> fn(&'a mut Launched<'_>) -> &'a mut Tensor; 6] = [
+        |at| &mut at.slots,
+        |at| &mut at.states,
+        |at| &mut at.y.tensor,
+        |at| &mut at.weights,
+        |at| &mut at.forward_weights,
+        |at| &mut at.unit,
+    ];
+    for field in fields {
+        let tensors: Vec<Tensor> = launched.iter_mut().map(|at| field(at).clone()).collect();
+        let together = Tensor::behind_each_other(&tensors)?;
+        launched.iter_mut().zip(together).for_each(|(at, tensor)| *field(at) = tensor);
+    }
+    let sides: Vec<Side<'_>> = launched.iter().map(|at| at.side(&at.forward_weights, &at.y.tensor)).collect();
+    let cell = LstmCell::default();
+    match sweeps[0].kind {
+        SweepKernel::Scan | SweepKernel::Step => sweep_step::forward(&cell, &sides)?,
+        SweepKernel::Resident => sweep_resident::forward(&cell, &sides)?,
+        SweepKernel::Grid => sweep_grid::forward(&cell, &sides)?,
+    }
+    check(run, &launched)
 }
 
 /// The buffers after the forward sweep.
 struct Launched<'a> {
+    sweep: &'a Sweep,
     plan: Plan<'a>,
-    slots: &'a Tensor,
-    states: &'a Tensor,
-    y: &'a Window,
-    weights: &'a Tensor,
-    unit: &'a Tensor,
+    slots: Tensor,
+    states: Tensor,
+    y: Window,
+    weights: Tensor,
+    forward_weights: Tensor,
+    unit: Tensor,
 }
 
 impl Launched<'_> {
+    fn side<'a>(&'a self, weights: &'a Tensor, y: &'a Tensor) -> Side<'a> {
+        let Self { plan, slots, states, unit, .. } = self;
+        Side { plan: *plan, buffers: Buffers { slots, states, weights, unit, y } }
+    }
+
     /// Runs the backward sweep, which turns the slots into gradients; gives dstates.
-    fn backward(&self, run: &mut Run<'_>, sweep: &Sweep) -> Result<Tensor> {
+    fn backward(&self, run: &mut Run<'_>) -> Result<Tensor> {
+        Ok(backward(std::slice::from_ref(self), run)?.swap_remove(0))
+    }
+}
+
+/// As [`Launched::backward`], of both directions in one launch.
+fn backward(launched: &[Launched<'_>], run: &mut Run<'_>) -> Result<Vec<Tensor>> {
+    let cell = LstmCell::default();
+    let (mut dys, mut dstates) = (Vec::new(), Vec::new());
+    for Launched { sweep, plan, states, .. } in launched {
         let dy = run.window_of_y(sweep, Some(&sweep.dy))?;
         run.input_words("dy", &dy.tensor, &dy.words);
-        run.input_words("states", self.states, &self.states.read_back::<u32>()?);
-        let dstates = Tensor::from_slice(run.device, &sweep.dlast, [2, sweep.rows, sweep.hidden])?;
-        let buffers = Buffers { slots: self.slots, states: self.states, weights: self.weights, unit: self.unit, y: &dy.tensor };
-        match sweep.kind {
-            SweepKernel::Scan | SweepKernel::Step => sweep_step::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
-            SweepKernel::Resident => sweep_resident::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
-            SweepKernel::Grid => sweep_grid::backward(&LstmCell::default(), &self.plan, &buffers, &dstates)?,
-        }
-        Ok(dstates)
+        run.input_words("states", states, &states.read_back::<u32>()?);
+        dys.push(dy.tensor);
+        let dlast = Tensor::zeros(run.device, [plan.dstates_len(&cell)])?;
+        dlast.slice(0, [sweep.dlast.len()]).write(&sweep.dlast)?;
+        dstates.push(dlast);
     }
+    let (dys, dstates) = (Tensor::behind_each_other(&dys)?, Tensor::behind_each_other(&dstates)?);
+    let sides: Vec<Side<'_>> = launched.iter().zip(&dys).map(|(at, dy)| at.side(&at.weights, dy)).collect();
+    let all_dstates: Vec<&Tensor> = dstates.iter().collect();
+    match launched[0].sweep.kind {
+        SweepKernel::Scan | SweepKernel::Step => sweep_step::backward(&cell, &sides, &all_dstates)?,
+        SweepKernel::Resident => sweep_resident::backward(&cell, &sides, &all_dstates)?,
+        SweepKernel::Grid => sweep_grid::backward(&cell, &sides, &all_dstates)?,
+    }
+    Ok(dstates)
 }
 
 impl Run<'_> {
@@ -299,11 +349,11 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
             let mut run = Run::new(&device);
             sweep.launch(&mut run, steps + 1, |run, launched| {
                 at_once |= sweep_grid::runs_at_once(&device, &LstmCell::default(), &launched.plan, backward)?;
-                run.near("states", launched.states, &expected.states, OUTPUT)?;
+                run.near("states", &launched.states, &expected.states, OUTPUT)?;
                 if backward {
                     device.reset_alarm()?;
-                    let dstates = launched.backward(run, &sweep)?;
-                    run.near("dslots", launched.slots, &expected.dslots, GRADIENT)?;
+                    let dstates = launched.backward(run)?;
+                    run.near("dslots", &launched.slots, &expected.dslots, GRADIENT)?;
                     run.near("dstates", &dstates, &expected.dstates, GRADIENT)?;
                 }
                 Ok(())
@@ -372,9 +422,11 @@ fn lstm_sweeps(
             let sweep = Sweep { kind, ..Sweep::new(rng, steps, rows, hidden, reverse, is_ragged, size) };
             check_sweep(cases, &sweep)?;
         }
+        check_both(cases, &both_ways(rng, kind, [steps, rows, hidden], i % 2 == 0, i % 4 < 2))?;
     }
     let sweep = Sweep { kind, ..Sweep::new(rng, 1, many, units, false, false, 1.0) };
     check_sweep(cases, &sweep)?;
+    check_both(cases, &both_ways(rng, kind, [1, many, units], false, false))?;
 
     let (steps, rows, hidden) = (4, 5, 8);
     let (t, row, unit) = (1, 2, 4);
@@ -383,7 +435,7 @@ fn lstm_sweeps(
         sweep.x[((t * rows + row) * 4 + gate) * hidden + unit] = NAN;
         cases.run(format!("NaN in gate {gate}"), |run| {
             sweep.launch(run, steps + 1, |run, launched| {
-                let y = launched.y;
+                let y = &launched.y;
                 let at = |at: usize| (at / y.row / rows, at / y.row % rows, at % y.row);
                 let hit = |at| matches!(at, (to, b, j) if b == row && (to > t || (to == t && j == unit + y.offset)));
                 run.nan("y", &y.tensor, |word| !y.holds(word) || hit(at(word)))
@@ -394,11 +446,11 @@ fn lstm_sweeps(
     sweep.dy[(t * rows + row) * hidden + unit] = NAN;
     cases.run("NaN in dy", |run| {
         sweep.launch(run, steps + 1, |run, launched| {
-            let dstates = launched.backward(run, &sweep)?;
+            let dstates = launched.backward(run)?;
             let at = |at: usize| (at / (4 * hidden * rows), at / (4 * hidden) % rows, at % hidden);
             run.nan(
                 "dslots",
-                launched.slots,
+                &launched.slots,
                 |word| matches!(at(word), (to, b, j) if b == row && (to < t || (to == t && j == unit))),
             )?;
             run.nan("dc", &dstates.slice(rows * hidden, [rows * hidden]), |word| word / hidden == row)
@@ -406,22 +458,70 @@ fn lstm_sweeps(
     })
 }
 
+/// Two sweeps over sequences of the same lengths, the second in reverse.
+fn both_ways(rng: &mut Rng, kind: SweepKernel, [steps, rows, hidden]: [usize; 3], is_ragged: bool, acts: bool) -> [Sweep; 2] {
+    let lengths = is_ragged.then(|| ragged(rng, steps, rows));
+    [false, true].map(|reverse| {
+        let sweep = Sweep::new(rng, steps, rows, hidden, reverse, false, 1.0);
+        Sweep { kind, acts, lengths: lengths.clone(), ..sweep }
+    })
+}
+
+/// Both directions at once give the bits of each by itself.
+fn check_both(cases: &mut Cases<'_>, both: &[Sweep; 2]) -> Result<()> {
+    let name = format!("both ways, {}{}", both[0].name(), if both[0].acts { ", zoneout, clip and flow" } else { "" });
+    cases.run(name, |run| {
+        for depth in [both[0].steps + 1, 2] {
+            let mut alone = Vec::new();
+            for sweep in both {
+                launch(&[sweep], run, depth, |run, launched| Ok(alone.extend(results(launched, depth, run)?)))?;
+            }
+            launch(&both.each_ref(), run, depth, |run, launched| {
+                for (direction, (words, alone)) in results(launched, depth, run)?.into_iter().zip(alone).enumerate() {
+                    for ((name, words), (_, alone)) in words.into_iter().zip(alone) {
+                        let name = format!("{name} of direction {direction}, {depth} states");
+                        run.comparisons.push(Comparison::bits(name, &words, &alone));
+                        run.words.extend(words);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    })
+}
+
+/// All that sweeps leave, forward and, where every state is kept, backward: of each direction.
+fn results(launched: &[Launched<'_>], depth: usize, run: &mut Run<'_>) -> Result<Vec<Vec<(&'static str, Vec<u32>)>>> {
+    let forward = |at: &Launched<'_>| -> Result<Vec<_>> {
+        let tensors = [("y", &at.y.tensor), ("states", &at.states), ("saved", &at.slots)];
+        tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.read_back()?))).collect()
+    };
+    let mut all = launched.iter().map(forward).collect::<Result<Vec<_>>>()?;
+    if depth == launched[0].plan.steps + 1 {
+        for ((words, at), dstates) in all.iter_mut().zip(launched).zip(backward(launched, run)?) {
+            words.extend([("dslots", at.slots.read_back()?), ("dstates", dstates.read_back()?)]);
+        }
+    }
+    Ok(all)
+}
+
 fn check_sweep(cases: &mut Cases<'_>, sweep: &Sweep) -> Result<()> {
     let (steps, rows, hidden) = (sweep.steps, sweep.rows, sweep.hidden);
     let expected = sweep.expected();
     cases.run(sweep.name(), |run| {
         sweep.launch(run, steps + 1, |run, launched| {
-            run.near_window("y", launched.y, &expected.y, OUTPUT)?;
-            run.near("states", launched.states, &expected.states, OUTPUT)?;
+            run.near_window("y", &launched.y, &expected.y, OUTPUT)?;
+            run.near("states", &launched.states, &expected.states, OUTPUT)?;
             let valid = |at: usize| within(sweep.lengths.as_deref(), rows, at / (4 * hidden));
-            run.near_where("saved", launched.slots, &expected.saved, OUTPUT, valid)?;
-            let dstates = launched.backward(run, sweep)?;
-            run.near("dslots", launched.slots, &expected.dslots, GRADIENT)?;
+            run.near_where("saved", &launched.slots, &expected.saved, OUTPUT, valid)?;
+            let dstates = launched.backward(run)?;
+            run.near("dslots", &launched.slots, &expected.dslots, GRADIENT)?;
             run.near("dstates", &dstates, &expected.dstates, GRADIENT)
         })?;
         // Without backward, memory of two states is enough.
         sweep.launch(run, 2, |run, launched| {
-            run.near_window("y of two states", launched.y, &expected.y, OUTPUT)?;
+            run.near_window("y of two states", &launched.y, &expected.y, OUTPUT)?;
             let (block, last) = (rows * hidden, if sweep.reverse { 0 } else { steps });
             for s in 0..2 {
                 let state = launched.states.slice((s * 2 + launched.plan.ends(2).1) * block, [block]);
