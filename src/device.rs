@@ -482,12 +482,12 @@ impl Device {
         matches!(self.backend(), Backend::Gpu(gpu) if gpu.is_alarmed())
     }
 
-    /// Forgets that, once all recorded work ran.
+    /// Takes that for so, or forgets it, once all recorded work ran.
     #[cfg(feature = "verify")]
-    pub(crate) fn reset_alarm(&self) -> Result<()> {
+    pub(crate) fn set_alarm(&self, is_raised: bool) -> Result<()> {
         match self.backend() {
             Backend::Native => Ok(()),
-            Backend::Gpu(gpu) => gpu.reset_alarm(),
+            Backend::Gpu(gpu) => gpu.set_alarm(is_raised),
         }
     }
 

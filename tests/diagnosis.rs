@@ -3,13 +3,13 @@
 mod common;
 
 use anyhow::{Context as _, Result, ensure};
-use common::devices;
+use common::{adapters, devices};
 use gatefold::nn::{
     Activation, Cell, Direction, GruConfig, Input, LinearConfig, LstmConfig, Module, NonFinite, Quantity, Recurrent, RnnConfig,
     Sequential, Verdict,
 };
 use gatefold::optim::Sgd;
-use gatefold::{Batch, Device, Lengths, MeanSquaredError, Rng, Tensor, Trainer};
+use gatefold::{Batch, Device, ErrorKind, KernelOverride, Lengths, MeanSquaredError, Rng, SweepKernel, Tensor, Trainer};
 
 const STEPS: usize = 4;
 const ROWS: usize = 3;
@@ -264,4 +264,35 @@ fn gradients_clipped_by_value() -> Result<()> {
 fn read(model: &Sequential) -> Result<Vec<f32>> {
     let parts = model.params().into_iter().map(|(_, param)| param.value().to_vec());
     Ok(parts.collect::<gatefold::Result<Vec<_>>>()?.concat())
+}
+
+/// Both directions of a layer share the launches of their sweeps, as a device with a clock of kernels can tell.
+#[test]
+fn two_directions_take_the_launches_of_one() -> Result<()> {
+    let mut clocks = 0;
+    for device in adapters()? {
+        let launches = |sweep: SweepKernel, direction: Direction| -> gatefold::Result<usize> {
+            device.override_kernels(KernelOverride::default().sweep(sweep))?;
+            let lstm = LstmConfig::new(INPUT, HIDDEN).direction(direction).init(&device, &mut Rng::seed(1))?;
+            let x = x(&device)?;
+            let times = device.profile(|| {
+                let (y, _, tape) = lstm.forward_train(&x, None)?;
+                lstm.backward(tape, &y, None).map(|_| ())
+            })?;
+            let of_sweep = times.iter().filter(|time| time.kernel.contains(&format!("_{sweep}_")));
+            Ok(of_sweep.map(|time| time.launches).sum())
+        };
+        // With a rescue after each launch of the grid; backward, a launch more for the gradient of the initial state.
+        for (sweep, expected) in [(SweepKernel::Resident, 2), (SweepKernel::Grid, 4), (SweepKernel::Step, 2 * STEPS + 1)] {
+            let one = launches(sweep, Direction::Forward);
+            if one.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
+                continue;
+            }
+            clocks += 1;
+            let (one, both) = (one?, launches(sweep, Direction::Both)?);
+            ensure!((one, both) == (expected, expected), "{device:?}, {sweep}: {one} and {both} launches");
+        }
+    }
+    ensure!(clocks > 0, "no adapter has a clock");
+    Ok(())
 }

@@ -293,13 +293,12 @@ impl Gpu {
         self.alarm.load(Ordering::Relaxed)
     }
 
-    /// Takes the alarm back, once all recorded work ran.
+    /// Raises the alarm, or takes it back, once all recorded work ran.
     #[cfg(feature = "verify")]
-    pub fn reset_alarm(&self) -> Result<()> {
-        let alarm = self.exchange.lock().as_ref().map(|buffer| Range::new(buffer, 0, 4));
-        alarm.map_or(Ok(()), |alarm| self.clear(alarm))?;
+    pub fn set_alarm(&self, is_raised: bool) -> Result<()> {
+        self.upload(&u32::from(is_raised).to_le_bytes(), self.exchange(1)?)?;
         self.synchronize()?;
-        self.alarm.store(false, Ordering::Relaxed);
+        self.alarm.store(is_raised, Ordering::Relaxed);
         Ok(())
     }
 

@@ -10,6 +10,8 @@
 //! A second launch that has work is slow: the alarm that was raised stays on the device and comes along with the next readback; from then on
 //! the host chooses the sweep by steps.
 //!
+//! Both directions of a layer make one grid where so many workgroups run at once, and one after the other where not.
+//!
 //! On the CPU it is the step sweep.
 
 use super::cell_contract::{Block, CellKernel};

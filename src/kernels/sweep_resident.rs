@@ -1,5 +1,5 @@
 //! The sweep over time with the loop inside the kernel, for any cell: `shaders/sweep_resident.wgsl`. A workgroup carries a tile of
-//! the batch through many steps.
+//! the batch through many steps of a direction; both directions go in one launch.
 //!
 //! On the CPU it is the step sweep, whose product is as fast and whose steps cost no launch.
 

@@ -1,4 +1,4 @@
-//! The sweep over time, one launch a step, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
+//! The sweep over time, one launch a step for all directions, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
 
 use std::fmt;
 

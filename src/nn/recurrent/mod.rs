@@ -215,7 +215,7 @@ pub struct Recurrent<C: Cell> {
     device: Device,
     /// Layer by layer, in each layer by direction.
     weights: Vec<Weights>,
-    /// Of each layer, where a sweep runs both directions at once: W_hh of both, as forward sweeps read it.
+    /// Of each layer, where a sweep takes both directions at once: W_hh of both, as forward sweeps read it.
     both_ways: Vec<CachedCopy<Vec<Tensor>>>,
 }
 
@@ -657,6 +657,24 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
+    /// The passes of a layer, by direction.
+    fn passes<'a>(
+        &self,
+        layer: usize,
+        shape: [usize; 2],
+        window: Window,
+        lengths: Option<&'a Lengths>,
+        key: Option<MaskKey>,
+        teacher: Option<&'a Teacher>,
+    ) -> Vec<Pass<'a>> {
+        let directions = self.config.directions();
+        let pass = |index| {
+            let plan = self.plan(shape, window, index, lengths, key);
+            Pass { plan, index, key, batch: shape[1], teacher }
+        };
+        (layer * directions..(layer + 1) * directions).map(pass).collect()
+    }
+
     /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell. `draws`: in
     /// training, with a key.
     fn is_split(&self, draws: bool) -> bool {
@@ -717,7 +735,6 @@ impl<C: Cell> Recurrent<C> {
         let key = input.key.filter(|_| train);
 
         let window = window.unwrap_or(Window { start: 0, total: steps });
-        let directions = self.config.directions();
         let finals = self.new_state(rows)?;
         let initial = match input.state {
             Some(state) => Some(state.tensors().into_iter().cloned().collect()),
@@ -727,14 +744,7 @@ impl<C: Cell> Recurrent<C> {
         let mut x = if batch_first { transpose::leading(x)? } else { x.clone() };
         let mut tapes = Vec::new();
         for layer in 0..layers {
-            let pass = |index: usize| Pass {
-                plan: self.plan([steps, rows], window, index, input.lengths, key),
-                index,
-                key,
-                batch: rows,
-                teacher: teacher.as_ref(),
-            };
-            let of_layer: Vec<Pass<'_>> = (layer * directions..(layer + 1) * directions).map(pass).collect();
+            let of_layer = self.passes(layer, [steps, rows], window, input.lengths, key, teacher.as_ref());
             let shape = [steps, rows, self.output()];
             // One for both directions, or one for each.
             let shared = if self.config.is_merged() { None } else { Some(Tensor::uninitialized(&self.device, shape)?) };
@@ -981,13 +991,13 @@ impl<C: Cell> Recurrent<C> {
         dropout::dropout(weights, [0, rows, cols], self.config.weight_dropout, key.draw(draws::WEIGHTS, index))
     }
 
-    /// The units' own parameters, of each pass of a sweep.
+    /// The units' own parameters, of each pass of a sweep of whole steps.
     fn units(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
-        let unit = |pass: &Pass<'_>| self.weights[pass.index].unit(&self.swept_cell(), self.config.hidden);
+        let unit = |pass: &Pass<'_>| self.weights[pass.index].unit(&self.config.cell, self.config.hidden);
         Tensor::behind_each_other(&passes.iter().map(unit).collect::<Result<Vec<_>>>()?)
     }
 
-    /// W_hh as forward sweeps of whole steps read it, of each pass of a sweep; anything where the cell has no product.
+    /// W_hh as a forward sweep of whole steps reads it, of each of its passes; anything where the cell has no product.
     fn recurrent_weights(&self, passes: &[Pass<'_>], tapes: &[PassTape], units: &[Tensor]) -> Result<Vec<Tensor>> {
         let packed = |weight: &Tensor| sweep_step::forward_weights::<C>(weight, self.config.hidden);
         let weights: Vec<&Param> = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hh.as_ref()).collect();
@@ -1131,7 +1141,6 @@ impl<C: Cell> Recurrent<C> {
         let mut dy = if batch_first { transpose::leading(dy)? } else { dy.clone() };
         let mut dx = None;
         for (layer, LayerTape { x, passes, factors }) in layers.into_iter().enumerate().rev() {
-            let directions = passes.len();
             let added = match self.config.adds_input(x.shape()[2]) && (needs_dx || layer > 0) {
                 true => Some(valid_rows(&dy, lengths.as_ref())?),
                 false => None,
@@ -1143,15 +1152,8 @@ impl<C: Cell> Recurrent<C> {
                 true => Some(Tensor::uninitialized(&self.device, x.shape())?),
                 false => None,
             };
-            let flows = flow.is_some();
-            let pass = |index: usize| Pass {
-                plan: Plan { flow: flows, ..self.plan([steps, rows], window, index, lengths.as_ref(), key) },
-                index,
-                key,
-                batch: rows,
-                teacher: teacher.as_ref(),
-            };
-            let of_layer: Vec<Pass<'_>> = (layer * directions..(layer + 1) * directions).map(pass).collect();
+            let mut of_layer = self.passes(layer, [steps, rows], window, lengths.as_ref(), key, teacher.as_ref());
+            of_layer.iter_mut().for_each(|pass| pass.plan.flow = flow.is_some());
             let dys = self.merge_backward(&dy, &factors)?;
             let count = self.at_once(&of_layer);
             for ((at_once, tapes), dys) in of_layer.chunks(count).zip(passes.chunks(count)).zip(dys.chunks(count)) {

@@ -10,7 +10,7 @@ use crate::tensor::Tensor;
 pub(crate) struct SweepAlone<C: Cell> {
     layer: Recurrent<C>,
     shape: [usize; 2],
-    tape: Vec<PassTape>,
+    tapes: Vec<PassTape>,
     gradients: Vec<Gradients>,
     /// The slots before and after the forward sweep, which works in place.
     before: Tensor,
@@ -24,46 +24,46 @@ impl<C: Cell> SweepAlone<C> {
     pub fn new(layer: Recurrent<C>, x: &Tensor, dy: &Tensor) -> Result<Self> {
         let shape = [x.shape()[0], x.shape()[1]];
         let y = Tensor::uninitialized(&layer.device, dy.shape())?;
-        let (tape, gradients) = {
+        let (tapes, gradients) = {
             let pass = [pass(&layer, shape)];
             (layer.prepare(&pass, x, shape[0] + 1, Slots::InputPart)?, layer.new_gradients(&pass)?)
         };
-        tape[0].states.clear()?;
+        tapes[0].states.clear()?;
         let copy = || -> Result<Tensor> {
-            let copy = Tensor::uninitialized(&layer.device, tape[0].slots.shape())?;
-            copy.copy_from(&tape[0].slots)?;
+            let copy = Tensor::uninitialized(&layer.device, tapes[0].slots.shape())?;
+            copy.copy_from(&tapes[0].slots)?;
             Ok(copy)
         };
         let before = copy()?;
-        layer.sweep_forward(&[pass(&layer, shape)], &tape, None, slice::from_ref(&y))?;
+        layer.sweep_forward(&[pass(&layer, shape)], &tapes, None, slice::from_ref(&y))?;
         let after = copy()?;
-        Ok(Self { shape, tape, gradients, before, after, y, dy: dy.clone(), layer })
+        Ok(Self { shape, tapes, gradients, before, after, y, dy: dy.clone(), layer })
     }
 
     /// Puts the input part back into the slots.
     pub fn prepare_forward(&self) -> Result<()> {
-        self.tape[0].slots.copy_from(&self.before)
+        self.tapes[0].slots.copy_from(&self.before)
     }
 
     /// The forward sweep.
     pub fn forward(&self) -> Result<()> {
-        self.layer.sweep_forward(&[pass(&self.layer, self.shape)], &self.tape, None, slice::from_ref(&self.y))
+        self.layer.sweep_forward(&[pass(&self.layer, self.shape)], &self.tapes, None, slice::from_ref(&self.y))
     }
 
     /// Puts what the forward sweep left back into the slots.
     pub fn prepare_backward(&self) -> Result<()> {
-        self.tape[0].slots.copy_from(&self.after)?;
+        self.tapes[0].slots.copy_from(&self.after)?;
         self.gradients[0].dstates.clear()
     }
 
     /// The backward sweep.
     pub fn backward(&self) -> Result<()> {
-        self.layer.sweep_backward(&[pass(&self.layer, self.shape)], &self.tape, slice::from_ref(&self.dy), &self.gradients)
+        self.layer.sweep_backward(&[pass(&self.layer, self.shape)], &self.tapes, slice::from_ref(&self.dy), &self.gradients)
     }
 
     /// Numbers of the slots and of the states, all steps together.
     pub fn sizes(&self) -> [usize; 2] {
-        [self.tape[0].slots.len(), self.tape[0].states.len()]
+        [self.tapes[0].slots.len(), self.tapes[0].states.len()]
     }
 }
 

@@ -40,10 +40,12 @@ pub(super) fn gradient_flow(cases: &mut Cases<'_>) -> Result<()> {
     let min_gru = MinGruConfig::new(INPUT, HIDDEN).layers(2).direction(Direction::Both);
     check(cases, Network { flow: true, ..Network::new("min_gru", min_gru, deep(oracle::Cell::MinGru)) })?;
     let reverse = oracle::Recurrent { first_reverse: true, ..spec(rnn64) };
+    let both = oracle::Recurrent { directions: 2, ..spec(rnn64) };
     for network in [
         Network::new("rnn", rnn.clone().layers(2).direction(Direction::Both), deep(rnn64)),
         // A bound that is never reached.
         Network::new("rnn_reverse_gradient_clip", rnn.clone().direction(Direction::Reverse).gradient_clip(1e6), reverse),
+        Network::new("rnn_both_gradient_clip", rnn.clone().direction(Direction::Both).gradient_clip(1e6), both),
     ] {
         check(cases, Network { flow: true, ..network })?;
     }

@@ -36,7 +36,7 @@ impl Cases<'_> {
         let once = || -> Result<Run<'_>> {
             // After an alarm of an earlier case a grid's rescue alone would be at work.
             if self.device.is_alarmed() {
-                self.device.reset_alarm()?;
+                self.device.set_alarm(false)?;
             }
             let mut run = Run::new(self.device);
             case(&mut run)?;

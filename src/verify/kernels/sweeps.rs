@@ -8,7 +8,7 @@ use crate::kernels::choice::KernelOverride;
 use crate::kernels::sweep::{Buffers, Plan, Side, SweepKernel};
 use crate::kernels::sweep_step::StepKernel;
 use crate::kernels::{sweep_grid, sweep_resident, sweep_step};
-use crate::nn::{Direction, GruConfig, IndRnnConfig, RnnConfig, SLstmConfig};
+use crate::nn::{Direction, GruConfig, IndRnnConfig, Merge, RnnConfig, SLstmConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Lengths, POISON, Tensor};
 use crate::verify::autodiff::sigmoid;
@@ -26,6 +26,8 @@ struct Sweep {
     kind: SweepKernel,
     /// Whether zoneout and the clip of the gradient act between steps, and the flow is kept: more than `expected` knows.
     acts: bool,
+    /// Of a grid: whether an alarm stands, so that its rescue does all.
+    is_alarmed: bool,
     lengths: Option<Vec<u32>>,
     /// Input parts `[T, B, 4, H]`, W_hh `[4H, H]`, b_hh `[4H]`, initial state `[2, B, H]`.
     x: Vec<f32>,
@@ -58,14 +60,15 @@ impl Sweep {
         let weights = scaled(4 * hidden * hidden, size.min(1.0) / (hidden as f32).sqrt());
         let (bias, initial) = (scaled(4 * hidden, 0.5), scaled(2 * rows * hidden, 1.0));
         let dlast = scaled(2 * rows * hidden, 1.0);
-        let (kind, acts) = (SweepKernel::Step, false);
-        Self { steps, rows, hidden, reverse, kind, acts, lengths, x, weights, bias, initial, dy, dlast }
+        let (kind, acts, is_alarmed) = (SweepKernel::Step, false, false);
+        Self { steps, rows, hidden, reverse, kind, acts, is_alarmed, lengths, x, weights, bias, initial, dy, dlast }
     }
 
     fn name(&self) -> String {
         let Self { steps, rows, hidden, reverse, lengths, .. } = self;
         let ragged = lengths.as_ref().map_or(String::new(), |lengths| format!(", lengths {lengths:?}"));
-        format!("{steps}x{rows}x{hidden}{}{ragged}", if *reverse { ", reverse" } else { "" })
+        let (reverse, rescue) = (if *reverse { ", reverse" } else { "" }, if self.is_alarmed { ", by a rescue" } else { "" });
+        format!("{steps}x{rows}x{hidden}{reverse}{ragged}{rescue}")
     }
 
     /// Steps as computed, with the slots of the state before and after.
@@ -167,6 +170,9 @@ fn launch(
     depth: usize,
     check: impl FnOnce(&mut Run<'_>, &[Launched<'_>]) -> Result<()>,
 ) -> Result<()> {
+    if sweeps[0].kind == SweepKernel::Grid {
+        run.device.set_alarm(sweeps[0].is_alarmed)?;
+    }
     let lengths = run.lengths(sweeps[0].lengths.as_deref())?;
     let launched = sweeps.iter().map(|sweep| sweep.prepare(run, depth, lengths.as_ref()));
     let mut launched = launched.collect::<Result<Vec<_>>>()?;
@@ -331,7 +337,17 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
     sizes.extend([[33, 2, 90], [17, 5, 20]]);
     let mut rng = Rng::seed(14);
     // An alarm stays on a device.
-    cases.under(KernelOverride::default(), |cases| lstm_sweeps(cases, SweepKernel::Grid, &mut rng, &sizes, [256, 1]))?;
+    cases.under(KernelOverride::default(), |cases| {
+        lstm_sweeps(cases, SweepKernel::Grid, &mut rng, &sizes, [256, 1])?;
+        for hidden in [20, 90] {
+            let sweep =
+                Sweep { kind: SweepKernel::Grid, is_alarmed: true, ..Sweep::new(&mut rng, 5, 3, hidden, false, true, 1.0) };
+            check_sweep(cases, &sweep)?;
+            let both = both_ways(&mut rng, SweepKernel::Grid, [5, 3, hidden], true, false);
+            check_both(cases, &both.map(|sweep| Sweep { is_alarmed: true, ..sweep }))?;
+        }
+        Ok(())
+    })?;
 
     // Workgroups that run at once come to an end by themselves, if not at every try: threads of a software driver on a busy machine take
     // turns. Workgroups that do not run at once never do, and the rest is done without them.
@@ -351,7 +367,7 @@ pub(super) fn lstm_grid(cases: &mut Cases<'_>) -> Result<()> {
                 at_once |= sweep_grid::runs_at_once(&device, &LstmCell::default(), &launched.plan, backward)?;
                 run.near("states", &launched.states, &expected.states, OUTPUT)?;
                 if backward {
-                    device.reset_alarm()?;
+                    device.set_alarm(false)?;
                     let dstates = launched.backward(run)?;
                     run.near("dslots", &launched.slots, &expected.dslots, GRADIENT)?;
                     run.near("dstates", &dstates, &expected.dstates, GRADIENT)?;
@@ -390,7 +406,7 @@ pub(super) fn wide_cells(cases: &mut Cases<'_>) -> Result<()> {
     other_cells(cases, KernelOverride::default(), &[33, 100, 128])
 }
 
-/// Cells of one, three and four gates, of one and four states, and what acts between steps.
+/// Cells of one, three and four gates, of one and four states, in one direction and in both, and what acts between steps.
 fn other_cells(cases: &mut Cases<'_>, kernels: KernelOverride, widths: &[usize]) -> Result<()> {
     cases.under(kernels, |cases| {
         for &hidden in widths {
@@ -400,8 +416,9 @@ fn other_cells(cases: &mut Cases<'_>, kernels: KernelOverride, widths: &[usize])
                 (GruConfig::new(INPUT, hidden), RnnConfig::new(INPUT, hidden), SLstmConfig::new(INPUT, hidden));
             check(cases, Network::new(format!("gru_{hidden}"), gru.layers(2).direction(Direction::Both), stack(Cell::GRU)))?;
             check(cases, Network::new(format!("slstm_{hidden}"), slstm, plain(Cell::SLstm)))?;
-            let zoneout = Network::new(format!("rnn_{hidden}"), rnn.zoneout(0.3, 0.0), plain(Cell::RNN));
-            check(cases, Network { zoneout: [0.3, 0.0], ..zoneout })?;
+            let rnn = rnn.zoneout(0.3, 0.0).direction(Direction::Both).merge(Merge::Product);
+            let rnn64 = Recurrent { directions: 2, merge: oracle::Merge::Product, ..plain(Cell::RNN) };
+            check(cases, Network { zoneout: [0.3, 0.0], ..Network::new(format!("rnn_{hidden}"), rnn, rnn64) })?;
         }
         Ok(())
     })
@@ -422,11 +439,12 @@ fn lstm_sweeps(
             let sweep = Sweep { kind, ..Sweep::new(rng, steps, rows, hidden, reverse, is_ragged, size) };
             check_sweep(cases, &sweep)?;
         }
-        check_both(cases, &both_ways(rng, kind, [steps, rows, hidden], i % 2 == 0, i % 4 < 2))?;
+        check_both(cases, &both_ways(rng, kind, [steps, rows, hidden], i % 2 == 0, false))?;
     }
     let sweep = Sweep { kind, ..Sweep::new(rng, 1, many, units, false, false, 1.0) };
     check_sweep(cases, &sweep)?;
     check_both(cases, &both_ways(rng, kind, [1, many, units], false, false))?;
+    check_both(cases, &both_ways(rng, kind, [5, 3, 20], true, true))?;
 
     let (steps, rows, hidden) = (4, 5, 8);
     let (t, row, unit) = (1, 2, 4);
@@ -461,9 +479,11 @@ fn lstm_sweeps(
 /// Two sweeps over sequences of the same lengths, the second in reverse.
 fn both_ways(rng: &mut Rng, kind: SweepKernel, [steps, rows, hidden]: [usize; 3], is_ragged: bool, acts: bool) -> [Sweep; 2] {
     let lengths = is_ragged.then(|| ragged(rng, steps, rows));
-    [false, true].map(|reverse| {
-        let sweep = Sweep::new(rng, steps, rows, hidden, reverse, false, 1.0);
-        Sweep { kind, acts, lengths: lengths.clone(), ..sweep }
+    [false, true].map(|reverse| Sweep {
+        kind,
+        acts,
+        lengths: lengths.clone(),
+        ..Sweep::new(rng, steps, rows, hidden, reverse, false, 1.0)
     })
 }
 
