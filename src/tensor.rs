@@ -108,12 +108,13 @@ impl Tensor {
     }
 
     /// Tensors of one shape, one behind the other in one block of memory: these where they lie so already, else copies.
-    pub(crate) fn behind_each_other(tensors: &[Tensor]) -> Result<Vec<Self>> {
+    pub(crate) fn behind_each_other(tensors: impl Iterator<Item = Result<Self>>) -> Result<Vec<Self>> {
+        let tensors = tensors.collect::<Result<Vec<_>>>()?;
         if tensors.windows(2).all(|pair| pair[0].shares_memory(&pair[1]) && pair[0].offset <= pair[1].offset) {
-            return Ok(tensors.to_vec());
+            return Ok(tensors);
         }
         let copies = Self::in_a_row(tensors[0].device(), tensors[0].shape(), tensors.len())?;
-        copies.iter().zip(tensors).try_for_each(|(copy, tensor)| copy.copy_from(tensor))?;
+        copies.iter().zip(&tensors).try_for_each(|(copy, tensor)| copy.copy_from(tensor))?;
         Ok(copies)
     }
 

@@ -282,8 +282,9 @@ fn two_directions_take_the_launches_of_one() -> Result<()> {
             let of_sweep = times.iter().filter(|time| time.kernel.contains(&format!("_{sweep}_")));
             Ok(of_sweep.map(|time| time.launches).sum())
         };
-        // With a rescue after each launch of the grid; backward, a launch more for the gradient of the initial state.
-        for (sweep, expected) in [(SweepKernel::Resident, 2), (SweepKernel::Grid, 4), (SweepKernel::Step, 2 * STEPS + 1)] {
+        // By steps backward has a launch more, for the gradient of the initial state. What a grid does hangs on how many workgroups run
+        // at once.
+        for (sweep, expected) in [(SweepKernel::Resident, 2), (SweepKernel::Step, 2 * STEPS + 1)] {
             let one = launches(sweep, Direction::Forward);
             if one.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
                 continue;

@@ -994,7 +994,7 @@ impl<C: Cell> Recurrent<C> {
     /// The units' own parameters, of each pass of a sweep of whole steps.
     fn units(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
         let unit = |pass: &Pass<'_>| self.weights[pass.index].unit(&self.config.cell, self.config.hidden);
-        Tensor::behind_each_other(&passes.iter().map(unit).collect::<Result<Vec<_>>>()?)
+        Tensor::behind_each_other(passes.iter().map(unit))
     }
 
     /// W_hh as a forward sweep of whole steps reads it, of each of its passes; anything where the cell has no product.
@@ -1002,16 +1002,14 @@ impl<C: Cell> Recurrent<C> {
         let packed = |weight: &Tensor| sweep_step::forward_weights::<C>(weight, self.config.hidden);
         let weights: Vec<&Param> = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hh.as_ref()).collect();
         let dropped: Vec<&Tensor> = tapes.iter().filter_map(|tape| tape.weights.as_ref()).collect();
-        let both_ways = &self.both_ways[passes[0].index / self.config.directions()];
-        let behind_each_other =
-            |packed: Vec<Result<Tensor>>| Tensor::behind_each_other(&packed.into_iter().collect::<Result<Vec<_>>>()?);
         match &weights[..] {
             [] => Ok(units.to_vec()),
-            _ if !dropped.is_empty() => behind_each_other(dropped.into_iter().map(packed).collect()),
+            _ if !dropped.is_empty() => Tensor::behind_each_other(dropped.into_iter().map(packed)),
             [weight] => Ok(vec![weight.packed(packed)?]),
             weights => {
                 let version = weights.iter().map(|weight| weight.version().get()).sum();
-                both_ways.get(version, || behind_each_other(weights.iter().map(|weight| packed(weight.value())).collect()))
+                let both_ways = &self.both_ways[passes[0].index / weights.len()];
+                both_ways.get(version, || Tensor::behind_each_other(weights.iter().map(|weight| packed(weight.value()))))
             }
         }
     }
@@ -1206,7 +1204,7 @@ impl<C: Cell> Recurrent<C> {
 
     /// `dx (+)= dx-part . W_ih`, from the gradients in the slots; the first direction's is not added.
     fn input_gradient(&self, pass: &Pass<'_>, tape: &PassTape, dx: &Tensor) -> Result<()> {
-        let (weights, accumulate) = (&self.weights[pass.index], pass.index % self.config.directions() > 0);
+        let (weights, accumulate) = (&self.weights[pass.index], !pass.index.is_multiple_of(self.config.directions()));
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let weight_ih = weights.weight_ih.factor(self.config.precision, gates)?;
@@ -1318,12 +1316,12 @@ impl<C: Cell> Recurrent<C> {
             return self.split_backward(&passes[0], &tapes[0], &dys[0], &gradients[0]);
         }
         let cell = &self.config.cell;
-        let (units, dys) = (self.units(passes)?, Tensor::behind_each_other(dys)?);
+        let (units, dys) = (self.units(passes)?, Tensor::behind_each_other(dys.iter().cloned().map(Ok))?);
         let weights = passes.iter().zip(tapes).zip(&units).map(|((pass, tape), unit)| {
             let recurrent = tape.recurrent(&self.weights[pass.index], Precision::Single, self.config.hidden)?;
             Ok(recurrent.map_or_else(|| unit.clone(), |factor| factor.words))
         });
-        let weights = Tensor::behind_each_other(&weights.collect::<Result<Vec<_>>>()?)?;
+        let weights = Tensor::behind_each_other(weights)?;
         let sides = sides(passes, tapes, &weights, &units, &dys);
         let dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
         match sweep::choose(&self.device, cell, &passes[0].plan, true) {
