@@ -1,8 +1,8 @@
 // What every sweep over steps does around the cell, for one step, row and unit: it loads and stores, holds back, skips what is past
 // a row's end, clips. Composed with a sweep, cell_contract.wgsl, one cell file and hold.wgsl; the sweep makes the product.
 //
-// A launch runs one direction of a layer, or both. Then every second column of workgroups has the second direction, which reads the
-// sequence the other way and whose part of each buffer but `lengths` lies behind that of the first: what follows knows where.
+// A launch runs one direction of a layer, or both. Then the second half of each row of workgroups has the second direction, which reads
+// the sequence the other way and whose part of each buffer but `lengths` lies behind that of the first: what follows knows where.
 
 struct Sweep {
     rows: u32,   // B
@@ -61,8 +61,9 @@ var<private> direction: u32; // of this workgroup: 0 or 1
 // The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. Every sweep asks first of all, because
 // from then on the direction is known.
 fn take_tile(group: vec3<u32>, groups: vec3<u32>) -> vec2<u32> {
-    direction = group.x % params.directions;
-    return vec2(group.x / params.directions, group.z * groups.y + group.y);
+    let tiles = groups.x / params.directions;
+    direction = group.x / tiles;
+    return vec2(group.x % tiles, group.z * groups.y + group.y);
 }
 
 // 1: this direction reads the sequence from its last step to its first.

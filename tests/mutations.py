@@ -70,7 +70,6 @@ EDITS = [
     ("shaders/sweep_step_tiled.wgsl", "if k < params.hidden && unit < params.hidden {", "if k + 1u < params.hidden && unit < params.hidden {", ["step_tiled"]),
     ("shaders/sweep_resident.wgsl", "    workgroupBarrier();\n    for (var other", "    for (var other", ["lstm_resident"]),
     ("shaders/sweep_resident.wgsl", "values[3] * resident[w + 3u]", "values[3] * resident[w + 2u]", ["lstm_resident"]),
-    ("shaders/sweep_grid.wgsl", "(n * params.directions + direction) * params.rows", "n * params.rows", ["lstm_grid"]),
     ("shaders/sweep_scan.wgsl", "b = step.x * b + step.y;", "b = b + step.y;", ["scans"]),
     ("shaders/sweep_scan.wgsl", "carries[a_at] * value + carries", "carries[a_at] * value - carries", ["scans"]),
     # Products and sums

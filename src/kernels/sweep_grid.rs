@@ -131,22 +131,21 @@ fn co_resident<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &Plan<
     })
 }
 
-/// Launches runs of steps, in the order of the direction or, backward, in the opposite one. Of two sides whose workgroups do not all run at
-/// once, or whose exchange is too large, one comes after the other.
+/// Launches runs of steps, in the order of the direction or, backward, in the opposite one. Of two sides one comes after the other where
+/// only the workgroups of one run at once, or the exchange of both is too large.
 fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, sides: &[Side<'_>], dstates: &[&Tensor], backward: bool) -> Result<()> {
-    let (kernel, plan) = (kernel::<C>(backward), &sides[0].plan);
-    let columns = sides.len() * unit_tiles(plan.hidden);
+    let (kernel, plan, device) = (kernel::<C>(backward), &sides[0].plan, sides[0].buffers.slots.device());
+    let (of_side, columns) = (unit_tiles(plan.hidden), sides.len() * unit_tiles(plan.hidden));
     let waits = waits(plan, backward);
-    // As many tiles of rows as have room beside each other.
-    let device = sides[0].buffers.slots.device();
-    let most = if waits { co_resident(device, gpu, cell, plan, backward)? } else { GROUPS }.min(GROUPS) / columns;
+    let at_once = if waits { co_resident(device, gpu, cell, plan, backward)? } else { GROUPS }.min(GROUPS);
     let values = sides.len() * plan.rows * plan.hidden * if backward { C::Pre::LEN } else { 1 }; // of a step
-    if sides.len() > 1 && (most == 0 || !gpu.fits(VALUES + LEAST_RUN * values)) {
+    if sides.len() > 1 && ((of_side..columns).contains(&at_once) || !gpu.fits(VALUES + LEAST_RUN * values)) {
         let each = |n: usize| launch(gpu, cell, &sides[n..=n], dstates.get(n..=n).unwrap_or_default(), backward);
         return (0..sides.len()).try_for_each(each);
     }
     let (params, bindings) = sweep_step::prepare(cell, sides, dstates);
-    let tile = plan.rows.div_ceil(most.max(1));
+    // As many tiles of rows as have room beside each other.
+    let tile = plan.rows.div_ceil((at_once / columns).max(1));
     let groups = [columns as u32, plan.rows.div_ceil(tile) as u32, 1];
     let run = match gpu.class() {
         Class::Software => LEAST_RUN, // see PATIENCE in the shader
