@@ -34,8 +34,10 @@ fn rows(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    let row = (group.z * groups.y + group.y) * TILE; // rows go on in z where y is full
-    let column = group.x * TILE + COLUMNS * lane;
+    // Rows go on in z where y is full.
+    let tile = by_columns(vec2(group.x, group.z * groups.y + group.y), vec2(groups.x, groups.y * groups.z));
+    let row = tile.y * TILE;
+    let column = tile.x * TILE + COLUMNS * lane;
     var at0 = a_at(row + lane) / 4u; var at1 = a_at(row + 8u + lane) / 4u;
     var at2 = a_at(row + 16u + lane) / 4u; var at3 = a_at(row + 24u + lane) / 4u;
     var b_at = (params.b_offset + min(column, params.n - 4u)) / 4u;

@@ -13,3 +13,10 @@ fn multiply(sums: ptr<function, Rows>, column: f32, row: vec4<f32>) {
     (*sums)[6] += subgroupBroadcast(column, 6u) * row;
     (*sums)[7] += subgroupBroadcast(column, 7u) * row;
 }
+
+// Which column and which row of tiles a workgroup has, given its own place and how many there are of both: one column after another,
+// because its rows read the same numbers of B, which a processor's cache then keeps.
+fn by_columns(place: vec2<u32>, count: vec2<u32>) -> vec2<u32> {
+    let at = place.y * count.x + place.x;
+    return vec2(at / count.y, at % count.y);
+}

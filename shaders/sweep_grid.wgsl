@@ -1,6 +1,7 @@
 // Many time steps of any cell in one dispatch of workgroups that all run at once, of one direction or both, which know nothing of each
-// other. Each workgroup has a tile of units and keeps its part of W_hh in registers through all steps; what the others need of its results
-// travels through `exchange`: forward h, backward the gradients of the product. Composed with sweep_unit.wgsl, cell_contract.wgsl, one cell file and hold.wgsl; the product is the cell's.
+// other. Each workgroup has a tile of units and keeps its part of W_hh in registers through all steps; what the others need of its
+// results travels through `exchange`: forward h, backward the gradients of the product. Composed with sweep_unit.wgsl,
+// cell_contract.wgsl, one cell file and hold.wgsl; the product is the cell's.
 //
 // A word of the exchange is 0 until its value is there, so that the value is its own message. Every step has words of its own,
 // which are written once: atomics of WGSL are relaxed, and of one word everybody sees the same order, of two words not.

@@ -30,7 +30,7 @@ fn forward_subgroup(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let H = params.hidden;
-    let tile = take_tile(group, groups);
+    let tile = by_columns(take_tile(group, groups), vec2(groups.x / params.directions, groups.y * groups.z));
     let unit = tile.x * TILE_UNITS + 4u * lane;
     let row = tile.y * FORWARD_ROWS;
 
@@ -75,7 +75,7 @@ fn backward_subgroup(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let H = params.hidden;
-    let tile = take_tile(group, groups);
+    let tile = by_columns(take_tile(group, groups), vec2(groups.x / params.directions, groups.y * groups.z));
     let unit = tile.x * TILE_UNITS + 4u * lane;
     let row = tile.y * BACKWARD_ROWS;
 

@@ -14,7 +14,7 @@ struct Sweep {
     reverse: u32, // 1: the first direction reads the sequence from its last step to its first
     directions: u32, // of the launch: 1 or 2
     recurrent: u32, // sweep_step, sweep_grid, backward: 1 where a step was handled before the first
-    finish: u32, // backward: 1: the product of the first step is wanted, for the gradient of the initial state; sweep_step: and nothing else
+    finish: u32, // backward: 1: the product of the first step is wanted, for the initial state's gradient; sweep_step: and nothing else
     tile: u32,   // sweep_grid: rows of a workgroup
     rescue: u32, // sweep_grid: 1: does what workgroups of the launch before it left undone
     ragged: u32, // 1: steps past lengths[row] hold the state and output zeros

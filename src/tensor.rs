@@ -107,7 +107,8 @@ impl Tensor {
         Ok((0..count).map(|n| all.slice(n * stride, shape.clone())).collect())
     }
 
-    /// Tensors of one shape, one behind the other in one block of memory: these where they lie so already, else copies.
+    /// Tensors of one shape, one behind the other in one block of memory: these where they lie so already, or are one and the same, else
+    /// copies.
     pub(crate) fn behind_each_other(tensors: impl Iterator<Item = Result<Self>>) -> Result<Vec<Self>> {
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         if tensors.windows(2).all(|pair| pair[0].shares_memory(&pair[1]) && pair[0].offset <= pair[1].offset) {

@@ -97,10 +97,14 @@ EDITS = [
     ("shaders/math.wgsl", "(bits & ~SIGN_BIT) > 0x411051ecu", "(bits & ~SIGN_BIT) > 0x7f000000u", ["math"]),
     ("shaders/math.wgsl", "select(y | (bits & SIGN_BIT), bits, is_nan_bits(x))", "select(y, bits, is_nan_bits(x))", ["math"]),
     # The native CPU
-    ("src/kernels/cell_lstm.rs", "[i, f, g, o])\n    }", "[f, i, g, o])\n    }", ["lstm_layers", "lstm_sweep"]),
-    ("src/kernels/cell_lstm.rs", "let (mut di, mut df) = (dc * g, dc * c_before);", "let (mut di, mut df) = (dc * c_before, dc * g);", ["lstm_layers", "lstm_sweep"]),
-    ("src/kernels/cell_gru.rs", "let q = r[2] + p[2];", "let q = r[2];", ["networks"]),
-    ("src/kernels/cell_gru.rs", "(previous[0] - n) * self.gate_slope(z)", "(n - previous[0]) * self.gate_slope(z)", ["networks"]),
+    ("src/kernels/cell_lstm.rs", "return ([o * c.tanh::<F>(), c], [i, f, g, o]);", "return ([o * c.tanh::<F>(), c], [f, i, g, o]);", ["lstm_layers", "lstm_sweep"]),
+    ("src/kernels/cell_lstm.rs", "[i, f, g, o])\n    }", "[f, i, g, o])\n    }", ["networks"]),
+    ("src/kernels/cell_lstm.rs", "dc * c_before * (f * (one - f))", "dc * c_before * (i * (one - f))", ["lstm_layers", "lstm_sweep"]),
+    ("src/kernels/cell_lstm.rs", "let (mut di, mut df) = (dc * g, dc * c_before);", "let (mut di, mut df) = (dc * c_before, dc * g);", ["networks"]),
+    ("src/kernels/cell_gru.rs", "let q = r[2] + p[2];\n            let n", "let q = r[2];\n            let n", ["networks"]),
+    ("src/kernels/cell_gru.rs", "let q = r[2] + p[2];\n        let part", "let q = r[2];\n        let part", ["networks"]),
+    ("src/kernels/cell_gru.rs", "(previous[0] - n) * (z * (one - z))", "(n - previous[0]) * (z * (one - z))", ["networks"]),
+    ("src/kernels/cell_gru.rs", "(previous[0] - n) * self.gate_slope::<F>(z)", "(n - previous[0]) * self.gate_slope::<F>(z)", ["networks"]),
 ]
 
 

@@ -206,23 +206,53 @@ impl Member<'_> {
     }
 }
 
-/// Where a team meets, as often as once in a few microseconds: its members spin, and let others run when it takes longer.
+/// Where a team meets, as often as once in a few microseconds: its members spin, and yield to others when it takes longer.
 #[derive(Default)]
 struct Barrier {
+    /// Of a brief team: members that have started, and what the first one then says.
+    started: AtomicUsize,
+    start: AtomicUsize,
     arrived: AtomicUsize,
     round: AtomicUsize,
     /// A member panicked: nobody may wait for it.
     broken: AtomicBool,
-    /// A member waited for longer than steps take: another's core has other work.
+    /// A member waited for longer than steps take: another was preempted.
     late: AtomicBool,
-    /// Whether that ends the team, and whether it has. Changes only while all but one wait.
+    /// Whether that ends the team, and whether it has. Changes only while all but one wait, or before they start.
     is_brief: bool,
     dissolved: AtomicBool,
 }
 
+/// What a brief team's first member says to the others: nothing yet, to start, or that they are too late.
+const PENDING: usize = 0;
+const START: usize = 1;
+const TOO_LATE: usize = 2;
+
 impl Barrier {
     /// Turns of the loop before the thread offers its core to others: longer than a step of a balanced team takes to end.
     const SPINS: usize = 2000;
+    /// The same before the first member gives up on those that have not started: longer than it takes to wake a thread on an idle core.
+    const PATIENCE: usize = 4 * Self::SPINS;
+
+    /// Whether member `index` of a brief team takes part: all start together, or the first one does everything.
+    fn starts(&self, index: usize, members: usize) -> bool {
+        if index == 0 {
+            let all = || self.started.load(Ordering::Acquire) + 1 == members;
+            let started = (0..Self::PATIENCE).any(|_| {
+                std::hint::spin_loop();
+                all()
+            });
+            self.dissolved.store(!started, Ordering::Relaxed);
+            self.start.store(if started { START } else { TOO_LATE }, Ordering::Release);
+            return started;
+        }
+        self.started.fetch_add(1, Ordering::AcqRel);
+        let mut spins = 0;
+        while self.start.load(Ordering::Acquire) == PENDING {
+            Self::spin(&mut spins);
+        }
+        self.start.load(Ordering::Relaxed) == START
+    }
 
     fn wait(&self, members: usize) {
         let round = self.round.load(Ordering::Relaxed);
@@ -235,14 +265,22 @@ impl Barrier {
         let mut spins = 0;
         while self.round.load(Ordering::Acquire) == round {
             assert!(!self.broken.load(Ordering::Relaxed), "another thread of a sweep panicked");
-            spins += 1;
-            if spins < Self::SPINS {
-                std::hint::spin_loop();
-            } else {
+            if Self::spin(&mut spins) {
                 self.late.store(true, Ordering::Relaxed);
-                std::thread::yield_now();
             }
         }
+    }
+
+    /// A turn of a loop that waits for another thread; true where that takes long.
+    fn spin(spins: &mut usize) -> bool {
+        *spins += 1;
+        let is_long = *spins >= Self::SPINS;
+        if is_long {
+            std::thread::yield_now()
+        } else {
+            std::hint::spin_loop()
+        }
+        is_long
     }
 }
 
@@ -257,7 +295,7 @@ impl Drop for Breaker<'_> {
     }
 }
 
-/// How long brief teams are left alone after one that dissolved.
+/// Back-off from cores that are oversubscribed: until when there are no brief teams, and for how long after the next that dissolves.
 struct Crowd {
     until: Option<Instant>,
     pause: Duration,
@@ -273,7 +311,7 @@ impl Crowd {
 /// another team is at work, because the threads of two could wait for each other without end.
 ///
 /// `is_brief`: the members meet every few microseconds, which is only worth it while each has a core for itself: where one must wait for
-/// the system to give another its turn, the team dissolves, and for some time there is none.
+/// the system to give another its turn, the team dissolves, and there is none for some time, which doubles each time.
 pub(crate) fn team(members: usize, is_brief: bool, work: impl Fn(Member<'_>) + Sync) {
     static CROWD: Mutex<Crowd> = Mutex::new(Crowd { until: None, pause: Crowd::SHORTEST });
     let count = members.min(threads());
@@ -284,9 +322,14 @@ pub(crate) fn team(members: usize, is_brief: bool, work: impl Fn(Member<'_>) + S
         return work(Member::ALONE);
     }
     let barrier = Barrier { is_brief, ..Barrier::default() };
-    for_parts(count, count, |index, _| {
+    for_parts(count, count, |index, parts| {
         let _breaker = Breaker(&barrier);
-        work(Member { index, count, barrier: Some(&barrier) });
+        let is_team = parts < count; // else the system gave no thread
+        if is_team && (!is_brief || barrier.starts(index, count)) {
+            work(Member { index, count, barrier: Some(&barrier) });
+        } else if index == 0 {
+            work(Member::ALONE);
+        }
     });
     if barrier.dissolved.load(Ordering::Relaxed) {
         crowd.until = Some(Instant::now() + crowd.pause);
@@ -388,9 +431,8 @@ mod tests {
 
     use super::{AtomicUsize, Member, Ordering, Shared, team, threads};
 
-    /// Each member doubles its share of the numbers at every step and adds its neighbour's of the step before; the second one falls
-    /// asleep at one of them. Returns the numbers, and how many members did the first and
-    /// the last step.
+    /// Each member doubles its share of the numbers at every step and adds the neighbours' of the step before; the second one falls asleep
+    /// at one of them. Returns the numbers, and how many members did the first and the last step.
     fn run(members: usize, is_brief: bool, sleep_at: Option<usize>) -> (Vec<f32>, [usize; 2]) {
         const ITEMS: usize = 8;
         let mut numbers = [vec![1.0; ITEMS], vec![0.0; ITEMS]].concat();

@@ -152,12 +152,12 @@ impl Activation {
         if limit == 0.0 { self.slope(y) } else { self.slope_behind::<F>(limit, y) }
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn slope_behind<F: Fusion>(self, limit: f32, y: Lanes) -> Lanes {
-        let (high, low) = (self.apply::<F>(Lanes::splat(limit)), self.apply::<F>(Lanes::splat(-limit)));
-        let free = y.zip(high, |y, bound| if y == bound { 0.0 } else { 1.0 })
-            * y.zip(low, |y, bound| if y == bound { 0.0 } else { 1.0 });
-        self.slope(y) * free
+        let mut limits = [limit; Lanes::COUNT];
+        limits[0] = -limit;
+        let [low, high, ..] = self.apply::<F>(Lanes::from_array(limits)).to_array();
+        self.slope(y) * y.map(|y| if y == low || y == high { 0.0 } else { 1.0 })
     }
 }
 

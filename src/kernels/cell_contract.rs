@@ -98,8 +98,8 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     const BIASES: usize;
     /// Whether there is a recurrent product at all.
     const PRODUCT: bool;
-    /// Whether [`Self::forward`] and [`Self::backward`] have code of their own for a cell that `PLAIN` says to be without options: one run of
-    /// vector code. Around the calls that options need all vectors would be saved, in each turn of a loop that makes none.
+    /// Whether [`Self::forward`] and [`Self::backward`] have code of their own for a cell that `PLAIN` says to be without options: one
+    /// run of vector code. Around the calls that options need all vectors would be saved, in each turn of a loop that makes none.
     const HAS_PLAIN: bool = false;
     /// The cell on the GPU.
     const KERNELS: &'static StepKernels;

@@ -105,8 +105,8 @@ impl CellKernel for GruCell {
             let n = (x[2] + reset * q).tanh::<F>();
             return ([(Lanes::splat(1.0) - z) * n + z * previous[0]], [reset, z, n, q]);
         }
-        let gate = |at: usize| self.gate::<F>(x[at] + (r[at] + p[at]));
-        let (reset, z) = (gate(0), gate(1));
+        // No closure: as a call of its own it would not be code for wide vectors.
+        let (reset, z) = (self.gate::<F>(x[0] + (r[0] + p[0])), self.gate::<F>(x[1] + (r[1] + p[1])));
         let q = r[2] + p[2];
         let part = if self.reset_before { q } else { reset * q };
         let n = self.candidate.apply::<F>(clip_to(self.clip, x[2] + part));
@@ -123,14 +123,20 @@ impl CellKernel for GruCell {
         _: Self::Unit,
         d: Self::State,
     ) -> Backward<Self> {
-        let [reset, z, n, q] = saved;
-        let dn = d[0] * (Lanes::splat(1.0) - z) * self.candidate.clipped_slope::<F>(self.clip, n);
+        let ([reset, z, n, q], one, unit) = (saved, Lanes::splat(1.0), [Lanes::splat(0.0); 3]);
+        if PLAIN {
+            let dn = d[0] * (one - z) * (one - n * n);
+            let dz = d[0] * (previous[0] - n) * (z * (one - z));
+            let dreset = dn * q * (reset * (one - reset));
+            return Backward { slots: [dreset, dz, dn, dn * reset], previous: [d[0] * z], unit };
+        }
+        let dn = d[0] * (one - z) * self.candidate.clipped_slope::<F>(self.clip, n);
         let dz = d[0] * (previous[0] - n) * self.gate_slope::<F>(z);
         // With the reset before the product, its gradient follows from that of the product: see gru_reset.
         let slots = match self.reset_before {
             true => [reset, dz, dn, q],
             false => [dn * q * self.gate_slope::<F>(reset), dz, dn, dn * reset],
         };
-        Backward { slots, previous: [d[0] * z], unit: [Lanes::splat(0.0); 3] }
+        Backward { slots, previous: [d[0] * z], unit }
     }
 }

@@ -10,7 +10,6 @@ use super::sweep_grid;
 use super::sweep_resident;
 use super::sweep_scan::{self, ScanKernels};
 use crate::backend::gpu::Range;
-use crate::backend::native::threads;
 use crate::device::{Backend, Device};
 use crate::rng::MaskKey;
 use crate::tensor::{ALIGNMENT, Lengths, Tensor};
@@ -210,19 +209,14 @@ impl<'a> Plan<'a> {
         C::State::LEN * self.rows * self.hidden + self.sums_len(cell)
     }
 
-    /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles, extras + 1, H]`, the last line of a tile that of
-    /// the clip's counts. A sweep whose tiles have more than a row leaves the last ones as they are.
+    /// Words of the sums, which follow the state's gradient in `dstates`: `[tiles of rows, extras + 1, H]`, the last line of a tile
+    /// that of the clip's counts. A sweep whose tiles have more than a row leaves the last ones as they are.
     pub fn sums_len<C: CellKernel>(&self, cell: &C) -> usize {
-        if self.sums(cell) { self.tiles() * (cell.extras() + 1) * self.hidden } else { 0 }
+        if self.sums(cell) { self.rows * (cell.extras() + 1) * self.hidden } else { 0 }
     }
 
     pub(super) fn sums<C: CellKernel>(&self, cell: &C) -> bool {
         cell.extras() > 0 || self.clip > 0.0
-    }
-
-    /// Tiles of rows on a GPU, parts of the batch on the CPU: as many as any sweep has.
-    fn tiles(&self) -> usize {
-        self.rows.max(threads())
     }
 
     /// The cell's constants, and those of a sweep's shader.

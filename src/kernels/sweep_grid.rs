@@ -7,10 +7,11 @@
 //! workgroups and in the same order of sums: the host waits for nothing, and inputs need not be kept for a second try, which would take as
 //! much memory again as the largest buffer of a layer, because who gives up leaves every row between two steps. An empty
 //! second launch costs a few microseconds a run; one for each step, kept ready in case, would cost as much as the sweep by steps.
-//! A second launch that has work is slow: the alarm that was raised stays on the device and comes along with the next readback; from then on
-//! the host chooses the sweep by steps.
+//! A second launch that has work is slow: the alarm that was raised stays on the device and comes along with the next readback; from
+//! then on the host chooses the sweep by steps.
 //!
-//! Both directions of a layer make one grid where so many workgroups run at once, and one after the other where not.
+//! Both directions of a layer make one grid, unless the workgroups of one alone run at once where those of both do not, or the exchange
+//! of both is too large.
 //!
 //! On the CPU it is the step sweep.
 

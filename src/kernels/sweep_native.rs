@@ -63,7 +63,7 @@ impl Plan<'_> {
         } else if !whole && gates * width <= SHARED && self.rows >= ROWS * threads() {
             for_parts(self.rows, threads(), |first, count| work((first, count), Member::ALONE));
         } else {
-            team(panels.min(step / MEETING), step < LASTING, |member| work((0, self.rows), member));
+            team(panels.min(step / MEETING), C::PRODUCT && width > 0 && step < LASTING, |member| work((0, self.rows), member));
         }
     }
 
@@ -84,6 +84,39 @@ impl Plan<'_> {
             }
         }
         Lanes::from_array(lanes)
+    }
+}
+
+/// Steps of some rows and units.
+trait Steps: Sized {
+    type Cell: CellKernel;
+
+    fn cell(&self) -> &Self::Cell;
+    /// Takes them all. To be inlined, with all that it calls for each row: its code is made for several instruction sets.
+    fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S);
+}
+
+/// Takes steps in the widest vectors that the CPU has. A struct and no closure, because [`pulp`] inlines it whole.
+struct Dispatched<W>(W);
+
+impl<W: Steps> pulp::WithSimd for Dispatched<W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, simd: S) {
+        // By constants, here and below, so that no code is made for what is never taken.
+        if const { fuses::<S>() } { self.with::<S, Fused>(simd) } else { self.with::<S, Apart>(simd) }
+    }
+}
+
+impl<W: Steps> Dispatched<W> {
+    #[inline(always)]
+    fn with<S: pulp::Simd, F: Fusion>(self, simd: S) {
+        if const { W::Cell::HAS_PLAIN } && self.0.cell().is_plain() {
+            self.0.run::<S, F, true>(simd);
+        } else {
+            self.0.run::<S, F, false>(simd);
+        }
     }
 }
 
@@ -169,7 +202,7 @@ enum Recurrent<'a> {
     Product(&'a [f32]),
 }
 
-/// Steps of some rows and units. A struct and no closure, because [`pulp`] inlines it whole into code for the widest vectors.
+/// Steps forward.
 struct ForwardSweep<'a, C> {
     cell: C,
     plan: &'a Plan<'a>,
@@ -189,16 +222,6 @@ struct ForwardSweep<'a, C> {
     y: &'a Shared<'a>,
 }
 
-impl<C: CellKernel> pulp::WithSimd for ForwardSweep<'_, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, simd: S) {
-        // Constants, so that no code is made for what is not taken.
-        if const { fuses::<S>() } { self.run_with::<S, Fused>(simd) } else { self.run_with::<S, Apart>(simd) }
-    }
-}
-
 /// The unit parameters of `width` units from `at` on.
 #[inline(always)]
 fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): (usize, usize)) -> C::Unit {
@@ -206,14 +229,11 @@ fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): 
     C::Unit::from_fn(|i| if i < count { Lanes::load(&unit[i * hidden + at..][..width]) } else { Lanes::splat(0.0) })
 }
 
-impl<C: CellKernel> ForwardSweep<'_, C> {
-    #[inline(always)]
-    fn run_with<S: pulp::Simd, F: Fusion>(self, simd: S) {
-        if const { C::HAS_PLAIN } && self.cell.is_plain() {
-            self.run::<S, F, true>(simd);
-        } else {
-            self.run::<S, F, false>(simd);
-        }
+impl<C: CellKernel> Steps for ForwardSweep<'_, C> {
+    type Cell = C;
+
+    fn cell(&self) -> &C {
+        &self.cell
     }
 
     #[inline(always)]
@@ -273,7 +293,9 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
             }
         }
     }
+}
 
+impl<C: CellKernel> ForwardSweep<'_, C> {
     /// Copies input parts of some rows from the slots to where products are, rows `to.1` apart.
     #[inline(always)]
     fn take_slots(&self, t: usize, (first, count): (usize, usize), (at, width): (usize, usize), to: (&mut [f32], usize)) {
@@ -403,7 +425,21 @@ pub(super) fn forward<C: CellKernel>(
     let (cell, unit, arch) = (*cell, &*unit, pulp::Arch::new());
     let width = inputs + if matches!(recurrent, Recurrent::Weights(_)) { plan.hidden } else { 0 };
     plan.spread::<C>(steps.len(), width, plan.hidden.div_ceil(panel_units::<C>()), false, |rows, member| {
-        arch.dispatch(ForwardSweep { cell, plan, depth, steps, rows, member, input, recurrent, unit, slots, keep, states, y });
+        arch.dispatch(Dispatched(ForwardSweep {
+            cell,
+            plan,
+            depth,
+            steps,
+            rows,
+            member,
+            input,
+            recurrent,
+            unit,
+            slots,
+            keep,
+            states,
+            y,
+        }));
     });
 }
 
@@ -422,7 +458,7 @@ fn panel_columns(hidden: usize, members: usize) -> usize {
     (1..=PANEL / LANES).rev().map(|blocks| blocks * LANES).min_by_key(|columns| longest(*columns)).unwrap_or(PANEL)
 }
 
-/// Steps of some rows and units, backward.
+/// Steps backward.
 struct BackwardSweep<'a, C> {
     cell: C,
     plan: &'a Plan<'a>,
@@ -444,27 +480,14 @@ struct BackwardSweep<'a, C> {
     sums: &'a Shared<'a>,
 }
 
-impl<C: CellKernel> pulp::WithSimd for BackwardSweep<'_, C> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, simd: S) {
-        // Constants, so that no code is made for what is not taken.
-        if const { fuses::<S>() } { self.run_with::<S, Fused>(simd) } else { self.run_with::<S, Apart>(simd) }
-    }
-}
-
 /// What came back through W_hh to some rows: the step that it came from, and the numbers, with what is from one row to the next.
 type Arrived<'a> = (usize, &'a [f32], usize);
 
-impl<C: CellKernel> BackwardSweep<'_, C> {
-    #[inline(always)]
-    fn run_with<S: pulp::Simd, F: Fusion>(self, simd: S) {
-        if const { C::HAS_PLAIN } && self.cell.is_plain() {
-            self.run::<S, F, true>(simd);
-        } else {
-            self.run::<S, F, false>(simd);
-        }
+impl<C: CellKernel> Steps for BackwardSweep<'_, C> {
+    type Cell = C;
+
+    fn cell(&self) -> &C {
+        &self.cell
     }
 
     #[inline(always)]
@@ -499,7 +522,9 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
             }
         }
     }
+}
 
+impl<C: CellKernel> BackwardSweep<'_, C> {
     /// `[count, width]`: what goes back from step `t` through W_hh to the units of a panel.
     #[inline(always)]
     fn multiply<S: pulp::Simd>(
@@ -690,7 +715,7 @@ pub(super) fn backward<C: CellKernel>(
     let width = if products { hidden } else { 0 };
     plan.spread::<C>(steps.len(), width, panels, plan.sums(&cell), |rows, member| {
         let panels = Panels { weights, columns, runs };
-        arch.dispatch(BackwardSweep {
+        arch.dispatch(Dispatched(BackwardSweep {
             cell,
             plan,
             steps,
@@ -705,6 +730,6 @@ pub(super) fn backward<C: CellKernel>(
             dstates,
             flow,
             sums,
-        });
+        }));
     });
 }
