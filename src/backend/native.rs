@@ -427,21 +427,21 @@ impl Part<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
     use std::time::Duration;
 
-    use super::{AtomicUsize, Member, Ordering, Shared, team, threads};
+    use super::{AtomicUsize, Barrier, Member, Ordering, Shared};
 
-    /// Each member doubles its share of the numbers at every step and adds the neighbours' of the step before; the second one falls asleep
-    /// at one of them. Returns the numbers, and how many members did the first and the last step.
-    fn run(members: usize, is_brief: bool, sleep_at: Option<usize>) -> (Vec<f32>, [usize; 2]) {
+    /// Each of two members doubles its share of the numbers at every step and adds the neighbours' of the step before; the second one
+    /// falls asleep at one of them. Returns the numbers, and how many members did the last step.
+    fn run(barrier: &Barrier, sleep_at: Option<usize>) -> (Vec<f32>, usize) {
         const ITEMS: usize = 8;
         let mut numbers = [vec![1.0; ITEMS], vec![0.0; ITEMS]].concat();
-        let shared = Shared::new(&mut numbers);
-        let counts = [const { AtomicUsize::new(0) }; 2];
-        team(members, is_brief, |mut member: Member<'_>| {
+        let (shared, last) = (&Shared::new(&mut numbers), &AtomicUsize::new(0));
+        let work = |mut member: Member<'_>| {
             for step in 0..10 {
                 if member.index == 1 && sleep_at == Some(step) {
-                    std::thread::sleep(Duration::from_millis(20));
+                    thread::sleep(Duration::from_millis(50));
                 }
                 let (from, to) = (step % 2 * ITEMS, (step + 1) % 2 * ITEMS);
                 for item in member.share(ITEMS) {
@@ -451,29 +451,38 @@ mod tests {
                     let next = unsafe { shared.slice(to + item, 1) };
                     next[0] = 2.0 * own + other + item as f32;
                 }
-                counts[usize::from(step > 0)].store(member.count, Ordering::Relaxed);
+                last.store(member.count, Ordering::Relaxed);
                 if !member.wait() {
                     return;
                 }
             }
+        };
+        thread::scope(|scope| {
+            for index in 0..2 {
+                scope.spawn(move || work(Member { index, count: 2, barrier: Some(barrier) }));
+            }
         });
-        (numbers, counts.map(AtomicUsize::into_inner))
+        (numbers, last.load(Ordering::Relaxed))
     }
 
     #[test]
     fn a_brief_team_dissolves_where_one_is_late_and_nothing_is_lost() {
-        let (want, _) = run(1, false, None);
+        let lasting = Barrier::default;
+        let brief = || Barrier { is_brief: true, ..Barrier::default() };
+        let (want, members) = run(&lasting(), None);
+        assert_eq!(members, 2);
         for sleep_at in [None, Some(0), Some(4), Some(9)] {
-            assert_eq!(run(2, false, sleep_at).0, want, "lasting, asleep at {sleep_at:?}");
-            assert_eq!(run(2, true, sleep_at).0, want, "brief, asleep at {sleep_at:?}");
+            assert_eq!(run(&lasting(), sleep_at), (want.clone(), 2), "lasting, asleep at {sleep_at:?}");
+            assert_eq!(run(&brief(), sleep_at).0, want, "brief, asleep at {sleep_at:?}");
         }
-        // Others may hold the team's place, or one may have dissolved just before.
-        let dissolves = |_| {
-            let (numbers, members) = run(2, true, Some(4));
-            assert_eq!(numbers, want);
-            std::thread::sleep(Duration::from_millis(30));
-            members == [2, 1]
-        };
-        assert!(threads() == 1 || (0..100).any(dissolves), "a brief team that waits for 20 ms stays");
+        assert_eq!(run(&brief(), Some(4)).1, 1, "a brief team that waits for 50 ms stays");
+    }
+
+    #[test]
+    fn a_brief_team_starts_together_or_not_at_all() {
+        let barrier = Barrier { is_brief: true, ..Barrier::default() };
+        assert!(!barrier.starts(0, 2), "the other has not started");
+        assert!(!barrier.starts(1, 2), "the first one does everything");
+        assert!(barrier.dissolved.load(Ordering::Relaxed));
     }
 }

@@ -3,6 +3,7 @@
 //! The native half of a cell computes sixteen units at once, in [`Lanes`]. A cell is a value: its options are its fields.
 
 use super::math::{Fusion, Lanes};
+use super::sweep_native::NativeSweeps;
 use super::sweep_resident::ResidentKernels;
 use super::sweep_scan::ScanKernels;
 use crate::backend::Kernel;
@@ -101,6 +102,8 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     /// Whether [`Self::forward`] and [`Self::backward`] have code of their own for a cell that `PLAIN` says to be without options: one
     /// run of vector code. Around the calls that options need all vectors would be saved, in each turn of a loop that makes none.
     const HAS_PLAIN: bool = false;
+    /// The cell's sweeps on the CPU.
+    const NATIVE: &'static NativeSweeps<Self>;
     /// The cell on the GPU.
     const KERNELS: &'static StepKernels;
     /// The same with the loop over time inside the kernel.

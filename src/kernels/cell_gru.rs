@@ -4,10 +4,12 @@ use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Gated, Site, StepKernels, activation_constants};
 use super::math::{Fusion, Lanes};
 use super::sweep_grid::grid_kernels;
+use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
+static NATIVE: NativeSweeps<GruCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("gru", "cell_gru.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("gru", "cell_gru.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("gru", "cell_gru.wgsl");
@@ -62,6 +64,7 @@ impl CellKernel for GruCell {
     const BIASES: usize = 3;
     const PRODUCT: bool = true;
     const HAS_PLAIN: bool = true;
+    const NATIVE: &'static NativeSweeps<Self> = &NATIVE;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);

@@ -3,9 +3,11 @@
 use super::activation::Activation;
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
 use super::math::{Fusion, Lanes};
+use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
 
+static NATIVE: NativeSweeps<IndRnnCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("indrnn", "cell_indrnn.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("indrnn", "cell_indrnn.wgsl");
 
@@ -30,6 +32,7 @@ impl CellKernel for IndRnnCell {
 
     const BIASES: usize = 0;
     const PRODUCT: bool = false;
+    const NATIVE: &'static NativeSweeps<Self> = &NATIVE;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
 

@@ -2,10 +2,12 @@
 
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
 use super::math::{Fusion, Lanes, sigmoid};
+use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_scan::{ScanKernels, scan_kernels};
 use super::sweep_step::step_kernels;
 
+static NATIVE: NativeSweeps<MinGruCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("min_gru", "cell_min_gru.wgsl", "positive.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("min_gru", "cell_min_gru.wgsl", "positive.wgsl");
 pub(crate) static SCAN: ScanKernels = scan_kernels!("min_gru", "cell_min_gru.wgsl", "positive.wgsl");
@@ -34,6 +36,7 @@ impl CellKernel for MinGruCell {
 
     const BIASES: usize = 0;
     const PRODUCT: bool = false;
+    const NATIVE: &'static NativeSweeps<Self> = &NATIVE;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const SCAN: Option<&'static ScanKernels> = Some(&SCAN);

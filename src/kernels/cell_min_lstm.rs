@@ -3,10 +3,12 @@
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
 use super::cell_min_gru::{positive, positive_slope};
 use super::math::{Fusion, Lanes, exp, log};
+use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_scan::{ScanKernels, scan_kernels};
 use super::sweep_step::step_kernels;
 
+static NATIVE: NativeSweeps<MinLstmCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("min_lstm", "cell_min_lstm.wgsl", "positive.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("min_lstm", "cell_min_lstm.wgsl", "positive.wgsl");
 pub(crate) static SCAN: ScanKernels = scan_kernels!("min_lstm", "cell_min_lstm.wgsl", "positive.wgsl");
@@ -30,6 +32,7 @@ impl CellKernel for MinLstmCell {
 
     const BIASES: usize = 0;
     const PRODUCT: bool = false;
+    const NATIVE: &'static NativeSweeps<Self> = &NATIVE;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const SCAN: Option<&'static ScanKernels> = Some(&SCAN);

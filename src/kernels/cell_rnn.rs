@@ -4,10 +4,12 @@ use super::activation::{Activation, clip_to};
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels, activation_constants};
 use super::math::{Fusion, Lanes};
 use super::sweep_grid::grid_kernels;
+use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
+static NATIVE: NativeSweeps<RnnCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("rnn", "cell_rnn.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("rnn", "cell_rnn.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("rnn", "cell_rnn.wgsl");
@@ -35,6 +37,7 @@ impl CellKernel for RnnCell {
 
     const BIASES: usize = 1;
     const PRODUCT: bool = true;
+    const NATIVE: &'static NativeSweeps<Self> = &NATIVE;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);

@@ -3,10 +3,12 @@
 use super::cell_contract::{Backward, CellKernel, Site, StepKernels};
 use super::math::{Fusion, Lanes, exp, log};
 use super::sweep_grid::grid_kernels;
+use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
 use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
+static NATIVE: NativeSweeps<SLstmCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("slstm", "cell_slstm.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("slstm", "cell_slstm.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("slstm", "cell_slstm.wgsl");
@@ -56,6 +58,7 @@ impl CellKernel for SLstmCell {
 
     const BIASES: usize = 4;
     const PRODUCT: bool = true;
+    const NATIVE: &'static NativeSweeps<Self> = &NATIVE;
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);

@@ -393,8 +393,25 @@ fn load_gates<P: Block>(from: &[f32]) -> P {
     gates
 }
 
-/// See [`super::sweep_step::forward`] and [`super::sweep_step::forward_split`], which gives one step and the product of its h.
-pub(super) fn forward<C: CellKernel>(
+type Forward<C> = fn(&C, &Plan<'_>, &Buffers<'_>, usize, &[Step], Option<&Inputs<'_>>, Option<&Tensor>);
+type BackwardOf<C> = fn(&C, &Plan<'_>, &Buffers<'_>, &Tensor, &[Step], bool);
+
+/// The sweeps of a cell. A static of these has their code made here, once: generic functions would be compiled again in every program
+/// that uses a layer, for minutes.
+pub struct NativeSweeps<C> {
+    /// See [`super::sweep_step::forward`] and [`super::sweep_step::forward_split`], which gives one step and the product of its h.
+    pub(super) forward: Forward<C>,
+    /// Steps in the order of computation, and whether this forms the recurrent products too.
+    pub(super) backward: BackwardOf<C>,
+}
+
+impl<C: CellKernel> NativeSweeps<C> {
+    pub(super) const fn new() -> Self {
+        Self { forward, backward }
+    }
+}
+
+fn forward<C: CellKernel>(
     cell: &C,
     plan: &Plan<'_>,
     buffers: &Buffers<'_>,
@@ -677,15 +694,7 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
     }
 }
 
-/// Steps in the order of computation. `products`: whether this forms the recurrent products too.
-pub(super) fn backward<C: CellKernel>(
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    dstates: &Tensor,
-    steps: &[Step],
-    products: bool,
-) {
+fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dstates: &Tensor, steps: &[Step], products: bool) {
     let (rows, hidden, gates) = (plan.rows, plan.hidden, C::Pre::LEN * plan.hidden);
     let products = products && C::PRODUCT;
     let (weights, unit) = (buffers.weights.native::<f32>(), buffers.unit.native::<f32>());

@@ -286,7 +286,7 @@ pub(crate) fn input_weights<C: CellKernel>(weights: &Tensor, hidden: usize) -> R
 /// As [`forward`] of one side, with the product of x formed here: only where [`super::sweep::forms_inputs`].
 pub(crate) fn forward_from<C: CellKernel>(cell: &C, Side { plan, buffers }: &Side<'_>, inputs: &Inputs<'_>) {
     let depth = plan.depth::<C>(buffers.states);
-    sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), Some(inputs), None);
+    (C::NATIVE.forward)(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), Some(inputs), None);
 }
 
 /// Runs the cell over all steps, of two sides at once: fills y, the states, and what backward needs.
@@ -297,7 +297,7 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()>
         Backend::Native => {
             for Side { plan, buffers } in sides {
                 let depth = plan.depth::<C>(buffers.states);
-                sweep_native::forward(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None, None);
+                (C::NATIVE.forward)(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), None, None);
             }
             Ok(())
         }
@@ -321,7 +321,7 @@ pub(crate) fn forward_split<C: CellKernel>(
     let depth = plan.depth::<C>(buffers.states);
     match buffers.slots.device().backend() {
         Backend::Native => {
-            sweep_native::forward(cell, plan, buffers, depth, &[step], None, Some(product));
+            (C::NATIVE.forward)(cell, plan, buffers, depth, &[step], None, Some(product));
             Ok(())
         }
         Backend::Gpu(gpu) => {
@@ -344,7 +344,7 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&
     match device.backend() {
         Backend::Native => {
             for (Side { plan, buffers }, dstates) in sides.iter().zip(dstates) {
-                sweep_native::backward(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
+                (C::NATIVE.backward)(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
             }
             Ok(())
         }
@@ -371,7 +371,7 @@ pub(crate) fn backward_split<C: CellKernel>(
 ) -> Result<()> {
     match buffers.slots.device().backend() {
         Backend::Native => {
-            sweep_native::backward(cell, plan, buffers, dstates, &[step], false);
+            (C::NATIVE.backward)(cell, plan, buffers, dstates, &[step], false);
             Ok(())
         }
         Backend::Gpu(gpu) => {
