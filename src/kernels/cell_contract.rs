@@ -113,7 +113,7 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
     const SCAN: Option<&'static ScanKernels> = None;
 
-    /// Whether this cell [`Self::HAS_PLAIN`] code and needs no more.
+    /// Whether this cell needs no more than that code.
     fn is_plain(&self) -> bool {
         false
     }

@@ -91,7 +91,7 @@ struct Reset<'a> {
 
 impl OnLanes for Reset<'_> {
     #[inline(always)]
-    fn run<F: Fusion>(self) {
+    fn run<S: pulp::Simd, F: Fusion>(self, _: S) {
         let Self { cell, at: GatedStep { rows, hidden, t, before, .. }, unit, product, states, slots } = self;
         for row in 0..*rows {
             let slots = &mut slots[(t * rows + row) * SLOTS * hidden..][..SLOTS * hidden];
@@ -118,7 +118,7 @@ struct ResetBackward<'a> {
 
 impl OnLanes for ResetBackward<'_> {
     #[inline(always)]
-    fn run<F: Fusion>(self) {
+    fn run<S: pulp::Simd, F: Fusion>(self, _: S) {
         let Self { cell, at: GatedStep { rows, hidden, t, before, .. }, dseen, states, slots, dh } = self;
         for row in 0..*rows {
             let slot = &mut slots[(t * rows + row) * SLOTS * hidden..][..*hidden];

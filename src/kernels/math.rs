@@ -38,14 +38,14 @@ impl Fusion for Apart {
 }
 
 /// Whether code for these vectors runs on CPUs that fuse: AVX2 comes with it, as does NEON.
-pub(super) const fn fuses<S: pulp::Simd>() -> bool {
+const fn fuses<S: pulp::Simd>() -> bool {
     S::F32_LANES >= 8 || cfg!(target_arch = "aarch64")
 }
 
-/// Work on [`Lanes`].
+/// Work on [`Lanes`]. A struct and no closure, because [`pulp`] inlines it whole.
 pub(super) trait OnLanes {
-    /// Does it. To be inlined, all that it calls as well: its code is made for several instruction sets.
-    fn run<F: Fusion>(self);
+    /// Does it. To be inlined, with all that it calls for each row: its code is made for several instruction sets.
+    fn run<S: pulp::Simd, F: Fusion>(self, simd: S);
 }
 
 /// Does it in the widest vectors that the CPU has.
@@ -55,8 +55,9 @@ pub(super) fn on_lanes(work: impl OnLanes) {
         type Output = ();
 
         #[inline(always)]
-        fn with_simd<S: pulp::Simd>(self, _: S) {
-            if const { fuses::<S>() } { self.0.run::<Fused>() } else { self.0.run::<Apart>() }
+        fn with_simd<S: pulp::Simd>(self, simd: S) {
+            // A constant: no code is made for the other.
+            if const { fuses::<S>() } { self.0.run::<S, Fused>(simd) } else { self.0.run::<S, Apart>(simd) }
         }
     }
     pulp::Arch::new().dispatch(Dispatched(work));

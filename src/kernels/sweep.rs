@@ -233,6 +233,7 @@ impl<'a> Plan<'a> {
         depth > 2 || self.steps == 1
     }
 
+    #[inline(always)]
     pub fn is_valid(&self, t: usize, row: usize) -> bool {
         self.lengths.is_none_or(|lengths| t < lengths.host()[row] as usize)
     }

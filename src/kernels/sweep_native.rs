@@ -20,10 +20,10 @@ use std::ops::Range;
 
 use super::activation::clip_to;
 use super::cell_contract::{Backward, Block, CellKernel, Site, recurrent_runs};
-use super::math::{Apart, Fused, Fusion, Lanes, fuses};
+use super::math::{Fusion, Lanes, OnLanes, on_lanes};
 use super::product::{BAND, PANEL, PanelProduct, ROWS, Rows, Sums, cut, pack_panel};
 use super::sweep::{Buffers, Inputs, Plan, Step};
-use crate::backend::native::{Member, Scratch, Shared, for_parts, team, threads};
+use crate::backend::native::{Member, Part, Scratch, Shared, for_parts, team, threads};
 use crate::error::Result;
 use crate::rng::{philox, unit as unit_f32};
 use crate::tensor::Tensor;
@@ -84,39 +84,6 @@ impl Plan<'_> {
             }
         }
         Lanes::from_array(lanes)
-    }
-}
-
-/// Steps of some rows and units.
-trait Steps: Sized {
-    type Cell: CellKernel;
-
-    fn cell(&self) -> &Self::Cell;
-    /// Takes them all. To be inlined, with all that it calls for each row: its code is made for several instruction sets.
-    fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S);
-}
-
-/// Takes steps in the widest vectors that the CPU has. A struct and no closure, because [`pulp`] inlines it whole.
-struct Dispatched<W>(W);
-
-impl<W: Steps> pulp::WithSimd for Dispatched<W> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, simd: S) {
-        // By constants, here and below, so that no code is made for what is never taken.
-        if const { fuses::<S>() } { self.with::<S, Fused>(simd) } else { self.with::<S, Apart>(simd) }
-    }
-}
-
-impl<W: Steps> Dispatched<W> {
-    #[inline(always)]
-    fn with<S: pulp::Simd, F: Fusion>(self, simd: S) {
-        if const { W::Cell::HAS_PLAIN } && self.0.cell().is_plain() {
-            self.0.run::<S, F, true>(simd);
-        } else {
-            self.0.run::<S, F, false>(simd);
-        }
     }
 }
 
@@ -229,15 +196,21 @@ fn load_unit<C: CellKernel>(cell: &C, unit: &[f32], hidden: usize, (at, width): 
     C::Unit::from_fn(|i| if i < count { Lanes::load(&unit[i * hidden + at..][..width]) } else { Lanes::splat(0.0) })
 }
 
-impl<C: CellKernel> Steps for ForwardSweep<'_, C> {
-    type Cell = C;
-
-    fn cell(&self) -> &C {
-        &self.cell
-    }
-
+impl<C: CellKernel> OnLanes for ForwardSweep<'_, C> {
     #[inline(always)]
-    fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
+    fn run<S: pulp::Simd, F: Fusion>(self, simd: S) {
+        // A constant first: no code is made for what a cell never is.
+        if const { C::HAS_PLAIN } && self.cell.is_plain() {
+            self.steps::<S, F, true>(simd);
+        } else {
+            self.steps::<S, F, false>(simd);
+        }
+    }
+}
+
+impl<C: CellKernel> ForwardSweep<'_, C> {
+    #[inline(always)]
+    fn steps<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
         let Self { plan, steps, rows: (first, count), mut member, input, recurrent, states, .. } = self;
         let (rows, hidden) = (plan.rows, plan.hidden);
         let (gates, units) = (C::Pre::LEN, panel_units::<C>());
@@ -271,13 +244,14 @@ impl<C: CellKernel> Steps for ForwardSweep<'_, C> {
                         let (x, r) = (&mut inputs.0[block * gates * LANES..], &mut sums.0[block * gates * LANES..]);
                         let place = (at, LANES.min(hidden - at));
                         if let Input::Slots = input {
-                            self.take_slots(*t, (first, count), place, (x, width));
+                            let line = |row: usize| (t * rows + first + row) * C::Slots::LEN;
+                            // SAFETY: units of a row that this thread owns.
+                            let part = |row, gate| unsafe { self.slots.read((line(row) + gate) * hidden + at, place.1) };
+                            copy_gates::<C>(count, part, (x, width));
                         }
                         if let Recurrent::Product(product) = recurrent {
-                            for row in 0..count {
-                                let gate = |gate| &product[((first + row) * gates + gate) * hidden + at..][..place.1];
-                                (0..gates).for_each(|g| r[row * width + g * LANES..][..place.1].copy_from_slice(gate(g)));
-                            }
+                            let part = |row, gate| &product[((first + row) * gates + gate) * hidden + at..][..place.1];
+                            copy_gates::<C>(count, part, (r, width));
                         }
                         // The width of full blocks is a constant in the inlined call: their loads and stores are single
                         // instructions.
@@ -290,22 +264,6 @@ impl<C: CellKernel> Steps for ForwardSweep<'_, C> {
             }
             if C::PRODUCT && !member.wait() {
                 return;
-            }
-        }
-    }
-}
-
-impl<C: CellKernel> ForwardSweep<'_, C> {
-    /// Copies input parts of some rows from the slots to where products are, rows `to.1` apart.
-    #[inline(always)]
-    fn take_slots(&self, t: usize, (first, count): (usize, usize), (at, width): (usize, usize), to: (&mut [f32], usize)) {
-        let (gates, hidden) = (C::Pre::LEN, self.plan.hidden);
-        for row in 0..count {
-            let line = (t * self.plan.rows + first + row) * C::Slots::LEN;
-            for gate in 0..gates {
-                // SAFETY: units of a row that this thread owns.
-                let from = unsafe { self.slots.read((line + gate) * hidden + at, width) };
-                to.0[row * to.1 + gate * LANES..][..width].copy_from_slice(from);
             }
         }
     }
@@ -332,32 +290,25 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
         let planes = [usize::from(plan.output), 0];
         let y = y.part(line * plan.y_stride + plan.y_offset + at, [count, plan.y_stride], planes, width);
         let p = load_unit(&cell, unit, hidden, (at, width));
-        let lengths = plan.lengths.map(|lengths| &lengths.host()[first..][..count]);
         let holds = plan.zoneout != [0.0; 2];
         for row in 0..count {
-            let mut before = C::State::from_fn(|_| Lanes::splat(0.0));
-            for (s, lanes) in before.lanes_mut().iter_mut().enumerate() {
-                // SAFETY: here and below: units of rows that this thread owns, and no two slices overlap; the states before are
-                // read only.
-                *lanes = Lanes::load(unsafe { previous.read(row, s) });
-            }
-            if lengths.is_some_and(|lengths| t >= lengths[row] as usize) {
+            // SAFETY: here and below: units of rows that this thread owns, and no two slices overlap; the states before are read only.
+            let before: C::State = unsafe { load_row(previous, row) };
+            if !plan.is_valid(t, first + row) {
                 if keep {
                     // SAFETY: as above.
-                    (0..C::Slots::LEN).for_each(|s| unsafe { slots.slice(row, s) }.fill(0.0));
+                    unsafe { store_row(slots, row, &zeros::<C::Slots>()) };
                 }
                 if plan.output {
                     // SAFETY: as above.
                     unsafe { y.slice(row, 0) }.fill(0.0);
                 }
-                for (s, value) in before.lanes().iter().enumerate() {
-                    // SAFETY: as above.
-                    value.store(unsafe { next.slice(row, s) });
-                }
+                // SAFETY: as above.
+                unsafe { store_row(next, row, &before) };
                 continue;
             }
             let site = plan.site(t, first + row, at);
-            let r = if C::PRODUCT { load_gates(&r[row * stride..]) } else { C::Pre::from_fn(|_| Lanes::splat(0.0)) };
+            let r = if C::PRODUCT { load_gates(&r[row * stride..]) } else { zeros() };
             let (mut state, saved) = cell.forward::<F, PLAIN>(site, load_gates(&x[row * stride..]), r, before, p);
             if holds {
                 for (s, (state, before)) in state.lanes_mut().iter_mut().zip(before.lanes()).enumerate() {
@@ -365,15 +316,11 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
                     *state = k * *before + (Lanes::splat(1.0) - k) * *state;
                 }
             }
-            for (s, value) in state.lanes().iter().enumerate() {
-                // SAFETY: as above.
-                value.store(unsafe { next.slice(row, s) });
-            }
+            // SAFETY: as above.
+            unsafe { store_row(next, row, &state) };
             if keep {
-                for (s, value) in saved.lanes().iter().enumerate() {
-                    // SAFETY: as above.
-                    value.store(unsafe { slots.slice(row, s) });
-                }
+                // SAFETY: as above.
+                unsafe { store_row(slots, row, &saved) };
             }
             if plan.output {
                 // SAFETY: as above.
@@ -383,14 +330,61 @@ impl<C: CellKernel> ForwardSweep<'_, C> {
     }
 }
 
-/// Sixteen numbers of each gate. Not by a closure, which may become a call: that would hand the vectors on through memory.
+/// No numbers but 0.
 #[inline(always)]
-fn load_gates<P: Block>(from: &[f32]) -> P {
-    let mut gates = P::from_fn(|_| Lanes::splat(0.0));
-    for (lanes, from) in gates.lanes_mut().iter_mut().zip(from[..P::LEN * LANES].chunks_exact(LANES)) {
+fn zeros<B: Block>() -> B {
+    B::from_fn(|_| Lanes::splat(0.0))
+}
+
+/// Copies `count` rows of `part(row, gate)` to where products of gates lie, rows `stride` apart.
+#[inline(always)]
+fn copy_gates<'a, C: CellKernel>(count: usize, part: impl Fn(usize, usize) -> &'a [f32], (to, stride): (&mut [f32], usize)) {
+    for (row, gate) in (0..count).flat_map(|row| (0..C::Pre::LEN).map(move |gate| (row, gate))) {
+        let from = part(row, gate);
+        to[row * stride + gate * LANES..][..from.len()].copy_from_slice(from);
+    }
+}
+
+/// Sixteen numbers of each gate. Here and below not by a closure, which may become a call: that would hand the vectors on through memory.
+#[inline(always)]
+fn load_gates<B: Block>(from: &[f32]) -> B {
+    let mut gates: B = zeros();
+    for (lanes, from) in gates.lanes_mut().iter_mut().zip(from[..B::LEN * LANES].chunks_exact(LANES)) {
         *lanes = Lanes::load(from);
     }
     gates
+}
+
+/// A row of each plane.
+///
+/// # Safety
+/// As for [`Part::read`].
+#[inline(always)]
+unsafe fn load_row<B: Block>(from: Part<'_>, row: usize) -> B {
+    let mut planes: B = zeros();
+    for (plane, lanes) in planes.lanes_mut().iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *lanes = Lanes::load(unsafe { from.read(row, plane) });
+    }
+    planes
+}
+
+/// Writes a row of each plane.
+///
+/// # Safety
+/// As for [`Part::slice`].
+#[inline(always)]
+unsafe fn store_row<B: Block>(to: Part<'_>, row: usize, planes: &B) {
+    for (plane, lanes) in planes.lanes().iter().enumerate() {
+        // SAFETY: the caller's promise.
+        lanes.store(unsafe { to.slice(row, plane) });
+    }
+}
+
+/// Adds to numbers in memory.
+#[inline(always)]
+fn add_to(sum: &mut [f32], value: Lanes) {
+    (Lanes::load(sum) + value).store(sum);
 }
 
 type Forward<C> = fn(&C, &Plan<'_>, &Buffers<'_>, usize, &[Step], Option<&Inputs<'_>>, Option<&Tensor>);
@@ -439,24 +433,10 @@ fn forward<C: CellKernel>(
         Some((x, weights)) => Input::Weights { x, inputs, weights, bias: &bias },
         None => Input::Slots,
     };
-    let (cell, unit, arch) = (*cell, &*unit, pulp::Arch::new());
+    let (cell, unit) = (*cell, &*unit);
     let width = inputs + if matches!(recurrent, Recurrent::Weights(_)) { plan.hidden } else { 0 };
     plan.spread::<C>(steps.len(), width, plan.hidden.div_ceil(panel_units::<C>()), false, |rows, member| {
-        arch.dispatch(Dispatched(ForwardSweep {
-            cell,
-            plan,
-            depth,
-            steps,
-            rows,
-            member,
-            input,
-            recurrent,
-            unit,
-            slots,
-            keep,
-            states,
-            y,
-        }));
+        on_lanes(ForwardSweep { cell, plan, depth, steps, rows, member, input, recurrent, unit, slots, keep, states, y });
     });
 }
 
@@ -500,15 +480,21 @@ struct BackwardSweep<'a, C> {
 /// What came back through W_hh to some rows: the step that it came from, and the numbers, with what is from one row to the next.
 type Arrived<'a> = (usize, &'a [f32], usize);
 
-impl<C: CellKernel> Steps for BackwardSweep<'_, C> {
-    type Cell = C;
-
-    fn cell(&self) -> &C {
-        &self.cell
-    }
-
+impl<C: CellKernel> OnLanes for BackwardSweep<'_, C> {
     #[inline(always)]
-    fn run<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
+    fn run<S: pulp::Simd, F: Fusion>(self, simd: S) {
+        // A constant first: no code is made for what a cell never is.
+        if const { C::HAS_PLAIN } && self.cell.is_plain() {
+            self.steps::<S, F, true>(simd);
+        } else {
+            self.steps::<S, F, false>(simd);
+        }
+    }
+}
+
+impl<C: CellKernel> BackwardSweep<'_, C> {
+    #[inline(always)]
+    fn steps<S: pulp::Simd, F: Fusion, const PLAIN: bool>(self, simd: S) {
         let Self { plan, steps, rows: (first, count), mut member, panels: Panels { columns, .. }, .. } = self;
         let hidden = plan.hidden;
         let mut products = Sums::ZERO;
@@ -539,9 +525,7 @@ impl<C: CellKernel> Steps for BackwardSweep<'_, C> {
             }
         }
     }
-}
 
-impl<C: CellKernel> BackwardSweep<'_, C> {
     /// `[count, width]`: what goes back from step `t` through W_hh to the units of a panel.
     #[inline(always)]
     fn multiply<S: pulp::Simd>(
@@ -580,8 +564,7 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
         for row in 0..count {
             if let Some(product) = self.arrived(row, first, arrived) {
                 // SAFETY: units of a row that this thread owns.
-                let dh = unsafe { dh.slice(row, 0) };
-                (Lanes::load(dh) + product).store(dh);
+                add_to(unsafe { dh.slice(row, 0) }, product);
             }
         }
     }
@@ -613,32 +596,25 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
             if !plan.is_valid(t, first + row) {
                 if let Some(product) = product {
                     // SAFETY: here and below: units of rows that this thread owns, and no two slices overlap.
-                    let dh = unsafe { dstates.slice(row, 0) };
-                    (Lanes::load(dh) + product).store(dh);
+                    add_to(unsafe { dstates.slice(row, 0) }, product);
                 }
                 // SAFETY: as above.
-                (0..C::Slots::LEN).for_each(|s| unsafe { slots.slice(row, s) }.fill(0.0));
+                unsafe { store_row(slots, row, &zeros::<C::Slots>()) };
                 if plan.flow {
                     // SAFETY: as above.
-                    (0..C::State::LEN).for_each(|s| unsafe { flow.slice(row, s) }.fill(0.0));
+                    unsafe { store_row(flow, row, &zeros::<C::State>()) };
                 }
                 continue;
             }
-            let mut saved = C::Slots::from_fn(|_| Lanes::splat(0.0));
-            for (s, lanes) in saved.lanes_mut().iter_mut().enumerate() {
-                // SAFETY: as above.
-                *lanes = Lanes::load(unsafe { slots.read(row, s) });
-            }
-            let mut previous = C::State::from_fn(|_| Lanes::splat(0.0));
+            // SAFETY: as above.
+            let saved: C::Slots = unsafe { load_row(slots, row) };
+            let mut previous: C::State = zeros();
             for (s, lanes) in previous.lanes_mut().iter_mut().enumerate() {
                 *lanes = Lanes::load(&states[((s * depth + before) * rows + first + row) * hidden + at..][..width]);
             }
             let mut clipped = Lanes::splat(0.0);
-            let mut d = C::State::from_fn(|_| Lanes::splat(0.0));
-            for (s, lanes) in d.lanes_mut().iter_mut().enumerate() {
-                // SAFETY: as above.
-                *lanes = Lanes::load(unsafe { dstates.read(row, s) });
-            }
+            // SAFETY: as above.
+            let mut d: C::State = unsafe { load_row(dstates, row) };
             if let Some(product) = product {
                 d.lanes_mut()[0] += product;
             }
@@ -653,7 +629,7 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
             }
             let site = plan.site(t, first + row, at);
             // The gradient of what was held back passes the cell by.
-            let mut held = C::State::from_fn(|_| Lanes::splat(0.0));
+            let mut held: C::State = zeros();
             if holds {
                 for (s, (held, d)) in held.lanes_mut().iter_mut().zip(d.lanes()).enumerate() {
                     *held = plan.held(site, s) * *d;
@@ -662,32 +638,30 @@ impl<C: CellKernel> BackwardSweep<'_, C> {
             if plan.flow {
                 // What was held back goes into nothing else of its step.
                 let totals = if holds { d } else { cell.totals::<F>(saved, previous, p, d) };
-                for (s, value) in totals.lanes().iter().enumerate() {
-                    // SAFETY: as above.
-                    value.store(unsafe { flow.slice(row, s) });
-                }
+                // SAFETY: as above.
+                unsafe { store_row(flow, row, &totals) };
             }
             if holds {
                 for (d, held) in d.lanes_mut().iter_mut().zip(held.lanes()) {
                     *d = *d - *held;
                 }
             }
-            let Backward { slots: gradients, previous: direct, unit: dunit } =
+            let Backward { slots: gradients, previous: mut direct, unit: dunit } =
                 cell.backward::<F, PLAIN>(site, saved, previous, p, d);
-            for (s, value) in gradients.lanes().iter().enumerate() {
-                // SAFETY: as above.
-                value.store(unsafe { slots.slice(row, s) });
+            if holds {
+                for (direct, held) in direct.lanes_mut().iter_mut().zip(held.lanes()) {
+                    *direct += *held;
+                }
             }
-            for (s, value) in direct.lanes().iter().enumerate() {
-                let value = if holds { *value + held.lanes()[s] } else { *value };
-                // SAFETY: as above.
-                value.store(unsafe { dstates.slice(row, s) });
+            // SAFETY: as above.
+            unsafe {
+                store_row(slots, row, &gradients);
+                store_row(dstates, row, &direct);
             }
             if summed > 0 {
                 for (line, value) in dunit.lanes()[C::BIASES..].iter().take(cell.extras()).chain([&clipped]).enumerate() {
                     // SAFETY: as above: with sums, threads share units and not rows.
-                    let sum = unsafe { sums.slice(0, line) };
-                    (Lanes::load(sum) + *value).store(sum);
+                    add_to(unsafe { sums.slice(0, line) }, *value);
                 }
             }
         }
@@ -704,7 +678,7 @@ fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dst
     let (dstates, sums) = dstates.split_at_mut(C::State::LEN * rows * hidden);
     let (slots, dstates) = (&Shared::new(&mut slots), &Shared::new(dstates));
     let (sums, flow) = (&Shared::new(sums), &Shared::new(flow));
-    let (cell, unit, states, dy, arch) = (*cell, &*unit, &*states, &*dy, pulp::Arch::new());
+    let (cell, unit, states, dy) = (*cell, &*unit, &*states, &*dy);
 
     let columns = panel_columns(hidden, threads());
     let panels = hidden.div_ceil(columns);
@@ -724,7 +698,7 @@ fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dst
     let width = if products { hidden } else { 0 };
     plan.spread::<C>(steps.len(), width, panels, plan.sums(&cell), |rows, member| {
         let panels = Panels { weights, columns, runs };
-        arch.dispatch(Dispatched(BackwardSweep {
+        on_lanes(BackwardSweep {
             cell,
             plan,
             steps,
@@ -739,6 +713,6 @@ fn backward<C: CellKernel>(cell: &C, plan: &Plan<'_>, buffers: &Buffers<'_>, dst
             dstates,
             flow,
             sums,
-        }));
+        });
     });
 }

@@ -215,8 +215,17 @@ pub struct Recurrent<C: Cell> {
     device: Device,
     /// Layer by layer, in each layer by direction.
     weights: Vec<Weights>,
-    /// Of each layer, where a sweep takes both directions at once: W_hh of both, as forward sweeps read it.
-    both_ways: Vec<CachedCopy<Vec<Tensor>>>,
+    /// Of each layer.
+    both_ways: Vec<BothWays>,
+}
+
+/// Where a sweep takes both directions of a layer at once, what it reads of both, one behind the other.
+#[derive(Debug, Default)]
+struct BothWays {
+    /// W_hh as forward sweeps read it.
+    recurrent: CachedCopy<Vec<Tensor>>,
+    /// See [`Weights::unit`].
+    units: CachedCopy<Vec<Tensor>>,
 }
 
 /// Long short-term memory, with the equations, gate order and parameter names of PyTorch's `nn.LSTM`.
@@ -384,7 +393,7 @@ impl<C: Cell> Recurrent<C> {
                 weights.push(Weights::init(&config, inputs, &suffix, device, rng)?);
             }
         }
-        let both_ways = (0..config.layers).map(|_| CachedCopy::default()).collect();
+        let both_ways = (0..config.layers).map(|_| BothWays::default()).collect();
         Ok(Self { config, device: device.clone(), weights, both_ways })
     }
 
@@ -993,8 +1002,16 @@ impl<C: Cell> Recurrent<C> {
 
     /// The units' own parameters, of each pass of a sweep of whole steps.
     fn units(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
-        let unit = |pass: &Pass<'_>| self.weights[pass.index].unit(&self.config.cell, self.config.hidden);
-        Tensor::behind_each_other(passes.iter().map(unit))
+        let of_pass = |pass: &Pass<'_>| &self.weights[pass.index];
+        let unit = |weights: &Weights| weights.unit(&self.config.cell, self.config.hidden);
+        match passes {
+            [pass] => Ok(vec![unit(of_pass(pass))?]),
+            _ => {
+                let version = passes.iter().map(|pass| of_pass(pass).unit_version()).sum();
+                let both_ways = &self.both_ways[passes[0].index / passes.len()];
+                both_ways.units.get(version, || Tensor::behind_each_other(passes.iter().map(|pass| unit(of_pass(pass)))))
+            }
+        }
     }
 
     /// W_hh as a forward sweep of whole steps reads it, of each of its passes; anything where the cell has no product.
@@ -1009,7 +1026,9 @@ impl<C: Cell> Recurrent<C> {
             weights => {
                 let version = weights.iter().map(|weight| weight.version().get()).sum();
                 let both_ways = &self.both_ways[passes[0].index / weights.len()];
-                both_ways.get(version, || Tensor::behind_each_other(weights.iter().map(|weight| packed(weight.value()))))
+                both_ways
+                    .recurrent
+                    .get(version, || Tensor::behind_each_other(weights.iter().map(|weight| packed(weight.value()))))
             }
         }
     }

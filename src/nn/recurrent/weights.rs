@@ -1,12 +1,11 @@
 //! The parameters of one direction of one layer.
 
-use parking_lot::Mutex;
-
 use super::{Cell, CellState, RecurrentConfig};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::kernels::sweep_step;
+use crate::nn::param::CachedCopy;
 use crate::nn::{Param, Precision};
 use crate::rng::Rng;
 use crate::tensor::Tensor;
@@ -34,8 +33,8 @@ pub(super) struct Weights {
     pub norm_c_bias: Option<Param>,
     /// The state that rows start from, where it is learned: [width] each.
     pub initial: Vec<Param>,
-    /// Biases and extras in a row, and the sum of the versions that it was made of; zeros for absent biases.
-    unit: Mutex<Option<(u64, Tensor)>>,
+    /// Biases and extras in a row; zeros for absent biases.
+    unit: CachedCopy,
     /// How often the clip of the recurrent gradient acted, for each unit [H]; where there is a clip.
     pub clipped: Option<Tensor>,
 }
@@ -110,7 +109,7 @@ impl Weights {
             norm_c,
             norm_c_bias,
             initial,
-            unit: Mutex::default(),
+            unit: CachedCopy::default(),
             clipped,
         })
     }
@@ -167,23 +166,21 @@ impl Weights {
             (None, Some(extra)) if C::BIASES == 0 => return Ok(extra.value().clone()),
             _ => {}
         }
-        let parts = || [&self.bias_hh, &self.extra].into_iter().flatten();
-        let version = parts().map(|param| param.version().get()).sum();
-        let mut cached = self.unit.lock();
-        match &*cached {
-            Some((made_of, unit)) if *made_of == version => Ok(unit.clone()),
-            _ => {
-                // A cell without any parameter still gets something to bind.
-                let unit = Tensor::zeros(self.weight_ih.value().device(), [cell.unit_params().max(1) * hidden])?;
-                if let Some(bias) = &self.bias_hh {
-                    unit.slice(0, [bias.value().len()]).copy_from(bias.value())?;
-                }
-                if let Some(extra) = &self.extra {
-                    unit.slice(C::BIASES * hidden, [extra.value().len()]).copy_from(extra.value())?;
-                }
-                *cached = Some((version, unit.clone()));
-                Ok(unit)
+        self.unit.get(self.unit_version(), || {
+            // A cell without any parameter still gets something to bind.
+            let unit = Tensor::zeros(self.weight_ih.value().device(), [cell.unit_params().max(1) * hidden])?;
+            if let Some(bias) = &self.bias_hh {
+                unit.slice(0, [bias.value().len()]).copy_from(bias.value())?;
             }
-        }
+            if let Some(extra) = &self.extra {
+                unit.slice(C::BIASES * hidden, [extra.value().len()]).copy_from(extra.value())?;
+            }
+            Ok(unit)
+        })
+    }
+
+    /// The version of what [`Self::unit`] is made of.
+    pub fn unit_version(&self) -> u64 {
+        [&self.bias_hh, &self.extra].into_iter().flatten().map(|param| param.version().get()).sum()
     }
 }
