@@ -1,16 +1,39 @@
-// One time step of any cell in one dispatch, of one direction or both: the product with W_hh for a tile of rows x units, all gates, then
-// the cell. Composed with sweep_unit.wgsl, cell_contract.wgsl, one cell file and hold.wgsl. The host launches forward for each step in
-// the direction's order, backward for each step in the opposite order. Where something comes between the product and the cell (see
-// src/kernels/sweep_split.rs) the host launches `forward_split`, which is given the product, and backward without one.
+// One time step of any cell, of one direction or both: a product for a tile of rows x units, then what follows it. Composed with
+// sweep_unit.wgsl, cell_contract.wgsl, one cell file and hold.wgsl, and with one file that says what is multiplied and what is made of it:
+//     step_whole.wgsl          all gates from h, then the cell: the whole step in one dispatch
+//     step_projected.wgsl, then step_output.wgsl: the gates from the output o and the cell, then o from the cell's h
+//     step_reset.wgsl, then step_candidate.wgsl: r and z from h, then n from r h and the cell: a GRU with the reset before the product
+// Such a file defines
+//     SUMS, FIRST, ALL         gates that its product makes, the first of them, and how many its matrix has
+//     seen_width, made_width   the numbers that a product of a row sees, and those that each gate makes of them
+//     seen_at, seen            where those of a row lie; one of them
+//     load_forward, step_forward    what follows, for a row and one of the numbers made, and what it wants to know of the latter
+//     dmade_at, dmade, load_backward, step_backward    the same backward, where the product makes gradients of what was seen from those
+//                              of what was made
+// and the host launches forward for each step in the direction's order, backward for each step in the opposite order. Where there is more
+// around the product (see src/kernels/sweep_split.rs) it launches `forward_split`, which is given the product, and backward without one.
 //
 // A lane owns one unit with all its gates and ROWS rows of the batch: 4 rows and 4 gates make 16 multiply-adds of 8 loads.
 // Neighbouring lanes read neighbouring weights, and no lane needs another's results, so there are no barriers.
 
-@group(0) @binding(8) var<storage, read> products: array<f32>; // forward_split: [B, GATES, H]
+@group(0) @binding(8) var<storage, read_write> products: array<f32>; // forward_split reads them: [B, GATES, H]
 
 const LANES = 64u;
 const ROWS = 4u;  // of a lane, written out below as the components of a vector
 const UNITS = 4u; // of a lane in backward, likewise
+
+alias Sums = array<f32, SUMS>;
+
+fn product_at(row: u32, gate: u32, unit: u32) -> u32 { return (row * GATES + gate) * params.hidden + unit; }
+fn output_at(slot: u32, row: u32, unit: u32) -> u32 { return (slot * params.rows + row) * params.width + unit; }
+
+// The weight with which number k of those seen goes into a unit of the first gate; those of the next gates are made_width() apart.
+fn forward_weight(k: u32, unit: u32) -> u32 { return first_weight() + (k * ALL + FIRST) * made_width() + unit; }
+
+// The weight with which the gradient of number k of a gate goes into that of a number seen.
+fn backward_weight(gate: u32, k: u32, unit: u32) -> u32 {
+    return first_weight() + ((FIRST + gate) * made_width() + k) * seen_width() + unit;
+}
 
 @compute @workgroup_size(LANES)
 fn forward(
@@ -21,29 +44,29 @@ fn forward(
     let tile = take_tile(group, groups);
     let unit = tile.x * LANES + lane;
     let row = tile.y * ROWS;
-    let H = params.hidden;
-    if unit >= H || row >= params.rows { return; }
+    let seen_count = seen_width();
+    let made_count = made_width();
+    if unit >= made_count || row >= params.rows { return; }
 
     // r[gate] holds ROWS rows. Rows past the end repeat the last one; their results are not stored.
-    var r: array<vec4<f32>, GATES>;
-    for (var g = 0u; g < GATES; g++) { r[g] = vec4<f32>(); }
-    let before = slot_before(step_of(params.t));
+    var r: array<vec4<f32>, SUMS>;
+    for (var g = 0u; g < SUMS; g++) { r[g] = vec4<f32>(); }
     let last = params.rows - 1u;
-    let at0 = state_at(0u, before, min(row, last), 0u);
-    let at1 = state_at(0u, before, min(row + 1u, last), 0u);
-    let at2 = state_at(0u, before, min(row + 2u, last), 0u);
-    let at3 = state_at(0u, before, min(row + 3u, last), 0u);
-    var w = first_weight() + unit;
-    for (var k = 0u; PRODUCT && k < H; k++) {
-        let h = vec4(states[at0 + k], states[at1 + k], states[at2 + k], states[at3 + k]);
-        for (var g = 0u; g < GATES; g++) { r[g] += h * weights[w + g * H]; }
-        w += GATES * H;
+    let at0 = seen_at(min(row, last));
+    let at1 = seen_at(min(row + 1u, last));
+    let at2 = seen_at(min(row + 2u, last));
+    let at3 = seen_at(min(row + 3u, last));
+    var w = forward_weight(0u, unit);
+    for (var k = 0u; PRODUCT && k < seen_count; k++) {
+        let h = vec4(seen(at0 + k), seen(at1 + k), seen(at2 + k), seen(at3 + k));
+        for (var g = 0u; g < SUMS; g++) { r[g] += h * weights[w + g * made_count]; }
+        w += ALL * made_count;
     }
 
-    let p = load_unit(unit);
+    let p = load_forward(unit);
     for (var i = 0u; i < ROWS && row + i < params.rows; i++) {
-        var product: Pre;
-        for (var g = 0u; g < GATES; g++) { product[g] = component(r[g], i); }
+        var product: Sums;
+        for (var g = 0u; g < SUMS; g++) { product[g] = component(r[g], i); }
         step_forward(row + i, unit, product, p);
     }
 }
@@ -60,11 +83,11 @@ fn forward_split(
     let row = tile.y;
     if unit >= params.hidden || row >= params.rows { return; }
     var product: Pre;
-    for (var g = 0u; g < GATES; g++) { product[g] = products[(row * GATES + g) * params.hidden + unit]; }
-    step_forward(row, unit, product, load_unit(unit));
+    for (var g = 0u; g < GATES; g++) { product[g] = products[product_at(row, g, unit)]; }
+    run_cell(row, unit, product, load_unit(unit));
 }
 
-fn step_forward(row: u32, unit: u32, r: Pre, p: Unit) {
+fn run_cell(row: u32, unit: u32, r: Pre, p: Unit) {
     let t = step_of(params.t);
     let previous = load_state(slot_before(t), row, unit);
     let x = load_input(t, row, unit);
@@ -78,43 +101,42 @@ fn backward(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let H = params.hidden;
-    let stride = (H + UNITS - 1u) / UNITS;
+    let seen_count = seen_width();
+    let made_count = made_width();
+    let stride = (seen_count + UNITS - 1u) / UNITS;
     let tile = take_tile(group, groups);
     let unit = tile.x * LANES + lane;
     let row = tile.y * ROWS;
     if unit >= stride || row >= params.rows { return; }
 
-    // The gradient that comes back through W_hh from the step handled before; units and rows past the end as above.
-    var dh0 = vec4<f32>(); var dh1 = vec4<f32>(); var dh2 = vec4<f32>(); var dh3 = vec4<f32>();
+    // The gradients that come back through the product; units and rows past the end as above.
+    var d0 = vec4<f32>(); var d1 = vec4<f32>(); var d2 = vec4<f32>(); var d3 = vec4<f32>();
     if PRODUCT && params.recurrent == 1u {
-        let later = step_later();
         let last = params.rows - 1u;
-        let units = min(vec4(unit) + vec4(0u, 1u, 2u, 3u) * stride, vec4(H - 1u));
-        for (var g = 0u; g < GATES; g++) {
-            let slot = recurrent_slot(g);
-            let at0 = slot_at(later, row, slot, 0u);
-            let at1 = slot_at(later, min(row + 1u, last), slot, 0u);
-            let at2 = slot_at(later, min(row + 2u, last), slot, 0u);
-            let at3 = slot_at(later, min(row + 3u, last), slot, 0u);
-            var w = vec4(first_weight() + g * H * H) + units;
-            for (var k = 0u; k < H; k++) {
+        let units = min(vec4(unit) + vec4(0u, 1u, 2u, 3u) * stride, vec4(seen_count - 1u));
+        for (var g = 0u; g < SUMS; g++) {
+            let at0 = dmade_at(g, row);
+            let at1 = dmade_at(g, min(row + 1u, last));
+            let at2 = dmade_at(g, min(row + 2u, last));
+            let at3 = dmade_at(g, min(row + 3u, last));
+            var w = vec4(backward_weight(g, 0u, 0u)) + units;
+            for (var k = 0u; k < made_count; k++) {
                 let values = vec4(weights[w.x], weights[w.y], weights[w.z], weights[w.w]);
-                dh0 += slots[at0 + k] * values; dh1 += slots[at1 + k] * values;
-                dh2 += slots[at2 + k] * values; dh3 += slots[at3 + k] * values;
-                w += vec4(H);
+                d0 += dmade(at0 + k) * values; d1 += dmade(at1 + k) * values;
+                d2 += dmade(at2 + k) * values; d3 += dmade(at3 + k) * values;
+                w += vec4(seen_count);
             }
         }
     }
 
-    for (var i = 0u; i < UNITS && unit + i * stride < H; i++) {
-        let p = load_unit(unit + i * stride);
-        let dh = vec4(component(dh0, i), component(dh1, i), component(dh2, i), component(dh3, i));
+    for (var i = 0u; i < UNITS && unit + i * stride < seen_count; i++) {
+        let p = load_backward(unit + i * stride);
+        let d = vec4(component(d0, i), component(d1, i), component(d2, i), component(d3, i));
         var dunit: Unit;
         for (var j = 0u; j < PARAMS; j++) { dunit[j] = 0.0; }
         var clipped = 0u;
         for (var j = 0u; j < ROWS && row + j < params.rows; j++) {
-            let step = step_backward(row + j, unit + i * stride, component(dh, j), p);
+            let step = step_backward(row + j, unit + i * stride, component(d, j), p);
             for (var k = BIASES; k < PARAMS; k++) { dunit[k] += step.dunit[k]; }
             clipped += step.clipped;
         }
@@ -122,19 +144,23 @@ fn backward(
     }
 }
 
-// The step that was handled before this one; where only the product is wanted, this one.
+// The step that was handled before this one; where only its product is wanted, this one.
 fn step_later() -> u32 { return step_of(params.t + 1u - params.finish); }
 
-fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> UnitBackward {
+// dh: what the product gives of the gradient of h after this step; where nothing but the product is wanted, that is all.
+fn step_backward_through(row: u32, unit: u32, dh: f32, p: Unit) -> UnitBackward {
     var d = load_gradient(row, unit);
     d[0] += dh;
-    var step: UnitBackward;
-    if params.finish == 1u {
-        step.d = d;
-    } else {
-        let t = step_of(params.t);
-        step = backward_unit(t, row, unit, load_kept(t, row, unit), d, p);
-    }
+    if params.finish == 0u { return run_cell_backward(row, unit, d, p); }
+    store_gradient(row, unit, d);
+    var nothing: UnitBackward;
+    return nothing;
+}
+
+// d: the gradient that later steps give the state.
+fn run_cell_backward(row: u32, unit: u32, d: State, p: Unit) -> UnitBackward {
+    let t = step_of(params.t);
+    let step = backward_unit(t, row, unit, load_kept(t, row, unit), d, p);
     store_gradient(row, unit, step.d);
     return step;
 }

@@ -24,11 +24,11 @@ fn forward_tiled(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let H = params.hidden;
+    let seen_count = seen_width();
     let tile = take_tile(group, groups);
     let unit0 = tile.x * FORWARD_UNITS;
     let row0 = tile.y * TILED_ROWS;
-    let depth = (H + FORWARD_SLICES * CHUNK - 1u) / (FORWARD_SLICES * CHUNK) * CHUNK; // k of a slice
+    let depth = (seen_count + FORWARD_SLICES * CHUNK - 1u) / (FORWARD_SLICES * CHUNK) * CHUNK; // k of a slice
     // What a lane sums: a slice of k, a unit, 4 rows.
     let slice = lane / 64u;
     let place = lane % 64u;
@@ -40,7 +40,7 @@ fn forward_tiled(
     let w_k = slice * depth + place / FORWARD_UNITS;
     let w_unit = unit0 + lane % FORWARD_UNITS;
 
-    for (var g = 0u; g < GATES; g++) { tiled_sums[g] = vec4<f32>(); }
+    for (var g = 0u; g < SUMS; g++) { tiled_sums[g] = vec4<f32>(); }
     var h = load_h(h_k, h_row);
     var w = load_gates(w_k, w_unit);
     for (var k = 0u; k < depth; k += CHUNK) {
@@ -55,31 +55,34 @@ fn forward_tiled(
         add_gates(h_from, w_from, 4u); add_gates(h_from, w_from, 5u); add_gates(h_from, w_from, 6u); add_gates(h_from, w_from, 7u);
         workgroupBarrier();
     }
-    add_slices(slice, place, 64u, FORWARD_SLICES, GATES);
+    add_slices(slice, place, 64u, FORWARD_SLICES, SUMS);
 
     // A lane has one unit and row for the cell.
     let row = lane / FORWARD_UNITS;
-    if row0 + row < params.rows && w_unit < H {
-        var product: Pre;
+    if row0 + row < params.rows && w_unit < made_width() {
+        var product: Sums;
         let at = row / 4u * FORWARD_UNITS + lane % FORWARD_UNITS;
-        for (var g = 0u; g < GATES; g++) { product[g] = component(tiled_vectors[g * 64u + at], row % 4u); }
-        step_forward(row0 + row, w_unit, product, load_unit(w_unit));
+        for (var g = 0u; g < SUMS; g++) { product[g] = component(tiled_vectors[g * 64u + at], row % 4u); }
+        step_forward(row0 + row, w_unit, product, load_forward(w_unit));
     }
 }
 
-// 4 rows of h before the step. Rows past the end repeat the last one: their sums are not used; past the last k is nothing.
+// What 4 rows see. Rows past the end repeat the last one: their sums are not used; past the last k is nothing.
 fn load_h(k: u32, row: u32) -> vec4<f32> {
-    if k >= params.hidden { return vec4<f32>(); }
+    if k >= seen_width() { return vec4<f32>(); }
     let last = params.rows - 1u;
-    let at = vec4(state_at(0u, slot_before(step_of(params.t)), 0u, k)) + min(vec4(row) + vec4(0u, 1u, 2u, 3u), vec4(last)) * params.hidden;
-    return vec4(states[at.x], states[at.y], states[at.z], states[at.w]);
+    return vec4(
+        seen(seen_at(min(row, last)) + k), seen(seen_at(min(row + 1u, last)) + k),
+        seen(seen_at(min(row + 2u, last)) + k), seen(seen_at(min(row + 3u, last)) + k),
+    );
 }
 
 // The weights of all gates of a unit.
 fn load_gates(k: u32, unit: u32) -> vec4<f32> {
     var w: array<f32, 4>; // FXC writes no vector at a place that is not constant
-    if k < params.hidden && unit < params.hidden {
-        for (var g = 0u; g < GATES; g++) { w[g] = weights[first_weight() + (k * GATES + g) * params.hidden + unit]; }
+    let made_count = made_width();
+    if k < seen_width() && unit < made_count {
+        for (var g = 0u; g < SUMS; g++) { w[g] = weights[forward_weight(k, unit) + g * made_count]; }
     }
     return vec4(w[0], w[1], w[2], w[3]);
 }
@@ -87,7 +90,7 @@ fn load_gates(k: u32, unit: u32) -> vec4<f32> {
 fn add_gates(h_from: u32, w_from: u32, k: u32) {
     let h = tiled_vectors[h_from + k];
     let w = tiled_vectors[w_from + k * FORWARD_UNITS];
-    for (var g = 0u; g < GATES; g++) { tiled_sums[g] += h * component(w, g); }
+    for (var g = 0u; g < SUMS; g++) { tiled_sums[g] += h * component(w, g); }
 }
 
 // The sums of all slices, halved again and again: those of the first end in tiled_vectors [vector, place].
@@ -114,11 +117,11 @@ fn backward_tiled(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let H = params.hidden;
+    let made_count = made_width();
     let tile = take_tile(group, groups);
     let unit0 = tile.x * BACKWARD_UNITS;
     let row0 = tile.y * TILED_ROWS;
-    let depth = (H + BACKWARD_SLICES * CHUNK - 1u) / (BACKWARD_SLICES * CHUNK) * CHUNK; // k of a slice and gate
+    let depth = (made_count + BACKWARD_SLICES * CHUNK - 1u) / (BACKWARD_SLICES * CHUNK) * CHUNK; // k of a slice and gate
     // What a lane sums: a slice of k, 4 rows, 4 units.
     let slice = lane / 32u;
     let place = lane % 32u;
@@ -136,7 +139,7 @@ fn backward_tiled(
         var d0 = load_gradients(0u, d_k, d_row);
         var d1 = load_gradients(0u, d_k, d_row + 16u);
         var w = load_units(0u, w_k, w_unit);
-        let steps = GATES * depth;
+        let steps = SUMS * depth;
         for (var k = 0u; k < steps; k += CHUNK) {
             tiled_vectors[d_to] = d0;
             tiled_vectors[d_to + 4u * CHUNK] = d1;
@@ -159,35 +162,33 @@ fn backward_tiled(
     // A lane has one unit and two rows for the cell.
     let unit = unit0 + lane % BACKWARD_UNITS;
     for (var row = lane / BACKWARD_UNITS; row < TILED_ROWS; row += TILED_LANES / BACKWARD_UNITS) {
-        if row0 + row < params.rows && unit < H {
-            var dh = 0.0;
+        if row0 + row < params.rows && unit < seen_width() {
+            var d = 0.0;
             if params.recurrent == 1u {
-                dh = component(tiled_vectors[row % 4u * 32u + row / 4u * UNIT_VECTORS + lane % BACKWARD_UNITS / 4u], lane % 4u);
+                d = component(tiled_vectors[row % 4u * 32u + row / 4u * UNIT_VECTORS + lane % BACKWARD_UNITS / 4u], lane % 4u);
             }
-            let step = step_backward(row0 + row, unit, dh, load_unit(unit));
+            let step = step_backward(row0 + row, unit, d, load_backward(unit));
             if sums { add_sums(row0 + row, unit, step.dunit, step.clipped); }
         }
     }
 }
 
-// As load_h, of the gradients that a gate's product had in the step handled before.
+// As load_h, of the gradients of what a gate made.
 fn load_gradients(gate: u32, k: u32, row: u32) -> vec4<f32> {
-    if k >= params.hidden { return vec4<f32>(); }
-    let slot = recurrent_slot(gate);
-    let later = step_later();
+    if k >= made_width() { return vec4<f32>(); }
     let last = params.rows - 1u;
     return vec4(
-        slots[slot_at(later, min(row, last), slot, k)], slots[slot_at(later, min(row + 1u, last), slot, k)],
-        slots[slot_at(later, min(row + 2u, last), slot, k)], slots[slot_at(later, min(row + 3u, last), slot, k)],
+        dmade(dmade_at(gate, min(row, last)) + k), dmade(dmade_at(gate, min(row + 1u, last)) + k),
+        dmade(dmade_at(gate, min(row + 2u, last)) + k), dmade(dmade_at(gate, min(row + 3u, last)) + k),
     );
 }
 
 fn load_units(gate: u32, k: u32, unit: u32) -> vec4<f32> {
     var w: array<f32, 4>;
-    if k < params.hidden {
-        let at = first_weight() + (gate * params.hidden + k) * params.hidden + unit;
+    if k < made_width() {
+        let at = backward_weight(gate, k, unit);
         for (var i = 0u; i < 4u; i++) {
-            if unit + i < params.hidden { w[i] = weights[at + i]; }
+            if unit + i < seen_width() { w[i] = weights[at + i]; }
         }
     }
     return vec4(w[0], w[1], w[2], w[3]);

@@ -7,6 +7,7 @@
 struct Sweep {
     rows: u32,   // B
     hidden: u32, // H
+    width: u32,  // R, of the output that recurs where it is not h
     depth: u32,  // slots that `states` has for each state: T + 1, or 2 when nothing is kept for backward
     t: u32,      // the first step of this launch, counted as its direction reads them
     steps: u32,  // how many it takes

@@ -101,6 +101,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use kernels::choice::{KernelChoice, KernelOverride};
 pub use kernels::gemm::ProductKernel;
 pub use kernels::sweep::SweepKernel;
+pub use kernels::sweep_pair::PairKernel;
 pub use kernels::sweep_step::StepKernel;
 pub use loss::{CrossEntropy, Loss, MeanSquaredError};
 pub use rng::{MaskKey, Rng};

@@ -65,23 +65,34 @@ pub struct Backward<C: CellKernel> {
     pub unit: C::Unit,
 }
 
-/// The entry points of a cell composed with `sweep_step.wgsl`.
+/// A product of a step and what follows it: the entry points of a cell composed with `sweep_step.wgsl`, in the order of
+/// [`super::sweep_step::StepKernel::ALL`]. Without a product only the first is of use.
+#[derive(Debug)]
+pub struct StepProduct {
+    /// The product, then what is made of it.
+    pub forward: [Kernel; 4],
+    /// The product (where there is a later step), then the same backward.
+    pub backward: [Kernel; 4],
+}
+
+/// The steps of a cell.
 #[derive(Debug)]
 pub struct StepKernels {
-    /// Product and cell.
-    pub forward: Kernel,
+    /// All of a step: the product, then the cell.
+    pub whole: StepProduct,
     /// The cell, given the product.
     pub forward_split: Kernel,
-    /// Product (where there is a later step) and cell.
-    pub backward: Kernel,
-    /// As `forward`, through workgroup memory; of no use without a product.
-    pub forward_tiled: Kernel,
-    /// As `backward`, likewise.
-    pub backward_tiled: Kernel,
-    /// As `forward`, for subgroups of 8 lanes; of no use without a product.
-    pub forward_subgroup: Kernel,
-    /// As `backward`, likewise.
-    pub backward_subgroup: Kernel,
+    /// Two products a step in the order of forward, where the cell may have them: see `sweep_pair`.
+    pub pair: Option<[StepProduct; 2]>,
+}
+
+impl StepKernels {
+    /// All of them.
+    #[cfg(feature = "verify")]
+    pub(crate) fn all(&'static self) -> impl Iterator<Item = &'static Kernel> {
+        let products = std::iter::once(&self.whole).chain(self.pair.iter().flatten());
+        products.flat_map(|product| product.forward.iter().chain(&product.backward)).chain([&self.forward_split])
+    }
 }
 
 /// A recurrent cell: pointwise, it knows neither sweeps nor products. See `shaders/cell_contract.wgsl`.

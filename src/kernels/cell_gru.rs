@@ -10,7 +10,7 @@ use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
 static NATIVE: NativeSweeps<GruCell> = NativeSweeps::new();
-pub(crate) static KERNELS: StepKernels = step_kernels!("gru", "cell_gru.wgsl");
+pub(crate) static KERNELS: StepKernels = step_kernels!("gru", reset, "cell_gru.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("gru", "cell_gru.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("gru", "cell_gru.wgsl");
 

@@ -10,7 +10,7 @@ use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
 static NATIVE: NativeSweeps<LstmCell> = NativeSweeps::new();
-pub(crate) static KERNELS: StepKernels = step_kernels!("lstm", "cell_lstm.wgsl");
+pub(crate) static KERNELS: StepKernels = step_kernels!("lstm", projected, "cell_lstm.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("lstm", "cell_lstm.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("lstm", "cell_lstm.wgsl");
 

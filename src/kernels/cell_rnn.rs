@@ -10,7 +10,7 @@ use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
 static NATIVE: NativeSweeps<RnnCell> = NativeSweeps::new();
-pub(crate) static KERNELS: StepKernels = step_kernels!("rnn", "cell_rnn.wgsl");
+pub(crate) static KERNELS: StepKernels = step_kernels!("rnn", projected, "cell_rnn.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("rnn", "cell_rnn.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("rnn", "cell_rnn.wgsl");
 

@@ -11,6 +11,7 @@ use super::gemm::{Product, ProductKernel};
 use super::half::Precision;
 use super::sweep::{Plan, SweepKernel};
 use super::sweep_grid;
+use super::sweep_pair::PairKernel;
 use super::sweep_step::StepKernel;
 use crate::backend::adapter::Class;
 use crate::backend::gpu::Gpu;
@@ -130,10 +131,18 @@ pub(crate) static PRODUCTS: Table<ProductSize, ProductKernel> = Table {
     otherwise: General,
 };
 
-/// Rows of the batch and steps play no part, so that they do not show in the bits.
+/// Steps play no part, so that they do not show in the bits.
 pub(crate) static STEPS: Table<SweepSize, StepKernel> = Table {
     name: "step",
     rows: &[
+        Row {
+            classes: &[Software],
+            limits: &[(B, 1..=2)],
+            kernels: &[StepKernel::SubgroupRow],
+            reason: "llvmpipe (Mesa 22.3, 2 busy cores), LSTM, 40 steps, products included, beside tiles of 16 rows: a row of 128 or 512 units \
+                     1.2 and 1.8 times as fast in inference, 2.2 and 2.7 in training; 2 rows 1.0 to 1.1, 1.5 to 1.8; 3 rows 0.97, 1.25; 4 \
+                     0.6 to 0.9, 0.9 to 1.0",
+        },
         Row {
             classes: &[Software],
             limits: &[],
@@ -149,6 +158,29 @@ pub(crate) static STEPS: Table<SweepSize, StepKernel> = Table {
         },
     ],
     otherwise: StepKernel::General,
+};
+
+/// Steps of two products where nothing else lies around these: through an output, or with a reset gate before the product.
+pub(crate) static PAIRS: Table<SweepSize, PairKernel> = Table {
+    name: "pair",
+    rows: &[
+        Row {
+            classes: &[Software],
+            limits: &[(BxH, 1 << 13..=usize::MAX)],
+            kernels: &[PairKernel::Apart],
+            reason: "llvmpipe (Mesa 22.3, 2 busy cores), fused beside apart, LSTM with a projection and GRU with the reset before the product, \
+                     50 steps, products included: 1.0 to 1.1 times as fast at B x H = 8 K, 0.93 to 0.96 in training, 0.9 at 32 K, because a \
+                     product by itself loads vectors of both factors",
+        },
+        Row {
+            classes: &[Software],
+            limits: &[],
+            kernels: &[PairKernel::Fused],
+            reason: "the same at 1 x 128: 1.8 to 2.0, 1.7 to 1.8 in training; 1 x 512: 1.5, 1.4; 16 x 256: 1.4, 1.1; 32 x 128: 1.1 to 1.3, 1.1",
+        },
+    ],
+    // Not measured on hardware: two launches a step and not four.
+    otherwise: PairKernel::Fused,
 };
 
 /// Choices hang on the length of the whole sequence and not of a window of it, so that windows give the bits of the whole.
@@ -226,6 +258,8 @@ pub struct KernelOverride {
     pub product: Option<ProductKernel>,
     /// Of a step, in sweeps that launch each step by itself.
     pub step: Option<StepKernel>,
+    /// Of steps of two products, an output or a reset gate before the product between them, where nothing else is.
+    pub pair: Option<PairKernel>,
     /// Of a sweep over time; not on a device that is batch invariant ([`Device::set_batch_invariant`]), which takes steps, and not
     /// where something comes between the product and the cell (layer normalization, masks, an output product).
     pub sweep: Option<SweepKernel>,
@@ -242,6 +276,11 @@ impl KernelOverride {
         Self { step: step.into(), ..self }
     }
 
+    /// With this kernel, or that of the tables.
+    pub fn pair(self, pair: impl Into<Option<PairKernel>>) -> Self {
+        Self { pair: pair.into(), ..self }
+    }
+
     /// With this sweep, or that of the tables.
     pub fn sweep(self, sweep: impl Into<Option<SweepKernel>>) -> Self {
         Self { sweep: sweep.into(), ..self }
@@ -251,8 +290,9 @@ impl KernelOverride {
     fn names(&self) -> impl Iterator<Item = (&'static str, String)> {
         let product = self.product.map(|kernel| (PRODUCTS.name, kernel.to_string()));
         let step = self.step.map(|kernel| (STEPS.name, kernel.to_string()));
+        let pair = self.pair.map(|kernel| (PAIRS.name, kernel.to_string()));
         let sweep = self.sweep.map(|kernel| (SWEEPS.name, kernel.to_string()));
-        [product, step, sweep].into_iter().flatten()
+        [product, step, pair, sweep].into_iter().flatten()
     }
 
     /// `device.override_kernels: ..` for a kernel that `gpu` cannot run at all.
@@ -295,10 +335,16 @@ pub(crate) fn product(device: &Device, gpu: &Gpu, product: &Product<'_>) -> Prod
     choose(&PRODUCTS, device, gpu, device.kernel_override().product, size, takes, work)
 }
 
-/// The kernel of a sweep by steps.
-pub(crate) fn step<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> StepKernel {
-    let takes = |kernel: StepKernel| kernel.takes::<C>(gpu, plan.hidden);
-    choose(&STEPS, device, gpu, device.kernel_override().step, sizes::<C>(gpu, plan), takes, || work(plan))
+/// The kernel of a sweep by steps. `width`: that of what recurs, H but for an output.
+pub(crate) fn step<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>, width: usize) -> StepKernel {
+    let takes = |kernel: StepKernel| kernel.takes::<C>(gpu, [plan.hidden, width]);
+    choose(&STEPS, device, gpu, device.kernel_override().step, sizes_of_step::<C>(device, gpu, plan), takes, || work(plan))
+}
+
+/// How steps of two products are computed.
+pub(crate) fn pair<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> PairKernel {
+    let sizes = sizes_of_step::<C>(device, gpu, plan);
+    choose(&PAIRS, device, gpu, device.kernel_override().pair, sizes, |_| true, || work(plan))
 }
 
 /// The kernel of a sweep of whole steps. A device that is batch invariant has one order for any T and B.
@@ -329,6 +375,12 @@ fn sizes<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usi
         BxH => rows * hidden,
         Lanes => lanes,
     }
+}
+
+/// On a device that is batch invariant the number of rows plays no part.
+fn sizes_of_step<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usize {
+    let (invariant, sizes) = (device.is_batch_invariant(), sizes::<C>(gpu, plan));
+    move |size| if invariant && matches!(size, B | BxH) { usize::MAX } else { sizes(size) }
 }
 
 fn work(plan: &Plan<'_>) -> String {
@@ -379,7 +431,7 @@ impl<S: fmt::Debug, K> fmt::Display for Row<S, K> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KernelChoice {
-    /// Of what: `product`, `step` or `sweep`.
+    /// Of what: `product`, `step`, `pair` or `sweep`.
     pub table: &'static str,
     /// The sizes of the work.
     pub work: String,

@@ -40,6 +40,7 @@ pub(crate) mod sample;
 pub(crate) mod sweep;
 pub(crate) mod sweep_grid;
 mod sweep_native;
+pub(crate) mod sweep_pair;
 pub(crate) mod sweep_resident;
 pub(crate) mod sweep_scan;
 pub(crate) mod sweep_split;
@@ -138,17 +139,7 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &gate_mask::SPREAD,
         &gate_mask::COLLECT,
     ];
-    kernels.extend(cells.iter().flat_map(|cell| {
-        [
-            &cell.forward,
-            &cell.forward_split,
-            &cell.backward,
-            &cell.forward_tiled,
-            &cell.backward_tiled,
-            &cell.forward_subgroup,
-            &cell.backward_subgroup,
-        ]
-    }));
+    kernels.extend(cells.into_iter().flat_map(cell_contract::StepKernels::all));
     let resident = [
         &cell_lstm::RESIDENT,
         &cell_gru::RESIDENT,

@@ -1,10 +1,11 @@
 //! The sweep over time, one launch a step for all directions, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
+//! `sweep_pair` is the same with two products a step.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::cell_contract::{Block, CellKernel};
+use super::cell_contract::{Block, CellKernel, StepProduct};
 use super::choice;
 use super::sweep::{self, Buffers, Inputs, Plan, Side, Step};
 use super::{sweep_native, tiles, transpose};
@@ -17,7 +18,7 @@ use crate::tensor::Tensor;
 params! {
     /// The shader's uniform struct.
     Sweep {
-        rows: u32, hidden: u32, depth: u32,
+        rows: u32, hidden: u32, width: u32, depth: u32,
         t: u32, steps: u32, last: u32, reverse: u32, directions: u32, recurrent: u32, finish: u32,
         tile: u32, rescue: u32,
         ragged: u32, keep: u32,
@@ -51,64 +52,84 @@ macro_rules! composed {
 }
 pub(crate) use composed;
 
-/// A cell composed with this file's shader.
-macro_rules! step_kernels {
-    ($name:literal, $($cell:literal),+) => {{
-        use crate::backend::Kernel;
-        use crate::kernels::{READ, READ_WRITE};
+/// A product of a step and what follows it: a part of a step, composed with this file's shader and a cell; with the bindings of both ways.
+macro_rules! step_product {
+    ($name:expr, $part:literal, $forward:expr, $backward:expr, $($cell:literal),+) => {{
+        use crate::backend::{Feature, Kernel};
+        use crate::kernels::sweep_step::{Sweep, composed};
         const FORWARD: Kernel = Kernel {
-            name: concat!($name, "_step_forward"),
-            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl"], $($cell),+),
+            name: concat!($name, "_forward"),
+            source: composed!(["sweep_step.wgsl", $part], $($cell),+),
             entry: "forward",
-            params: crate::kernels::sweep_step::Sweep::LAYOUT,
-            bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE)],
+            params: Sweep::LAYOUT,
+            bindings: $forward,
             workgroup: 64,
             features: &[],
         };
-        // For cells with a recurrent product.
+        const BACKWARD: Kernel =
+            Kernel { name: concat!($name, "_backward"), entry: "backward", bindings: $backward, ..FORWARD };
+        const TILED: &str = composed!(["sweep_step.wgsl", $part, "sweep_step_tiled.wgsl"], $($cell),+);
+        const SUBGROUP: &str = composed!(["sweep_step.wgsl", $part, "sweep_step_subgroup.wgsl", "subgroup_rows.wgsl"], $($cell),+);
         const FORWARD_SUBGROUP: Kernel = Kernel {
-            name: concat!($name, "_step_forward_subgroup"),
-            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl", "sweep_step_subgroup.wgsl", "subgroup_rows.wgsl"], $($cell),+),
+            name: concat!($name, "_forward_subgroup"),
+            source: SUBGROUP,
             entry: "forward_subgroup",
             workgroup: 8,
-            features: &[crate::backend::Feature::Subgroups],
+            features: &[Feature::Subgroups],
             ..FORWARD
         };
-        const FORWARD_TILED: Kernel = Kernel {
-            name: concat!($name, "_step_forward_tiled"),
-            source: crate::kernels::sweep_step::composed!(["sweep_step.wgsl", "sweep_step_tiled.wgsl"], $($cell),+),
-            entry: "forward_tiled",
-            workgroup: 256,
-            ..FORWARD
+        const BACKWARD_SUBGROUP: Kernel = Kernel {
+            name: concat!($name, "_backward_subgroup"),
+            entry: "backward_subgroup",
+            bindings: $backward,
+            ..FORWARD_SUBGROUP
         };
+        crate::kernels::cell_contract::StepProduct {
+            forward: [
+                FORWARD,
+                Kernel { name: concat!($name, "_forward_tiled"), source: TILED, entry: "forward_tiled", workgroup: 256, ..FORWARD },
+                FORWARD_SUBGROUP,
+                Kernel { name: concat!($name, "_forward_row"), entry: "forward_row", ..FORWARD_SUBGROUP },
+            ],
+            backward: [
+                BACKWARD,
+                Kernel { name: concat!($name, "_backward_tiled"), source: TILED, entry: "backward_tiled", workgroup: 256, ..BACKWARD },
+                BACKWARD_SUBGROUP,
+                Kernel { name: concat!($name, "_backward_row"), entry: "backward_row", ..BACKWARD_SUBGROUP },
+            ],
+        }
+    }};
+}
+pub(crate) use step_product;
+
+/// A cell composed with this file's shader; with the macro of [`super::sweep_pair`] that names the parts of a step of two products, if
+/// the cell has such.
+macro_rules! step_kernels {
+    ($name:literal, $($cell:literal),+) => {
+        crate::kernels::sweep_step::step_kernels!(@ None, $name, $($cell),+)
+    };
+    ($name:literal, $pair:ident, $($cell:literal),+) => {
+        crate::kernels::sweep_step::step_kernels!(@ Some(crate::kernels::sweep_pair::$pair!($name, $($cell),+)), $name, $($cell),+)
+    };
+    (@ $pair:expr, $name:literal, $($cell:literal),+) => {{
+        use crate::kernels::sweep_step::step_product;
+        use crate::kernels::{READ, READ_WRITE};
+        const WHOLE: crate::kernels::cell_contract::StepProduct = step_product!(
+            concat!($name, "_step"),
+            "step_whole.wgsl",
+            &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE)],
+            &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
+            $($cell),+
+        );
         crate::kernels::cell_contract::StepKernels {
-            forward: FORWARD,
-            forward_tiled: FORWARD_TILED,
-            backward_tiled: Kernel {
-                name: concat!($name, "_step_backward_tiled"),
-                entry: "backward_tiled",
-                bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
-                ..FORWARD_TILED
-            },
-            forward_subgroup: FORWARD_SUBGROUP,
-            backward_subgroup: Kernel {
-                name: concat!($name, "_step_backward_subgroup"),
-                entry: "backward_subgroup",
-                bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
-                ..FORWARD_SUBGROUP
-            },
-            forward_split: Kernel {
+            whole: WHOLE,
+            forward_split: crate::backend::Kernel {
                 name: concat!($name, "_step_forward_split"),
                 entry: "forward_split",
-                bindings: &[(1, READ_WRITE), (2, READ_WRITE), (4, READ), (5, READ), (6, READ_WRITE), (8, READ)],
-                ..FORWARD
+                bindings: &[(1, READ_WRITE), (2, READ_WRITE), (4, READ), (5, READ), (6, READ_WRITE), (8, READ_WRITE)],
+                ..WHOLE.forward[0]
             },
-            backward: Kernel {
-                name: concat!($name, "_step_backward"),
-                entry: "backward",
-                bindings: &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
-                ..FORWARD
-            },
+            pair: $pair,
         }
     }};
 }
@@ -130,6 +151,8 @@ pub enum StepKernel {
     Tiled,
     /// Subgroups of 8 lanes: tiles of 16 rows, in backward 32, and 32 units.
     Subgroup,
+    /// The same for a row by itself.
+    SubgroupRow,
 }
 
 impl fmt::Display for StepKernel {
@@ -141,38 +164,46 @@ impl fmt::Display for StepKernel {
 
 impl StepKernel {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::General, Self::Tiled, Self::Subgroup];
+    pub const ALL: [Self; 4] = [Self::General, Self::Tiled, Self::Subgroup, Self::SubgroupRow];
 
     /// Whether the device has what the kernel asks for.
     pub(crate) fn runs_on(self, gpu: &Gpu) -> bool {
         match self {
             Self::General | Self::Tiled => true,
-            Self::Subgroup => gpu.subgroup_size() == Some(8),
+            Self::Subgroup | Self::SubgroupRow => gpu.subgroup_size() == Some(8),
         }
     }
 
-    /// Whether the kernel can do this sweep on this device.
-    pub(crate) fn takes<C: CellKernel>(self, gpu: &Gpu, hidden: usize) -> bool {
+    /// Whether the kernel can do products of these widths on this device.
+    pub(crate) fn takes<C: CellKernel>(self, gpu: &Gpu, widths: [usize; 2]) -> bool {
         match self {
             Self::General => true,
             Self::Tiled => C::PRODUCT,
-            Self::Subgroup => self.runs_on(gpu) && C::PRODUCT && hidden.is_multiple_of(4),
+            Self::Subgroup | Self::SubgroupRow => {
+                self.runs_on(gpu) && C::PRODUCT && widths.iter().all(|width| width.is_multiple_of(4))
+            }
         }
     }
 
-    fn forward<C: CellKernel>(self) -> (&'static Kernel, [usize; 2]) {
+    /// The kernel, and rows and units of a workgroup.
+    pub(super) fn forward(self, product: &'static StepProduct) -> (&'static Kernel, [usize; 2]) {
+        let [general, tiled, subgroup, row] = &product.forward;
         match self {
-            Self::General => (&C::KERNELS.forward, [ROWS, WORKGROUP]),
-            Self::Tiled => (&C::KERNELS.forward_tiled, [32, 8]),
-            Self::Subgroup => (&C::KERNELS.forward_subgroup, [16, 32]),
+            Self::General => (general, [ROWS, WORKGROUP]),
+            Self::Tiled => (tiled, [32, 8]),
+            Self::Subgroup => (subgroup, [16, 32]),
+            Self::SubgroupRow => (row, [1, 32]),
         }
     }
 
-    fn backward<C: CellKernel>(self) -> (&'static Kernel, [usize; 2]) {
+    /// The same backward, where units are those of what is seen.
+    pub(super) fn backward(self, product: &'static StepProduct) -> (&'static Kernel, [usize; 2]) {
+        let [general, tiled, subgroup, row] = &product.backward;
         match self {
-            Self::General => (&C::KERNELS.backward, [ROWS, WORKGROUP * UNITS]),
-            Self::Tiled => (&C::KERNELS.backward_tiled, [32, 16]),
-            Self::Subgroup => (&C::KERNELS.backward_subgroup, [32, 32]),
+            Self::General => (general, [ROWS, WORKGROUP * UNITS]),
+            Self::Tiled => (tiled, [32, 16]),
+            Self::Subgroup => (subgroup, [32, 32]),
+            Self::SubgroupRow => (row, [1, 32]),
         }
     }
 }
@@ -189,6 +220,7 @@ impl Plan<'_> {
         Sweep {
             rows: self.rows as u32,
             hidden: self.hidden as u32,
+            width: self.hidden as u32,
             depth: depth as u32,
             t: 0,
             steps: 1,
@@ -254,10 +286,9 @@ pub(super) fn prepare<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&T
     (params, bindings)
 }
 
-/// Workgroups of `rows` rows and `units` units each.
-fn groups(sides: &[Side<'_>], [rows, units]: [usize; 2]) -> [u32; 3] {
-    let plan = &sides[0].plan;
-    tiles(sides.len() * plan.hidden.div_ceil(units), plan.rows.div_ceil(rows))
+/// Workgroups of `rows` rows and `units` units each, for so many units of each side.
+pub(super) fn groups(sides: &[Side<'_>], width: usize, [rows, units]: [usize; 2]) -> [u32; 3] {
+    tiles(sides.len() * width.div_ceil(units), sides[0].plan.rows.div_ceil(rows))
 }
 
 /// W_hh `[GATES * H, H]` as [`forward`] reads it on its device.
@@ -302,9 +333,9 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()>
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let (kernel, tile) = choice::step::<C>(device, gpu, plan).forward::<C>();
+            let (kernel, tile) = choice::step::<C>(device, gpu, plan, plan.hidden).forward(&C::KERNELS.whole);
             let (params, bindings) = prepare(cell, sides, &[]);
-            let steps = (0..plan.steps as u32).map(|t| (Sweep { t, ..params }, groups(sides, tile)));
+            let steps = (0..plan.steps as u32).map(|t| (Sweep { t, ..params }, groups(sides, plan.hidden, tile)));
             gpu.launch_each(kernel, &plan.constants(cell, false), &bindings, steps)
         }
     }
@@ -328,7 +359,7 @@ pub(crate) fn forward_split<C: CellKernel>(
             let sides = [Side { plan: *plan, buffers: *buffers }];
             let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
             let bindings = [slots, states, unit, lengths, y, product.range()];
-            let step = (Sweep { t: plan.number(step), ..plan.params(depth) }, groups(&sides, [1, WORKGROUP]));
+            let step = (Sweep { t: plan.number(step), ..plan.params(depth) }, groups(&sides, plan.hidden, [1, WORKGROUP]));
             gpu.launch_each(&C::KERNELS.forward_split, &plan.constants(cell, false), &bindings, std::iter::once(step))
         }
     }
@@ -349,13 +380,13 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let (kernel, tile) = choice::step::<C>(device, gpu, plan).backward::<C>();
+            let (kernel, tile) = choice::step::<C>(device, gpu, plan, plan.hidden).backward(&C::KERNELS.whole);
             let (params, bindings) = prepare(cell, sides, dstates);
             let count = plan.steps as u32;
             let steps = (0..count).rev().map(|t| Sweep { t, recurrent: u32::from(t + 1 < count), ..params });
             // The product of the first step, whose gradient is the initial state's.
             let finish = C::PRODUCT.then_some(Sweep { recurrent: 1, finish: 1, ..params });
-            let launches = steps.chain(finish).map(|params| (params, groups(sides, tile)));
+            let launches = steps.chain(finish).map(|params| (params, groups(sides, plan.hidden, tile)));
             gpu.launch_each(kernel, &plan.constants(cell, true), &bindings, launches)
         }
     }
@@ -376,9 +407,10 @@ pub(crate) fn backward_split<C: CellKernel>(
         }
         Backend::Gpu(gpu) => {
             let sides = [Side { plan: *plan, buffers: *buffers }];
+            let (kernel, tile) = StepKernel::General.backward(&C::KERNELS.whole);
             let (params, bindings) = prepare(cell, &sides, &[dstates]);
-            let step = (Sweep { t: plan.number(step), ..params }, groups(&sides, [ROWS, WORKGROUP * UNITS]));
-            gpu.launch_each(&C::KERNELS.backward, &plan.constants(cell, true), &bindings, std::iter::once(step))
+            let step = (Sweep { t: plan.number(step), ..params }, groups(&sides, plan.hidden, tile));
+            gpu.launch_each(kernel, &plan.constants(cell, true), &bindings, std::iter::once(step))
         }
     }
 }

@@ -17,7 +17,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use gatefold::nn::Precision;
-use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
+use gatefold::{Device, KernelOverride, PairKernel, ProductKernel, StepKernel, SweepKernel};
 use serde_json::{Value, json};
 
 use layer::{Spec, Work};
@@ -58,9 +58,12 @@ pub struct Args {
     /// The sweep over time of all layers that it can do, in place of the tables' [scan, resident, grid, step]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<SweepKernel>)]
     sweep: Option<SweepKernel>,
-    /// The kernel of single steps, likewise [general, subgroup, tiled]
+    /// The kernel of single steps, likewise [general, tiled, subgroup, subgroup_row]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<StepKernel>)]
     step_kernel: Option<StepKernel>,
+    /// Of steps of two products, likewise [fused, apart]
+    #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<PairKernel>)]
+    pair_kernel: Option<PairKernel>,
     /// The kernel of products, likewise [general, subgroup_rows, ..]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<ProductKernel>)]
     product_kernel: Option<ProductKernel>,
@@ -193,8 +196,9 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
 /// The device with the kernels that the arguments name.
 fn open(args: &Args) -> Result<Device> {
     let device = crate::device(args.device.as_deref())?;
-    let kernels = KernelOverride::default().product(args.product_kernel).step(args.step_kernel).sweep(args.sweep);
-    device.override_kernels(kernels).context("--sweep, --step-kernel, --product-kernel")?;
+    let kernels = KernelOverride::default().product(args.product_kernel).step(args.step_kernel);
+    let kernels = kernels.pair(args.pair_kernel).sweep(args.sweep);
+    device.override_kernels(kernels).context("--sweep, --step-kernel, --pair-kernel, --product-kernel")?;
     Ok(device)
 }
 

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::kernels::gemm::Matrix;
 use crate::kernels::half::{Factor, Precision};
 use crate::kernels::{column_sum, elementwise, gather, gemm_half, peak};
-use crate::nn::{Cell, GruConfig, LstmConfig, MinGruConfig, Module, Recurrent, RnnConfig, SweepAlone};
+use crate::nn::{Cell, GruConfig, LstmConfig, MinGruConfig, Module, Recurrent, Reset, RnnConfig, SweepAlone};
 use crate::optim::{AdamW, Optimizer};
 use crate::rng::Rng;
 use crate::tensor::{Ids, Tensor};
@@ -191,12 +191,24 @@ fn of_layer<C: Cell + 'static>(mut layer: Recurrent<C>, shape: [usize; 4], rng: 
 ///
 /// # Errors
 /// What the device reports.
-pub fn sweeps(device: &Device, product: bool, [t, b, h]: [usize; 3]) -> Result<[Workload; 2]> {
+pub fn sweeps(device: &Device, cell: SweptCell, [t, b, h]: [usize; 3]) -> Result<[Workload; 2]> {
     let (shape, rng) = ([t, b, h, h], &mut Rng::seed(1));
-    match product {
-        true => of_sweep(LstmConfig::new(h, h).init(device, rng)?, shape, rng),
-        false => of_sweep(MinGruConfig::new(h, h).init(device, rng)?, shape, rng),
+    match cell {
+        SweptCell::Lstm => of_sweep(LstmConfig::new(h, h).init(device, rng)?, shape, rng),
+        SweptCell::MinGru => of_sweep(MinGruConfig::new(h, h).init(device, rng)?, shape, rng),
+        SweptCell::GruResetBefore => of_sweep(GruConfig::new(h, h).reset(Reset::BeforeProduct).init(device, rng)?, shape, rng),
     }
+}
+
+/// Whose sweep it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SweptCell {
+    /// A product a step.
+    Lstm,
+    /// None.
+    MinGru,
+    /// Two.
+    GruResetBefore,
 }
 
 fn of_sweep<C: Cell + 'static>(layer: Recurrent<C>, [t, b, i, h]: [usize; 4], rng: &mut Rng) -> Result<[Workload; 2]> {

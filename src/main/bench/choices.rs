@@ -2,13 +2,13 @@
 //! `kernels/choice.rs`.
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
+use std::fmt::{Debug, Display};
 use std::io::Write;
 
 use anyhow::{Context, Result};
 use gatefold::nn::Precision;
-use gatefold::verify::workloads::{self, Clock, Workload};
-use gatefold::{Device, KernelOverride, ProductKernel, StepKernel, SweepKernel};
+use gatefold::verify::workloads::{self, Clock, SweptCell, Workload};
+use gatefold::{Device, KernelOverride, PairKernel, ProductKernel, StepKernel, SweepKernel};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -71,15 +71,34 @@ pub fn tune(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write)
     }
     // A few dozen measurements, each of a part of a case.
     let mut tuner = Tuner { device, class, policy: policy.shared(8.0), json: args.json, out };
-    let wanted = wanted("BENCH_ONLY", &["product", "step", "sweep"], |name, text| name == text)?;
+    let wanted = wanted("BENCH_ONLY", &["product", "step", "pair", "sweep"], |name, text| name == text)?;
     for (table, _) in wanted.iter().enumerate().filter(|(_, wanted)| **wanted) {
         match table {
             0 => tuner.products()?,
             1 => tuner.steps()?,
+            2 => tuner.pairs()?,
             _ => tuner.sweeps()?,
         }
     }
     Ok(device.override_kernels(KernelOverride::default())?)
+}
+
+/// From which size on these kernels are best, and what they gained.
+struct Bands<K>(Vec<(usize, Vec<K>, Vec<String>)>);
+
+impl<K> Default for Bands<K> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<K: PartialEq> Bands<K> {
+    fn push(&mut self, size: usize, best: Vec<K>, gained: Vec<String>) {
+        match self.0.last_mut() {
+            Some((_, kernels, all)) if *kernels == best => all.extend(gained),
+            _ => self.0.push((size, best, gained)),
+        }
+    }
 }
 
 impl<W: Write> Tuner<'_, W> {
@@ -87,8 +106,7 @@ impl<W: Write> Tuner<'_, W> {
     fn products(&mut self) -> Result<()> {
         const ROWS: [usize; 6] = [1, 8, 16, 64, 256, 512];
         const WIDTH: usize = 512;
-        // Rows from which on these kernels are best, and what they gained.
-        let mut bands: Vec<(usize, Vec<ProductKernel>, Vec<String>)> = Vec::new();
+        let mut bands = Bands::default();
         for m in ROWS {
             let (mut best, mut gained) = (Vec::new(), Vec::new());
             for (name, a_t) in [("A by rows", false), ("A by columns", true)] {
@@ -101,17 +119,9 @@ impl<W: Write> Tuner<'_, W> {
                     gained.push(format!("{work}: {gain:.1}"));
                 }
             }
-            match bands.last_mut() {
-                Some((_, kernels, all)) if *kernels == best => all.extend(gained),
-                _ => bands.push((m, best, gained)),
-            }
+            bands.push(m, best, gained);
         }
-        for (i, (first, kernels, gained)) in bands.iter().enumerate() {
-            let least = if i == 0 { 1 } else { *first };
-            let most = bands.get(i + 1).map_or("usize::MAX".to_owned(), |(next, ..)| (next - 1).to_string());
-            let kernels: Vec<String> = kernels.iter().map(|kernel| format!("ProductKernel::{kernel:?}")).collect();
-            self.row(&format!("(M, {least}..={most})"), &kernels, gained)?;
-        }
+        self.rows("M", "ProductKernel", bands)?;
         self.large_products()
     }
 
@@ -132,24 +142,38 @@ impl<W: Write> Tuner<'_, W> {
         Ok(())
     }
 
-    /// One kernel for all sizes.
+    /// By rows: the kernel that gains most on narrow and wide layers together.
     fn steps(&mut self) -> Result<()> {
-        let mut all = Vec::new();
-        for (rows, hidden) in [(1, 128), (16, 128), (64, 128), (1, 512), (16, 512), (64, 512)] {
-            let loads = workloads::sweeps(self.device, true, [4, rows, hidden])?;
-            let work = format!("LSTM B={rows} H={hidden}");
-            let by = |kernel| KernelOverride::default().sweep(SweepKernel::Step).step(kernel);
-            let gains = self.gains("step", &work, &loads, (&StepKernel::ALL, StepKernel::General), by)?;
-            all.push((work, gains));
+        let mut bands = Bands::default();
+        for rows in [1, 2, 4, 16, 64] {
+            let mut all = Vec::new();
+            for hidden in [128, 512] {
+                let loads = workloads::sweeps(self.device, SweptCell::Lstm, [4, rows, hidden])?;
+                let work = format!("LSTM B={rows} H={hidden}");
+                let by = |kernel| KernelOverride::default().sweep(SweepKernel::Step).step(kernel);
+                let gains = self.gains("step", &work, &loads, (&StepKernel::ALL, StepKernel::General), by)?;
+                all.push((work, gains));
+            }
+            let means: Gains<_> =
+                StepKernel::ALL.into_iter().filter_map(|kernel| Some((kernel, mean_of(&all, kernel)?))).collect();
+            let best = fastest(&means).map(|(kernel, _)| kernel);
+            bands.push(rows, best.into_iter().collect(), best.map_or_else(Vec::new, |best| gained(&all, best)));
         }
-        let mean = |kernel: StepKernel| mean(all.iter().filter_map(|(_, gains)| gain_of(gains, kernel)));
-        let means: Gains<_> = StepKernel::ALL.into_iter().filter_map(|kernel| Some((kernel, mean(kernel)?))).collect();
-        if let Some((best, _)) = fastest(&means) {
-            let gained: Vec<String> =
-                all.iter().filter_map(|(work, gains)| Some(format!("{work}: {:.1}", gain_of(gains, best)?))).collect();
-            self.row("", &[format!("StepKernel::{best:?}")], &gained)?;
+        self.rows("B", "StepKernel", bands)
+    }
+
+    /// By the units of all rows.
+    fn pairs(&mut self) -> Result<()> {
+        let mut bands = Bands::default();
+        for (rows, hidden) in [(1, 128), (1, 512), (8, 128), (8, 512), (32, 256), (64, 512)] {
+            let loads = workloads::sweeps(self.device, SweptCell::GruResetBefore, [4, rows, hidden])?;
+            let work = format!("GRU, reset before, B={rows} H={hidden}");
+            let by = |kernel| KernelOverride::default().pair(kernel);
+            let gains = self.gains("pair", &work, &loads, (&PairKernel::ALL, PairKernel::Apart), by)?;
+            let best = fastest(&gains).map_or(PairKernel::Apart, |(kernel, _)| kernel);
+            bands.push(rows * hidden, vec![best], gained(&[(work, gains)], best));
         }
-        Ok(())
+        self.rows("BxH", "PairKernel", bands)
     }
 
     /// By the size that a sweep is chosen by: up to which it gains on steps, and from how many steps on.
@@ -157,9 +181,9 @@ impl<W: Write> Tuner<'_, W> {
         const LONG: usize = 64;
         let kernels = (&SweepKernel::ALL[..], SweepKernel::Step);
         let by = |kernel| KernelOverride::default().sweep(kernel);
-        for (cell, product, size) in [("minGRU", false, "BxH"), ("LSTM", true, "H")] {
+        for (cell, swept, size) in [("minGRU", SweptCell::MinGru, "BxH"), ("LSTM", SweptCell::Lstm, "H")] {
             let mut measure = |[steps, rows, hidden]: [usize; 3]| -> Result<(String, Gains<SweepKernel>)> {
-                let loads = workloads::sweeps(self.device, product, [steps, rows, hidden])?;
+                let loads = workloads::sweeps(self.device, swept, [steps, rows, hidden])?;
                 let work = format!("{cell} T={steps} B={rows} H={hidden}");
                 let gains = self.gains("sweep", &work, &loads, kernels, by)?;
                 Ok((work, gains))
@@ -167,7 +191,7 @@ impl<W: Write> Tuner<'_, W> {
             let mut by_size: BTreeMap<usize, Vec<(String, Gains<SweepKernel>)>> = BTreeMap::new();
             for hidden in [32, 64, 128, 256, 512] {
                 for rows in [1, 16, 64] {
-                    let size = if product { hidden } else { rows * hidden };
+                    let size = if swept == SweptCell::Lstm { hidden } else { rows * hidden };
                     by_size.entry(size).or_default().push(measure([LONG, rows, hidden])?);
                 }
             }
@@ -245,6 +269,17 @@ impl<W: Write> Tuner<'_, W> {
         Ok(Some(whole))
     }
 
+    /// The rows of bands of `size`.
+    fn rows<K: Debug + PartialEq>(&mut self, size: &str, kind: &str, Bands(bands): Bands<K>) -> Result<()> {
+        for (i, (first, kernels, gained)) in bands.iter().enumerate() {
+            let least = if i == 0 { 1 } else { *first };
+            let most = bands.get(i + 1).map_or("usize::MAX".to_owned(), |(next, ..)| (next - 1).to_string());
+            let kernels: Vec<String> = kernels.iter().map(|kernel| format!("{kind}::{kernel:?}")).collect();
+            self.row(&format!("({size}, {least}..={most})"), &kernels, gained)?;
+        }
+        Ok(())
+    }
+
     /// A row as it stands in the tables.
     fn row(&mut self, limits: &str, kernels: &[String], gained: &[String]) -> Result<()> {
         if kernels.is_empty() {
@@ -266,6 +301,15 @@ impl<W: Write> Tuner<'_, W> {
 /// The kernel that gains most, if it gains anything worth a row.
 fn fastest<K: Copy>(gains: &Gains<K>) -> Option<(K, f64)> {
     gains.iter().copied().filter(|(_, gain)| *gain >= GAIN).max_by(|(_, a), (_, b)| a.total_cmp(b))
+}
+
+/// What a kernel gained on each work.
+fn gained<K: Copy + PartialEq>(all: &[(String, Gains<K>)], kernel: K) -> Vec<String> {
+    all.iter().filter_map(|(work, gains)| Some(format!("{work}: {:.1}", gain_of(gains, kernel)?))).collect()
+}
+
+fn mean_of<K: Copy + PartialEq>(all: &[(String, Gains<K>)], kernel: K) -> Option<f64> {
+    mean(all.iter().filter_map(|(_, gains)| gain_of(gains, kernel)))
 }
 
 fn gain_of<K: Copy + PartialEq>(gains: &Gains<K>, kernel: K) -> Option<f64> {

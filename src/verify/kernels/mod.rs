@@ -130,6 +130,7 @@ pub fn all() -> Vec<KernelCheck> {
         ("gru_reset", gates::gru_reset),
         ("lstm_sweep", sweeps::lstm_sweep),
         ("step_subgroup", sweeps::step_subgroup),
+        ("step_row", sweeps::step_row),
         ("step_tiled", sweeps::step_tiled),
         ("lstm_resident", sweeps::lstm_resident),
         ("resident_cells", sweeps::resident_cells),
@@ -152,7 +153,7 @@ pub fn all() -> Vec<KernelCheck> {
     ];
     let needs = |name| match name {
         "step_tiled" | "lstm_resident" | "resident_cells" | "lstm_grid" | "grid_cells" | "bptt_parts" => A_GPU,
-        "gemm_subgroup" | "step_subgroup" => SUBGROUPS_OF_8,
+        "gemm_subgroup" | "step_subgroup" | "step_row" => SUBGROUPS_OF_8,
         "gemm_tiled_128" => TILES_OF_128,
         "gemm_cooperative_8" => MATRICES_OF_8,
         "gemm_cooperative_16" => MATRICES_OF_16,

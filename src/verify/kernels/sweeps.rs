@@ -6,9 +6,10 @@ use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::choice::KernelOverride;
 use crate::kernels::sweep::{Buffers, Plan, Side, SweepKernel};
+use crate::kernels::sweep_pair::PairKernel;
 use crate::kernels::sweep_step::StepKernel;
 use crate::kernels::{sweep_grid, sweep_resident, sweep_step};
-use crate::nn::{Direction, GruConfig, IndRnnConfig, Merge, RnnConfig, SLstmConfig};
+use crate::nn::{Direction, GruConfig, IndRnnConfig, LstmConfig, Merge, Reset, RnnConfig, SLstmConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Lengths, POISON, Tensor};
 use crate::verify::autodiff::sigmoid;
@@ -306,7 +307,17 @@ pub(super) fn step_subgroup(cases: &mut Cases<'_>) -> Result<()> {
         [2, 5, 260],
     ];
     cases.under(kernels, |cases| lstm_sweeps(cases, SweepKernel::Step, &mut Rng::seed(16), &sizes, [100, 4]))?;
-    other_cells(cases, kernels, &[36])
+    other_cells(cases, kernels, &[36])?;
+    two_products(cases, kernels.pair(PairKernel::Fused), [36, 20])
+}
+
+pub(super) fn step_row(cases: &mut Cases<'_>) -> Result<()> {
+    let kernels = KernelOverride::default().sweep(SweepKernel::Step).step(StepKernel::SubgroupRow);
+    let sizes = [[1, 1, 4], [2, 2, 28], [3, 1, 32], [2, 3, 36], [4, 1, 64], [2, 1, 260]];
+    // A tile is a row.
+    cases.under(kernels, |cases| lstm_sweeps(cases, SweepKernel::Step, &mut Rng::seed(17), &sizes, [65_535 + 3, 4]))?;
+    other_cells(cases, kernels, &[36])?;
+    two_products(cases, kernels.pair(PairKernel::Fused), [36, 20])
 }
 
 pub(super) fn step_tiled(cases: &mut Cases<'_>) -> Result<()> {
@@ -317,7 +328,9 @@ pub(super) fn step_tiled(cases: &mut Cases<'_>) -> Result<()> {
     let sizes: Vec<_> = widths.into_iter().enumerate().map(|(i, hidden)| [[2, 1, 3][i % 3], rows[i % 7], hidden]).collect();
     // Two million rows, more than one dimension has tiles for, would take llvmpipe minutes.
     cases.under(kernels, |cases| lstm_sweeps(cases, SweepKernel::Step, &mut Rng::seed(15), &sizes, [100, 1]))?;
-    other_cells(cases, kernels, &[33])
+    other_cells(cases, kernels, &[33])?;
+    two_products(cases, kernels.pair(PairKernel::Fused), [33, 65])?;
+    two_products(cases, kernels.pair(PairKernel::Fused), [70, 7])
 }
 
 pub(super) fn lstm_resident(cases: &mut Cases<'_>) -> Result<()> {
@@ -401,9 +414,11 @@ pub(super) fn grid_cells(cases: &mut Cases<'_>) -> Result<()> {
     other_cells(cases, KernelOverride::default().sweep(SweepKernel::Grid), &[33, 100])
 }
 
-/// The same, wider than the cells of `networks`, by whatever kernels the tables name.
+/// The same, wider than the cells of `networks`, by whatever kernels the tables name; and two products a step in launches of their own.
 pub(super) fn wide_cells(cases: &mut Cases<'_>) -> Result<()> {
-    other_cells(cases, KernelOverride::default(), &[33, 100, 128])
+    let kernels = KernelOverride::default();
+    other_cells(cases, kernels, &[33, 100, 128])?;
+    two_products(cases, kernels.pair(PairKernel::Apart), [33, 7])
 }
 
 /// Cells of one, three and four gates, of one and four states, in one direction and in both, and what acts between steps.
@@ -421,6 +436,31 @@ fn other_cells(cases: &mut Cases<'_>, kernels: KernelOverride, widths: &[usize])
             check(cases, Network { zoneout: [0.3, 0.0], ..Network::new(format!("rnn_{hidden}"), rnn, rnn64) })?;
         }
         Ok(())
+    })
+}
+
+/// Steps of two products: an output of so many numbers in the recurrence, and a reset gate before the product.
+fn two_products(cases: &mut Cases<'_>, kernels: KernelOverride, [hidden, width]: [usize; 2]) -> Result<()> {
+    cases.under(kernels, |cases| {
+        let stack = |cell| Recurrent { layers: 2, directions: 2, ..Recurrent::new(cell, INPUT, hidden) };
+        let lstm = LstmConfig::new(INPUT, hidden).peepholes(true).projection(width).layers(2).direction(Direction::Both);
+        let sigmoid = oracle::Activation::Sigmoid;
+        let lstm64 = Cell::Lstm {
+            gate: sigmoid,
+            candidate: oracle::Activation::Tanh,
+            output: oracle::Activation::Tanh,
+            peepholes: true,
+            coupled: false,
+            cell_clip: None,
+        };
+        let name = format!("lstm_{hidden}_projection_{width}");
+        check(cases, Network::new(name, lstm, Recurrent { projection: Some(width), ..stack(lstm64) }))?;
+        let rnn64 = Recurrent { projection: Some(width), ..Recurrent::new(Cell::RNN, INPUT, hidden) };
+        check(cases, Network::new(format!("rnn_{hidden}_jordan_{width}"), RnnConfig::new(INPUT, hidden).jordan(width), rnn64))?;
+        let gru =
+            GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct).zoneout(0.3, 0.0).layers(2).direction(Direction::Both);
+        let gru64 = Cell::Gru { reset: oracle::Reset::Before, gate: sigmoid, candidate: oracle::Activation::Tanh };
+        check(cases, Network { zoneout: [0.3, 0.0], ..Network::new(format!("gru_{hidden}_reset_before"), gru, stack(gru64)) })
     })
 }
 
