@@ -40,6 +40,10 @@ struct Sweep {
     next_unit: u32,
     next_y: u32,
     next_dstates: u32,
+    // sweep_rows: the line of the step's first row, the lines that there are of each group, and whether y (backward: dy) is h.
+    line: u32,
+    lines: u32,
+    shows: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Sweep;

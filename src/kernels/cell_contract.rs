@@ -121,6 +121,8 @@ pub trait CellKernel: Copy + Send + Sync + 'static {
     const RESIDENT: &'static ResidentKernels;
     /// The same by workgroups that run at once, where there is a product: forward and backward.
     const GRID: Option<&'static [Kernel; 2]> = None;
+    /// The same for a step with layer normalization, where [`Self::norms`] defines it: forward and backward.
+    const ROWS: Option<&'static [Kernel; 2]> = None;
     /// Where the cell is linear in its one state, with factors that hang on x alone: the same for a scan.
     const SCAN: Option<&'static ScanKernels> = None;
 

@@ -6,6 +6,7 @@ use super::math::{Fusion, Lanes};
 use super::sweep_grid::grid_kernels;
 use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
+use super::sweep_rows::rows_kernels;
 use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
@@ -13,6 +14,7 @@ static NATIVE: NativeSweeps<GruCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("gru", reset, "cell_gru.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("gru", "cell_gru.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("gru", "cell_gru.wgsl");
+pub(crate) static ROWS: [Kernel; 2] = rows_kernels!("gru", "cell_gru.wgsl");
 
 /// The cell of Cho et al. (2014), gates in PyTorch's order: `r, z = sigmoid(x + r + b)`, `n = tanh(x + q)`,
 /// `h = (1 - z) n + z h'`; `q = r (W_hn h' + b_hn)`, or, with the reset before the product, `q = W_hn (r h') + b_hn`.
@@ -68,6 +70,7 @@ impl CellKernel for GruCell {
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
+    const ROWS: Option<&'static [Kernel; 2]> = Some(&ROWS);
 
     fn is_plain(&self) -> bool {
         *self == Self::default()

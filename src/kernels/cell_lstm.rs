@@ -6,6 +6,7 @@ use super::math::{Fusion, Lanes};
 use super::sweep_grid::grid_kernels;
 use super::sweep_native::NativeSweeps;
 use super::sweep_resident::{ResidentKernels, resident_kernels};
+use super::sweep_rows::rows_kernels;
 use super::sweep_step::step_kernels;
 use crate::backend::Kernel;
 
@@ -13,6 +14,7 @@ static NATIVE: NativeSweeps<LstmCell> = NativeSweeps::new();
 pub(crate) static KERNELS: StepKernels = step_kernels!("lstm", projected, "cell_lstm.wgsl");
 pub(crate) static RESIDENT: ResidentKernels = resident_kernels!("lstm", "cell_lstm.wgsl");
 pub(crate) static GRID: [Kernel; 2] = grid_kernels!("lstm", "cell_lstm.wgsl");
+pub(crate) static ROWS: [Kernel; 2] = rows_kernels!("lstm", "cell_lstm.wgsl");
 
 /// The cell of Hochreiter & Schmidhuber (1997) with the forget gate of Gers et al. (2000); gates in PyTorch's order:
 /// `i, f, o = sigmoid(x + r + b)`, `g = tanh(x + r + b)`, `c = f c' + i g`, `h = o tanh(c)`.
@@ -68,6 +70,7 @@ impl CellKernel for LstmCell {
     const KERNELS: &'static StepKernels = &KERNELS;
     const RESIDENT: &'static ResidentKernels = &RESIDENT;
     const GRID: Option<&'static [Kernel; 2]> = Some(&GRID);
+    const ROWS: Option<&'static [Kernel; 2]> = Some(&ROWS);
 
     fn is_plain(&self) -> bool {
         *self == Self::default()

@@ -21,7 +21,7 @@ params! {
 
 pub(crate) static FORWARD: Kernel = Kernel {
     name: "layer_norm",
-    source: include_str!("../../shaders/layer_norm.wgsl"),
+    source: concat!(include_str!("../../shaders/layer_norm.wgsl"), include_str!("../../shaders/row_norm.wgsl")),
     entry: "forward",
     params: LayerNorm::LAYOUT,
     bindings: &[(1, READ), (2, READ), (3, READ), (4, READ_WRITE), (5, READ_WRITE)],
@@ -230,7 +230,7 @@ pub(crate) struct GateNorm<'a> {
     pub products: &'a Tensor,
     /// `[GATES * H]`
     pub gain: &'a Tensor,
-    /// `[groups, lines, 2]`
+    /// `[groups or more, lines, 2]`
     pub stats: &'a Tensor,
 }
 

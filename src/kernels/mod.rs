@@ -30,7 +30,6 @@ pub(crate) mod half;
 pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub(crate) mod mean_squared_error;
-pub(crate) mod norm_output;
 pub(crate) mod optimizer;
 pub(crate) mod output_step;
 pub(crate) mod pooling;
@@ -42,6 +41,7 @@ pub(crate) mod sweep_grid;
 mod sweep_native;
 pub(crate) mod sweep_pair;
 pub(crate) mod sweep_resident;
+pub(crate) mod sweep_rows;
 pub(crate) mod sweep_scan;
 pub(crate) mod sweep_split;
 pub(crate) mod sweep_step;
@@ -132,8 +132,6 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
         &layer_norm::FORWARD,
         &layer_norm::BACKWARD,
         &layer_norm::BACKWARD_GAIN,
-        &norm_output::FORWARD,
-        &norm_output::BACKWARD,
         &gru_reset::RESET,
         &gru_reset::RESET_BACKWARD,
         &gate_mask::SPREAD,
@@ -151,6 +149,7 @@ pub(crate) fn all() -> Vec<&'static crate::backend::Kernel> {
     ];
     kernels.extend(resident.into_iter().flat_map(sweep_resident::ResidentKernels::all));
     kernels.extend([&cell_lstm::GRID, &cell_gru::GRID, &cell_rnn::GRID, &cell_slstm::GRID].into_iter().flatten());
+    kernels.extend([&cell_lstm::ROWS, &cell_gru::ROWS].into_iter().flatten());
     kernels.extend([&cell_min_gru::SCAN, &cell_min_lstm::SCAN].into_iter().flat_map(sweep_scan::ScanKernels::all));
     kernels
 }

@@ -7,11 +7,10 @@ use super::gate_mask::{self, Masks};
 use super::gemm::Matrix;
 use super::gemm_half::product;
 use super::half::{Factor, Precision};
-use super::layer_norm::GateNorm;
-use super::norm_output::StateNorm;
 use super::output_step::{self, Teacher};
 use super::sweep::{Buffers, Plan, Step};
 use super::sweep_pair;
+use super::sweep_rows::{RowNorms, lines_of};
 use super::sweep_step;
 use crate::backend::gpu::Gpu;
 use crate::error::Result;
@@ -20,24 +19,14 @@ use crate::tensor::Tensor;
 /// What a step does beside its cell.
 #[derive(Default)]
 pub(crate) struct Extras<'a> {
-    /// Layer normalization of the recurrent product.
-    pub norm: Option<ProductNorm<'a>>,
-    /// Layer normalization of an LSTM's c on its way to h; [`Plan::output`] is false.
-    pub state_norm: Option<StateNorm<'a>>,
+    /// Layer normalization of the recurrent product, and of a state on its way to h.
+    pub norms: Option<RowNorms<'a>>,
     /// The output product `o = W_hr m + b`: o and not the cell's own output m is what the recurrence and y see.
     pub output: Option<OutputProduct<'a>>,
     /// Targets in place of o in the recurrence.
     pub teacher: Option<&'a Teacher>,
     /// What h is multiplied with on its way into each gate's product; for a cell without [`CellKernel::gated`].
     pub masks: Option<Masks>,
-}
-
-/// Layer normalization of the recurrent product.
-pub(crate) struct ProductNorm<'a> {
-    /// Of lines `[T, B]`, or `[1, B]` where nothing is kept.
-    pub gates: GateNorm<'a>,
-    /// Backward: `[T, B, GATES * H]`, the product's gradient.
-    pub dproducts: Option<&'a Tensor>,
 }
 
 /// An output product: a projection, or a Jordan network's output.
@@ -79,18 +68,16 @@ pub(crate) fn forward<C: CellKernel>(
             output_step::teach(plan, teacher, output.width, output.outputs, step)?;
         }
         let h = state_of(plan, buffers, extras, before);
-        let target = Matrix::new(&recurrent, rows, C::Pre::LEN * hidden);
-        match &extras.norm {
-            Some(ProductNorm { gates, .. }) => {
-                let line = t * rows % gates.lines();
-                multiply(cell, plan, buffers, weights, masks.as_ref(), h, gates.window(line, rows), step)?;
-                gates.forward(line, None, target)?;
+        match &extras.norms {
+            Some(norms) => {
+                multiply(cell, plan, buffers, weights, masks.as_ref(), h, norms.product(plan, t), step)?;
+                norms.forward(cell, plan, buffers, &recurrent, step)?;
             }
-            None => multiply(cell, plan, buffers, weights, masks.as_ref(), h, target, step)?,
-        }
-        sweep_step::forward_split(cell, plan, buffers, &recurrent, step)?;
-        if let Some(norm) = &extras.state_norm {
-            norm.forward(plan, buffers, step)?;
+            None => {
+                let target = Matrix::new(&recurrent, rows, C::Pre::LEN * hidden);
+                multiply(cell, plan, buffers, weights, masks.as_ref(), h, target, step)?;
+                sweep_step::forward_split(cell, plan, buffers, &recurrent, step)?;
+            }
         }
         if let Some(output) = &extras.output {
             let m = Matrix::window(buffers.states, after * rows * hidden, rows, hidden, hidden);
@@ -157,22 +144,18 @@ pub(crate) fn backward<C: CellKernel>(
             let dout = Matrix::window(douts, t * rows * output.width, rows, output.width, output.width);
             product(dout, &output.weights, None, dm, false)?;
         }
-        if let Some((norm, dvalues)) = extras.state_norm.as_ref().and_then(|norm| Some((norm, norm.dvalues?))) {
-            norm.backward(plan, buffers, dstates, dvalues, step)?;
-        }
-        sweep_step::backward_split(cell, plan, buffers, dstates, step)?;
-        if let Some((norm, dproducts)) = extras.norm.as_ref().and_then(|norm| Some((norm, norm.dproducts?))) {
-            let gates = C::Pre::LEN * hidden;
-            let dslots = slots_of::<C>(plan, buffers, step, 0, C::Slots::LEN);
-            norm.gates.backward(t * rows, dslots, Matrix::window(dproducts, t * rows * gates, rows, gates, gates))?;
+        let normalized = extras.norms.as_ref().and_then(|norms| Some((norms, norms.gradients?)));
+        match normalized {
+            Some((norms, gradients)) => norms.backward(cell, plan, buffers, dstates, gradients, step)?,
+            None => sweep_step::backward_split(cell, plan, buffers, dstates, step)?,
         }
         let target = match extras.backward_output() {
             Some((output, carried, _)) => Matrix::new(carried, rows, output.width),
             None => dm,
         };
-        let dproducts = extras.norm.as_ref().and_then(|norm| norm.dproducts);
         for run @ (gate, _, gates) in recurrent_runs(cell, masks.is_some()).into_iter().rev() {
-            let dr = recurrent_gradient::<C>(buffers.slots, dproducts, hidden, [t * rows, rows], run);
+            let dr =
+                recurrent_gradient::<C>(buffers.slots, normalized.map(|(_, gradients)| gradients), hidden, [t * rows, rows], run);
             let w = weights.runs(gate, gates);
             match (&masks, cell.gated(), &dseen) {
                 (Some((_, masked)), ..) => {
@@ -198,17 +181,17 @@ pub(crate) fn backward<C: CellKernel>(
 }
 
 /// After a backward step, the gradient of `count` lines of the recurrent product, `[count, gates * H]` for a run of gates: slots, or,
-/// where the product is normalized, what came of them.
+/// where the product is normalized, what came of them: [`RowNorms::gradients`].
 pub(crate) fn recurrent_gradient<'a, C: CellKernel>(
     slots: &'a Tensor,
-    dproducts: Option<&'a Tensor>,
+    normalized: Option<&'a Tensor>,
     hidden: usize,
     [line, count]: [usize; 2],
     (gate, slot, run): (usize, usize, usize),
 ) -> Matrix<'a> {
-    let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-    match dproducts {
-        Some(dproducts) => Matrix::window(dproducts, line * gates + gate * hidden, count, run * hidden, gates),
+    let kept = C::Slots::LEN * hidden;
+    match normalized {
+        Some(gradients) => lines_of(gradients, line, count).columns(gate * hidden, run * hidden),
         None => Matrix::window(slots, line * kept + slot * hidden, count, run * hidden, kept),
     }
 }
@@ -229,7 +212,7 @@ impl Extras<'_> {
         buffers: &Buffers<'b>,
         weights: &Factor,
     ) -> Option<(&'b Gpu, &'static [StepProduct; 2])> {
-        let Self { norm: None, state_norm: None, teacher: None, masks: None, output } = self else { return None };
+        let Self { norms: None, teacher: None, masks: None, output } = self else { return None };
         if weights.precision == Precision::Half || (output.is_none() && cell.gated().is_none()) {
             return None;
         }

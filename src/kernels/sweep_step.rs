@@ -29,6 +29,7 @@ params! {
         flow_at: u32,
         next_key0: u32, next_key1: u32,
         next_slots: u32, next_states: u32, next_weights: u32, next_unit: u32, next_y: u32, next_dstates: u32,
+        line: u32, lines: u32, shows: u32,
     }
 }
 
@@ -210,7 +211,7 @@ impl StepKernel {
 
 impl Plan<'_> {
     /// Which step this is in the order of the direction.
-    fn number(&self, (t, ..): Step) -> u32 {
+    pub(super) fn number(&self, (t, ..): Step) -> u32 {
         (if self.reverse { self.steps - 1 - t } else { t }) as u32
     }
 
@@ -252,6 +253,9 @@ impl Plan<'_> {
             next_unit: 0,
             next_y: 0,
             next_dstates: 0,
+            line: 0,
+            lines: 0,
+            shows: 0,
         }
     }
 }

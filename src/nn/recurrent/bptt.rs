@@ -116,9 +116,10 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let state: usize = (0..C::State::LEN).map(|s| config.layers * rows * layer.width_of(s)).sum();
         // The tape: gates, states, with an output product o, of each layer; the inputs of the upper layers.
         let outputs = if config.output.is_some() { (segment + 1) * rows * width } else { 0 };
-        // Layer normalization keeps the products and statistics of their rows, and the normalized cell state with its own.
+        // Layer normalization keeps the products and statistics of their rows, and statistics of the cell state; the CPU that, normalized.
         let (norm, state_norm) = (usize::from(config.layer_norm), usize::from(config.normalized_output().is_some()));
-        let norms = norm * 2 * lines * (gates + 2 * config.cell.norms().len()) + state_norm * lines * (hidden + 2);
+        let values = if layer.device.is_cpu() { hidden } else { 0 };
+        let norms = norm * 2 * lines * (gates + 2 * config.cell.norms().len()) + state_norm * lines * (values + 2);
         let pass = lines * kept + C::State::LEN * (segment + 1) * rows * hidden + outputs + norms;
         let tape = config.layers * pass + (config.layers - 1) * lines * layer.output();
         // While the head runs: y and dy. In backward: dy and dx; masks and sums of residual layers make copies.

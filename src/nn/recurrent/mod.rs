@@ -41,13 +41,13 @@ use crate::kernels::gemm::Matrix;
 use crate::kernels::gemm_half::product;
 use crate::kernels::half::{Factor, Precision};
 use crate::kernels::layer_norm::GateNorm;
-use crate::kernels::norm_output::StateNorm;
 use crate::kernels::output_step::Teacher;
 use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Side, Sweep};
 use crate::kernels::sweep_grid;
 use crate::kernels::sweep_resident;
+use crate::kernels::sweep_rows::{RowNorms, StateNorm, lines_of};
 use crate::kernels::sweep_scan;
-use crate::kernels::sweep_split::{self, Extras, OutputProduct, ProductNorm, recurrent_gradient};
+use crate::kernels::sweep_split::{self, Extras, OutputProduct, recurrent_gradient};
 use crate::kernels::sweep_step;
 use crate::kernels::{dropout, elementwise, transpose};
 use crate::rng::{MaskKey, Rng};
@@ -351,10 +351,10 @@ struct PassTape {
 struct Norms {
     /// The product of x [T * B, G * H].
     input: Kept,
-    /// The product of h at each step [T, B, G * H].
+    /// The product of h at each step [T, B, G * H]; statistics of c too, where it is normalized on its way to h.
     recurrent: Kept,
-    /// Where it is normalized on its way to h: c after that [T, B, H].
-    state: Option<Kept>,
+    /// On the CPU c after that [T, B, H].
+    values: Option<Tensor>,
 }
 
 /// One side of a normalization, and the statistics of its rows [groups, lines, 2].
@@ -947,11 +947,12 @@ impl<C: Cell> Recurrent<C> {
         let kept = |lines: usize, width: usize, groups: usize| -> Result<Kept> {
             Ok(Kept { rows: room(&[lines, width])?, stats: room(&[groups, lines, 2])? })
         };
-        let state = match self.config.normalized_output() {
-            Some(_) => Some(kept(lines, plan.hidden, 1)?),
-            None => None,
-        };
-        Ok(Norms { input: kept(plan.steps * plan.rows, width, groups)?, recurrent: kept(lines, width, groups)?, state })
+        let is_state = self.config.normalized_output().is_some();
+        Ok(Norms {
+            input: kept(plan.steps * plan.rows, width, groups)?,
+            recurrent: kept(lines, width, groups + usize::from(is_state))?,
+            values: if is_state && self.device.is_cpu() { Some(room(&[lines, plan.hidden])?) } else { None },
+        })
     }
 
     /// The normalization of the product of x.
@@ -962,31 +963,25 @@ impl<C: Cell> Recurrent<C> {
         Some(GateNorm { hidden: self.config.hidden, groups, products: &input.rows, gain: gain.value(), stats: &input.stats })
     }
 
-    /// The normalization of the product of h.
-    fn recurrent_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>) -> Option<GateNorm<'a>> {
-        let (Some(Norms { recurrent, .. }), Some(gain)) = (norms, &weights.norm_hh) else { return None };
-        let groups = norm_groups(&self.config.cell);
-        Some(GateNorm {
-            hidden: self.config.hidden,
-            groups,
-            products: &recurrent.rows,
+    /// The normalizations of a sweep, whose `y` this is; `gradients` in backward.
+    fn row_norms<'a>(
+        &self,
+        weights: &'a Weights,
+        norms: Option<&'a Norms>,
+        y: &'a Tensor,
+        gradients: Option<&'a Tensor>,
+    ) -> Option<RowNorms<'a>> {
+        let (Some(Norms { recurrent, values, .. }), Some(gain)) = (norms, &weights.norm_hh) else { return None };
+        let (hidden, groups) = (self.config.hidden, norm_groups(&self.config.cell));
+        let gates = GateNorm { hidden, groups, products: &recurrent.rows, gain: gain.value(), stats: &recurrent.stats };
+        let state = weights.norm_c.as_ref().zip(self.config.normalized_output()).map(|(gain, (_, activation))| StateNorm {
             gain: gain.value(),
-            stats: &recurrent.stats,
-        })
-    }
-
-    /// The normalization of a cell state on its way to h. `y` is the sweep's.
-    fn state_norm<'a>(&self, weights: &'a Weights, norms: Option<&'a Norms>, y: &'a Tensor) -> Option<StateNorm<'a>> {
-        let (state, (_, activation)) = (norms?.state.as_ref()?, self.config.normalized_output()?);
-        Some(StateNorm {
-            gain: weights.norm_c.as_ref()?.value(),
             shift: weights.norm_c_bias.as_ref().map(Param::value),
             activation,
-            values: &state.rows,
-            stats: &state.stats,
-            dvalues: None,
+            values: values.as_ref(),
             y: Some(y).filter(|_| self.config.output.is_none()),
-        })
+        });
+        Some(RowNorms { gates, state, gradients })
     }
 
     /// The cell that a sweep runs.
@@ -1064,10 +1059,8 @@ impl<C: Cell> Recurrent<C> {
             unreachable!("only a cell with a product is split")
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent.words, unit: &unit, y };
-        let norms = tape.norms.as_ref();
-        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts: None });
-        let state_norm = self.state_norm(weights, norms, y);
-        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
+        let norms = self.row_norms(weights, tape.norms.as_ref(), y, None);
+        let mut extras = Extras { norms, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         if let (Some(weight_hr), Some(outputs)) = (&weights.weight_hr, &tape.outputs) {
             let bias = weights.bias_hr.as_ref().map(Param::value);
             let (width, weights) = (self.config.width(), weight_hr.transposed_factor(precision)?);
@@ -1319,14 +1312,12 @@ impl<C: Cell> Recurrent<C> {
             )),
             None => None,
         };
-        let lines = plan.steps * plan.rows;
-        let room = |wanted: bool, width: usize| match wanted {
-            true => Tensor::uninitialized(&self.device, [lines, width]).map(Some),
-            false => Ok(None),
+        let columns = C::Pre::LEN + usize::from(self.config.normalized_output().is_some());
+        let norms = match self.config.layer_norm {
+            true => Some(Tensor::uninitialized(&self.device, [plan.steps * plan.rows, columns * plan.hidden])?),
+            false => None,
         };
-        let products = room(self.config.layer_norm, C::Pre::LEN * plan.hidden)?;
-        let values = room(self.config.normalized_output().is_some(), plan.hidden)?;
-        Ok(Gradients { dstates, output, products, values })
+        Ok(Gradients { dstates, output, norms })
     }
 
     /// Of passes that a sweep takes at once.
@@ -1360,12 +1351,8 @@ impl<C: Cell> Recurrent<C> {
             unreachable!("only a cell with a product is split")
         };
         let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent.words, unit: &unit, y: dy };
-        let norms = tape.norms.as_ref();
-        let dproducts = gradients.products.as_ref();
-        let norm = self.recurrent_norm(weights, norms).map(|gates| ProductNorm { gates, dproducts });
-        let state_norm = self.state_norm(weights, norms, dy);
-        let state_norm = state_norm.map(|norm| StateNorm { dvalues: gradients.values.as_ref(), ..norm });
-        let mut extras = Extras { norm, state_norm, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
+        let norms = self.row_norms(weights, tape.norms.as_ref(), dy, gradients.norms.as_ref());
+        let mut extras = Extras { norms, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
         if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
             extras.output = Some(OutputProduct {
                 width: self.config.width(),
@@ -1426,7 +1413,7 @@ impl<C: Cell> Recurrent<C> {
                 };
                 if let Some(weight) = &weights.weight_hh {
                     let target = dropped.as_ref().unwrap_or(weight.grad());
-                    let dproducts = part(gradients.products.as_ref());
+                    let dproducts = part(gradients.norms.as_ref());
                     let dw = Matrix::window(target, gate * hidden * width, dproducts.cols, width, width);
                     product(dproducts.t(), &Factor::right(precision, seen, count)?, None, dw, true)?;
                 }
@@ -1457,17 +1444,17 @@ impl<C: Cell> Recurrent<C> {
         let (hidden, weights, norms) = (pass.plan.hidden, &self.weights[pass.index], tape.norms.as_ref());
         let kept = C::Slots::LEN * hidden;
         let slots = Matrix::window(&tape.slots, first * kept, count, kept, kept);
-        let gates =
-            [(self.input_norm(weights, norms), &weights.norm_ih), (self.recurrent_norm(weights, norms), &weights.norm_hh)];
-        for (norm, gain) in gates {
-            if let (Some(norm), Some(gain)) = (norm, gain) {
-                norm.backward_gain(first, slots, gain.grad())?;
-            }
+        if let (Some(norm), Some(gain)) = (self.input_norm(weights, norms), &weights.norm_ih) {
+            norm.backward_gain(first, slots, gain.grad())?;
         }
-        let norm = self.state_norm(weights, norms, &tape.states);
-        if let (Some(norm), Some(values), Some(gain)) = (norm, &gradients.values, &weights.norm_c) {
-            let values = Matrix::window(values, first * hidden, count, hidden, hidden);
-            norm.backward_gain(&pass.plan, &tape.states, first, values, gain.grad())?;
+        let norms = self.row_norms(weights, norms, &tape.states, gradients.norms.as_ref());
+        let Some(((norms, gradients), gain)) = norms.zip(gradients.norms.as_ref()).zip(weights.norm_hh.as_ref()) else {
+            return Ok(());
+        };
+        norms.gates.backward_gain(first, slots, gain.grad())?;
+        if let Some(gain) = &weights.norm_c {
+            let values = lines_of(gradients, first, count).columns(C::Pre::LEN * hidden, hidden);
+            norms.backward_state_gain::<C>(&pass.plan, &tape.states, first, values, gain.grad())?;
             if let Some(shift) = &weights.norm_c_bias {
                 column_sum(values, 0, shift.grad())?;
             }
@@ -1562,9 +1549,8 @@ struct Gradients {
     dstates: Tensor,
     /// With an output product: the gradient of o [B, R] from later steps, and the whole of it at each step [T, B, R].
     output: Option<(Tensor, Tensor)>,
-    /// With layer normalization: of the product of h [T, B, G * H], and of a normalized cell state [T, B, H].
-    products: Option<Tensor>,
-    values: Option<Tensor>,
+    /// With layer normalization: see [`RowNorms::gradients`].
+    norms: Option<Tensor>,
 }
 
 impl Gradients {

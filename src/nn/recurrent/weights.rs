@@ -33,7 +33,7 @@ pub(super) struct Weights {
     pub norm_c_bias: Option<Param>,
     /// The state that rows start from, where it is learned: [width] each.
     pub initial: Vec<Param>,
-    /// Biases and extras in a row; zeros for absent biases.
+    /// See [`Self::unit`]; zeros for absent biases.
     unit: CachedCopy,
     /// How often the clip of the recurrent gradient acted, for each unit [H]; where there is a clip.
     pub clipped: Option<Tensor>,
@@ -159,21 +159,24 @@ impl Weights {
         self.weight_ih.value().shape()[1]
     }
 
-    /// The unit's own parameters `[unit parameters, H]`: recurrent biases, then extras.
+    /// The unit's own parameters `[unit parameters, H]`: recurrent biases, then extras; behind them, with layer normalization, what
+    /// [`crate::kernels::sweep_rows`] reads there: the gains of the products of h, then gain and shift of c.
     pub fn unit<C: Cell>(&self, cell: &C, hidden: usize) -> Result<Tensor> {
-        match (&self.bias_hh, &self.extra) {
-            (Some(bias), None) => return Ok(bias.value().clone()),
-            (None, Some(extra)) if C::BIASES == 0 => return Ok(extra.value().clone()),
+        match (&self.bias_hh, &self.extra, &self.norm_hh) {
+            (Some(bias), None, None) => return Ok(bias.value().clone()),
+            (None, Some(extra), None) if C::BIASES == 0 => return Ok(extra.value().clone()),
             _ => {}
         }
         self.unit.get(self.unit_version(), || {
+            let params = cell.unit_params();
+            let norms = self.norm_hh.as_ref().map_or(0, |_| C::Pre::LEN) + self.norm_c.as_ref().map_or(0, |_| 2);
             // A cell without any parameter still gets something to bind.
-            let unit = Tensor::zeros(self.weight_ih.value().device(), [cell.unit_params().max(1) * hidden])?;
-            if let Some(bias) = &self.bias_hh {
-                unit.slice(0, [bias.value().len()]).copy_from(bias.value())?;
-            }
-            if let Some(extra) = &self.extra {
-                unit.slice(C::BIASES * hidden, [extra.value().len()]).copy_from(extra.value())?;
+            let unit = Tensor::zeros(self.weight_ih.value().device(), [(params + norms).max(1) * hidden])?;
+            let lines = [0, C::BIASES, params, params + C::Pre::LEN, params + C::Pre::LEN + 1];
+            for (line, param) in lines.into_iter().zip(self.unit_parts()) {
+                if let Some(param) = param {
+                    unit.slice(line * hidden, [param.value().len()]).copy_from(param.value())?;
+                }
             }
             Ok(unit)
         })
@@ -181,6 +184,10 @@ impl Weights {
 
     /// The version of what [`Self::unit`] is made of.
     pub fn unit_version(&self) -> u64 {
-        [&self.bias_hh, &self.extra].into_iter().flatten().map(|param| param.version().get()).sum()
+        self.unit_parts().into_iter().flatten().map(|param| param.version().get()).sum()
+    }
+
+    fn unit_parts(&self) -> [Option<&Param>; 5] {
+        [&self.bias_hh, &self.extra, &self.norm_hh, &self.norm_c, &self.norm_c_bias].map(Option::as_ref)
     }
 }
