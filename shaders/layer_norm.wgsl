@@ -7,10 +7,9 @@ struct LayerNorm {
     x_offset: u32, x_row: u32,
     y_offset: u32, y_row: u32,   // backward: of dx
     dy_offset: u32, dy_row: u32,
-    column: u32,     // of gain, shift and dgain: the window's first
-    line: u32,       // of stats: the first row's
-    shifted: u32,    // 1: there is a shift
-    accumulate: u32, // backward: 1: add to dx
+    column: u32,  // of gain, shift and dgain: the window's first
+    line: u32,    // of stats: the first row's
+    shifted: u32, // 1: there is a shift
 }
 
 @group(0) @binding(0) var<uniform> params: LayerNorm;
@@ -72,10 +71,7 @@ fn backward(
         let means = workgroup_sum(lane, sums).xy / width;
         for (var v = lane; v < params.width; v += LANES) {
             let g = gain[params.column + v] * dy[dy_at + v];
-            var value = normal_backward(g, normal_at(row, v, stat), means, stat.y);
-            let at = params.y_offset + row * params.y_row + v;
-            if params.accumulate == 1u { value += y[at]; }
-            y[at] = value;
+            y[params.y_offset + row * params.y_row + v] = normal_backward(g, normal_at(row, v, stat), means, stat.y);
         }
     }
 }

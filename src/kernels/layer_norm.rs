@@ -15,7 +15,7 @@ params! {
         y_offset: u32, y_row: u32,
         dy_offset: u32, dy_row: u32,
         column: u32, line: u32,
-        shifted: u32, accumulate: u32,
+        shifted: u32,
     }
 }
 
@@ -94,8 +94,8 @@ impl Norm<'_> {
         }
     }
 
-    /// From dy to dx, which is none of the others; with `accumulate` added to it.
-    pub fn backward(&self, dy: Matrix<'_>, dx: Matrix<'_>, accumulate: bool) -> Result<()> {
+    /// From dy to dx, which is none of the others.
+    pub fn backward(&self, dy: Matrix<'_>, dx: Matrix<'_>) -> Result<()> {
         let Self { x, gain, column, stats, line } = *self;
         debug_assert!(x.col == 1 && dx.col == 1 && dy.col == 1 && dy.rows == dx.rows && dy.cols == dx.cols);
         match stats.device().backend() {
@@ -110,21 +110,17 @@ impl Norm<'_> {
                         parts.for_each(|((scaled, dy), gain)| *scaled = gain * dy);
                         let mean = sum(&scaled, |g| g) / dx.cols as f32;
                         let out = &mut out[dx.offset + row * dx.row..][..dx.cols];
-                        if !accumulate {
-                            out.fill(0.0);
-                        }
                         let along = dot(&scaled, &xhat) / dx.cols as f32;
                         for ((out, g), xhat) in out.iter_mut().zip(&scaled).zip(&xhat) {
-                            *out += ((g - mean) - xhat * along) * inverse;
+                            *out = ((g - mean) - xhat * along) * inverse;
                         }
                     }
                 });
                 Ok(())
             }
             Backend::Gpu(gpu) => {
-                let params = LayerNorm { accumulate: accumulate.into(), ..self.params(dx, Some(dy)) };
                 let bindings = [x.tensor, gain, stats, dx.tensor, dy.tensor].map(Tensor::range);
-                gpu.launch(&BACKWARD, &params, &bindings, [x.rows.min(MAX_GROUPS) as u32, 1, 1])
+                gpu.launch(&BACKWARD, &self.params(dx, Some(dy)), &bindings, [x.rows.min(MAX_GROUPS) as u32, 1, 1])
             }
         }
     }
@@ -169,7 +165,6 @@ impl Norm<'_> {
             column: self.column as u32,
             line: self.line as u32,
             shifted: 0,
-            accumulate: 0,
         }
     }
 }
@@ -253,9 +248,8 @@ impl GateNorm<'_> {
 
     /// The products' gradient `dx [count, GATES * H]` from `line` on, of dy in slots `[count, SLOTS * H]`.
     pub fn backward(&self, line: usize, dslots: Matrix<'_>, dx: Matrix<'_>) -> Result<()> {
-        self.norms(line, dx.rows).try_for_each(|(norm, slot)| {
-            norm.backward(dslots.columns(slot, norm.x.cols), dx.columns(norm.column, norm.x.cols), false)
-        })
+        self.norms(line, dx.rows)
+            .try_for_each(|(norm, slot)| norm.backward(dslots.columns(slot, norm.x.cols), dx.columns(norm.column, norm.x.cols)))
     }
 
     /// Adds the gain's gradient over the lines from `line` on to `dgain`, of dy in slots `[count, SLOTS * H]`.

@@ -220,8 +220,12 @@ impl RowNorms<'_> {
                 }
             }
         }
-        let last = Matrix::window(dstates, (C::State::LEN - 1) * rows * hidden, rows, hidden, hidden);
-        self.state_norm::<C>(plan, state, buffers.states, step).backward(dvalues, last, true)
+        // The values have been used: what comes through the normalization may lie in their place.
+        self.state_norm::<C>(plan, state, buffers.states, step).backward(dvalues, values)?;
+        let (through, mut dstates) = (values.tensor.native::<f32>(), dstates.native_mut::<f32>());
+        let last = &mut dstates[(C::State::LEN - 1) * rows * hidden..];
+        last.iter_mut().zip(&through[values.offset..][..rows * hidden]).for_each(|(d, through)| *d += through);
+        Ok(())
     }
 
     /// The normalized states of step `t`, `[B, H]`.
