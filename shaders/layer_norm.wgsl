@@ -21,7 +21,7 @@ struct LayerNorm {
 @group(0) @binding(6) var<storage, read> dy: array<f32>;
 @group(0) @binding(7) var<storage, read_write> dgain: array<f32>;
 
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(lanes)
 fn forward(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -31,16 +31,16 @@ fn forward(
     for (var row = group.x; row < params.rows; row += groups.x) {
         let at = params.x_offset + row * params.x_row;
         var sum = vec4<f32>();
-        for (var v = lane; v < params.width; v += LANES) { sum.x += x[at + v] - x[at]; }
+        for (var v = lane; v < params.width; v += lanes) { sum.x += x[at + v] - x[at]; }
         let mean = workgroup_sum(lane, sum).x / width;
         sum = vec4<f32>();
-        for (var v = lane; v < params.width; v += LANES) {
+        for (var v = lane; v < params.width; v += lanes) {
             let d = (x[at + v] - x[at]) - mean;
             sum.x += d * d;
         }
         let inverse = inverse_deviation(workgroup_sum(lane, sum) / width).x;
         if lane == 0u { stats[params.line + row] = vec2(mean, inverse); }
-        for (var v = lane; v < params.width; v += LANES) {
+        for (var v = lane; v < params.width; v += lanes) {
             var value = gain[params.column + v] * normal(x[at + v], x[at], mean, inverse);
             if params.shifted == 1u { value += shift[params.column + v]; }
             y[params.y_offset + row * params.y_row + v] = value;
@@ -53,7 +53,7 @@ fn normal_at(row: u32, v: u32, stat: vec2<f32>) -> f32 {
     return normal(x[at + v], x[at], stat.x, stat.y);
 }
 
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(lanes)
 fn backward(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -64,12 +64,12 @@ fn backward(
         let stat = stats[params.line + row];
         let dy_at = params.dy_offset + row * params.dy_row;
         var sums = vec4<f32>();
-        for (var v = lane; v < params.width; v += LANES) {
+        for (var v = lane; v < params.width; v += lanes) {
             let g = gain[params.column + v] * dy[dy_at + v];
             sums += vec4(g, g * normal_at(row, v, stat), 0.0, 0.0);
         }
         let means = workgroup_sum(lane, sums).xy / width;
-        for (var v = lane; v < params.width; v += LANES) {
+        for (var v = lane; v < params.width; v += lanes) {
             let g = gain[params.column + v] * dy[dy_at + v];
             y[params.y_offset + row * params.y_row + v] = normal_backward(g, normal_at(row, v, stat), means, stat.y);
         }
@@ -77,9 +77,9 @@ fn backward(
 }
 
 // dgain += the column sums of dy xhat. A lane owns a column and adds from the first row to the last.
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(lanes)
 fn backward_gain(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-    for (var v = id.x; v < params.width; v += groups.x * LANES) {
+    for (var v = id.x; v < params.width; v += groups.x * lanes) {
         var sum = 0.0;
         for (var row = 0u; row < params.rows; row++) {
             sum += dy[params.dy_offset + row * params.dy_row + v] * normal_at(row, v, stats[params.line + row]);

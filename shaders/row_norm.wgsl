@@ -4,9 +4,10 @@
 // digits: mean and variance are those of x - x[0], in two passes.
 
 const EPSILON = 1e-5;
-const LANES = 64u;
-const EIGHT = 8u; // lanes that sum eight numbers each
-var<workgroup> partial: array<vec4<f32>, LANES>;
+const MAX_LANES = 64u;
+const EIGHT = 8u; // lanes that sum eight numbers each, or fewer
+override lanes: u32 = 64u; // of a workgroup: 64, or 8, where a driver computes eight at a time
+var<workgroup> partial: array<vec4<f32>, MAX_LANES>;
 var<workgroup> eighths: array<vec4<f32>, EIGHT>;
 
 fn inverse_deviation(variance: vec4<f32>) -> vec4<f32> { return 1.0 / sqrt(variance + EPSILON); }
@@ -24,7 +25,7 @@ fn workgroup_sum(lane: u32, value: vec4<f32>) -> vec4<f32> {
     workgroupBarrier();
     if lane < EIGHT {
         var sum = partial[lane];
-        for (var other = lane + EIGHT; other < LANES; other += EIGHT) { sum += partial[other]; }
+        for (var other = lane + EIGHT; other < lanes; other += EIGHT) { sum += partial[other]; }
         eighths[lane] = sum;
     }
     workgroupBarrier();

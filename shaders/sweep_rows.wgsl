@@ -4,7 +4,7 @@
 // opposite order; the statistics are computed again, by the same code. Composed with row_norm.wgsl, sweep_unit.wgsl,
 // cell_contract.wgsl, one cell file and hold.wgsl; one direction a launch.
 //
-// A lane owns every 64th unit, and reads back nothing that another lane stored. Gains and the shift are lines of `unit_values` behind
+// A lane owns units a workgroup apart, and reads back nothing that another lane stored. Gains and the shift are lines of `unit_values` behind
 // the unit parameters: of each gate, then gain and shift of the state.
 
 @group(0) @binding(8) var<storage, read> products: array<f32>;          // [lines, GATES, H], as they came
@@ -51,7 +51,7 @@ fn measure(lane: u32, t: u32, row: u32, of_product: bool, of_state: bool, first:
     n.first = vec4(product_of(row, 0u, 0u), product_of(row, min(first_group, GATES - 1u), 0u), first, 0.0);
     for (var squares = 0u; squares < 2u; squares++) {
         var sum = vec4<f32>();
-        for (var unit = lane; unit < H; unit += LANES) {
+        for (var unit = lane; unit < H; unit += lanes) {
             for (var g = 0u; of_product && g < GATES; g++) {
                 let d = (product_of(row, g, unit) - of_group(g, n.first.xy)) - of_group(g, n.mean.xy);
                 let part = select(d, d * d, squares == 1u);
@@ -82,7 +82,7 @@ fn shown(unit: u32, xhat: f32) -> f32 {
     return activate(state_kind, state_alpha, state_beta, gain_of(GATES, unit) * xhat + gain_of(GATES + 1u, unit));
 }
 
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(lanes)
 fn forward(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -96,7 +96,7 @@ fn forward(
             stats[params.line + row] = vec2(n.mean.x, n.inverse.x);
             if first_group < GATES { stats[params.lines + params.line + row] = vec2(n.mean.y, n.inverse.y); }
         }
-        for (var unit = lane; unit < H; unit += LANES) {
+        for (var unit = lane; unit < H; unit += lanes) {
             var r: Pre;
             for (var g = 0u; g < GATES; g++) { r[g] = gain_of(g, unit) * normal_product(row, g, unit, n); }
             let previous = load_state(slot_before(t), row, unit);
@@ -110,7 +110,7 @@ fn forward(
             let place = select(1u, 2u, first_group < GATES);
             if lane == 0u { stats[place * params.lines + params.line + row] = vec2(n.mean.z, n.inverse.z); }
             let valid = is_valid(t, row);
-            for (var unit = lane; unit < H; unit += LANES) {
+            for (var unit = lane; unit < H; unit += lanes) {
                 let at = state_at(0u, slot_after(t), row, unit);
                 var h = states[at];
                 if valid {
@@ -123,7 +123,7 @@ fn forward(
     }
 }
 
-@compute @workgroup_size(LANES)
+@compute @workgroup_size(lanes)
 fn backward(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -138,7 +138,7 @@ fn backward(
         var means = vec4<f32>();
         if state_norm {
             let valid = is_valid(t, row);
-            for (var unit = lane; unit < H; unit += LANES) {
+            for (var unit = lane; unit < H; unit += lanes) {
                 let xhat = normal_state(t, row, unit, n);
                 var dshown = 0.0;
                 if valid {
@@ -158,7 +158,7 @@ fn backward(
 
         // The cell; what it leaves to the product.
         var sum = vec4<f32>();
-        for (var unit = lane; unit < H; unit += LANES) {
+        for (var unit = lane; unit < H; unit += lanes) {
             var later = load_gradient(row, unit);
             if state_norm {
                 let g = gain_of(GATES, unit) * dnorms[dnorm_at(row, GATES, unit)];
@@ -175,7 +175,7 @@ fn backward(
         }
         let widths = vec2<f32>(vec2(first_group, max(GATES - first_group, 1u)) * H);
         means = workgroup_sum(lane, sum) / widths.xxyy;
-        for (var unit = lane; unit < H; unit += LANES) {
+        for (var unit = lane; unit < H; unit += lanes) {
             for (var g = 0u; g < GATES; g++) {
                 let scaled = gain_of(g, unit) * slots[slot_at(t, row, recurrent_slot(g), unit)];
                 let xhat = normal_product(row, g, unit, n);

@@ -2,6 +2,7 @@
 
 use super::gemm::Matrix;
 use super::{MAX_GROUPS, READ, READ_WRITE, grid};
+use crate::backend::gpu::{Gpu, Range};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
 use crate::error::Result;
@@ -89,7 +90,7 @@ impl Norm<'_> {
                 let params = LayerNorm { shifted: shift.is_some().into(), ..self.params(y, None) };
                 // Without a shift, something must still be bound in its place.
                 let bindings = [x.tensor, gain, shift.unwrap_or(gain), stats, y.tensor].map(Tensor::range);
-                gpu.launch(&FORWARD, &params, &bindings, [x.rows.min(MAX_GROUPS) as u32, 1, 1])
+                launch(gpu, &FORWARD, params, &bindings)
             }
         }
     }
@@ -120,7 +121,7 @@ impl Norm<'_> {
             }
             Backend::Gpu(gpu) => {
                 let bindings = [x.tensor, gain, stats, dx.tensor, dy.tensor].map(Tensor::range);
-                gpu.launch(&BACKWARD, &self.params(dx, Some(dy)), &bindings, [x.rows.min(MAX_GROUPS) as u32, 1, 1])
+                launch(gpu, &BACKWARD, self.params(dx, Some(dy)), &bindings)
             }
         }
     }
@@ -167,6 +168,17 @@ impl Norm<'_> {
             shifted: 0,
         }
     }
+}
+
+/// A workgroup a row.
+fn launch(gpu: &Gpu, kernel: &'static Kernel, params: LayerNorm, bindings: &[Range]) -> Result<()> {
+    let groups = [(params.rows as usize).min(MAX_GROUPS) as u32, 1, 1];
+    gpu.launch_each(kernel, &[lanes(gpu)], bindings, std::iter::once((params, groups)))
+}
+
+/// Lanes of a workgroup that normalizes a row, as a constant of its shader.
+pub(super) fn lanes(gpu: &Gpu) -> (&'static str, f64) {
+    ("lanes", if gpu.subgroup_size() == Some(8) { 8.0 } else { 64.0 })
 }
 
 /// A native matrix, open for reading.

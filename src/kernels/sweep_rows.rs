@@ -4,11 +4,12 @@
 use super::activation::Activation;
 use super::cell_contract::{Block, CellKernel, activation_constants};
 use super::gemm::Matrix;
-use super::layer_norm::{GateNorm, Norm};
+use super::layer_norm::{GateNorm, Norm, lanes};
 use super::math::{Apart, Lanes};
 use super::sweep::{self, Buffers, Plan, Side, Step};
 use super::sweep_step::{self, Sweep};
 use super::{MAX_GROUPS, READ, READ_WRITE};
+use crate::backend::gpu::Gpu;
 use crate::backend::{Access, Kernel};
 use crate::device::Backend;
 use crate::error::Result;
@@ -96,7 +97,7 @@ impl RowNorms<'_> {
                 let [slots, states, _, unit, lengths, y] = sweep::bindings(&[Side { plan: *plan, buffers }]);
                 let bindings = [slots, states, unit, lengths, y, self.gates.products.range(), self.gates.stats.range()];
                 let params = self.params(plan.params(plan.depth::<C>(buffers.states)), plan, step);
-                gpu.launch_each(kernel, &self.constants(cell, plan, false), &bindings, std::iter::once(params))
+                gpu.launch_each(kernel, &self.constants(gpu, cell, plan, false), &bindings, std::iter::once(params))
             }
         }
     }
@@ -131,7 +132,7 @@ impl RowNorms<'_> {
                 let (products, dstates) = (self.gates.products.range(), dstates.range());
                 let bindings = [slots, states, unit, lengths, y, dstates, products, gradients.range()];
                 let params = self.params(params, plan, step);
-                gpu.launch_each(kernel, &self.constants(cell, plan, true), &bindings, std::iter::once(params))
+                gpu.launch_each(kernel, &self.constants(gpu, cell, plan, true), &bindings, std::iter::once(params))
             }
         }
     }
@@ -269,8 +270,9 @@ impl RowNorms<'_> {
         (params, [plan.rows.min(MAX_GROUPS) as u32, 1, 1])
     }
 
-    fn constants<C: CellKernel>(&self, cell: &C, plan: &Plan<'_>, backward: bool) -> Vec<(&'static str, f64)> {
+    fn constants<C: CellKernel>(&self, gpu: &Gpu, cell: &C, plan: &Plan<'_>, backward: bool) -> Vec<(&'static str, f64)> {
         let mut constants = plan.constants(cell, backward);
+        constants.push(lanes(gpu));
         constants.extend(cell.norms().first().map(|gates| ("first_group", *gates as f64)));
         if let Some(state) = &self.state {
             constants.push(("state_norm", 1.0));
