@@ -67,8 +67,8 @@
 //! Five sweeps: `sweep_step`, one launch a step, product and cell in one; `sweep_resident`, the loop over time inside the kernel,
 //! with the weights close to the lanes, for few units; `sweep_grid`, the same for more units, by workgroups that run at once and pass
 //! each other h through memory; `sweep_split`, a step as a row of launches, for what comes between the
-//! product and the cell or after the cell (masks, layer normalisation, a gated product, an output product); `sweep_scan`, in
-//! parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On a GPU the first three run both directions of
+//! product and the cell or after the cell (masks, layer normalisation, a gated product, an output product), of which one launch,
+//! `sweep_rows`, does layer normalisation and the cell; `sweep_scan`, in parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On a GPU the first three run both directions of
 //! a layer in the same launches; all else takes one after the other. On the CPU all but `sweep_split` are
 //! `sweep_native`, whose threads share the units or the rows.
 //!

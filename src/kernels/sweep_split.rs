@@ -1,6 +1,6 @@
 //! The sweep over time for what comes between the recurrent product and the cell, or after the cell: each step is a row of
-//! launches, the same on every device. Slower than `sweep_step`, which does without any of it, and on a GPU than `sweep_pair`, which it
-//! hands on to where another product is all that there is.
+//! launches, the same on every device but for layer normalization ([`super::sweep_rows`]). Slower than `sweep_step`, which does without any
+//! of it, and on a GPU than `sweep_pair`, which it hands on to where another product is all that there is.
 
 use super::cell_contract::{Block, CellKernel, GatedStep, StepProduct, is_gated, recurrent_runs};
 use super::gate_mask::{self, Masks};

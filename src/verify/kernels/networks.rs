@@ -57,6 +57,7 @@ impl<C: Cell> Network<C> {
 const KEY: (u64, u64) = (11, 12);
 pub(super) const INPUT: usize = 5;
 pub(super) const HIDDEN: usize = 19;
+const WIDE: usize = 70; // more than a workgroup has lanes
 
 /// Every cell and option: `cell_option` is the case of a mark in the README's table.
 pub(super) fn networks(cases: &mut Cases<'_>) -> Result<()> {
@@ -196,6 +197,11 @@ fn lstms(cases: &mut Cases<'_>) -> Result<()> {
         Network::new("lstm_layer_norm", config().layer_norm(true), norm64(plain())),
         Network::new("lstm_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
         Network::new(
+            "lstm_layer_norm_wide",
+            LstmConfig::new(INPUT, WIDE).layer_norm(true),
+            norm64(oracle::Recurrent::new(oracle::Cell::LSTM, INPUT, WIDE)),
+        ),
+        Network::new(
             "lstm_layer_norm_no_bias",
             config().layer_norm(true).bias(false).direction(Direction::Reverse),
             oracle::Recurrent { bias: false, first_reverse: true, ..norm64(plain()) },
@@ -280,6 +286,11 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
         ),
         Network::new("gru_layer_norm", config().layer_norm(true), norm64(plain())),
         Network::new("gru_layer_norm_deep", deep(config().layer_norm(true)), deep64(norm64(plain()))),
+        Network::new(
+            "gru_layer_norm_wide",
+            GruConfig::new(INPUT, WIDE).layer_norm(true),
+            norm64(oracle::Recurrent::new(oracle::Cell::GRU, INPUT, WIDE)),
+        ),
         Network::new(
             "gru_layer_norm_no_bias",
             config().layer_norm(true).bias(false).direction(Direction::Reverse),

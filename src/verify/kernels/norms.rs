@@ -1,10 +1,12 @@
 //! Layer normalization.
 
-use super::harness::{Cases, NAN, normal, wide};
+use super::harness::{Cases, NAN, OUTPUT, normal, to_bits, wide};
 use crate::error::Result;
 use crate::kernels::layer_norm::Norm;
+use crate::nn::LstmConfig;
 use crate::rng::Rng;
 use crate::tensor::Tensor;
+use crate::verify::Comparison;
 
 /// The largest error relative to the largest element: a row's statistics are sums of it all.
 const BOUND: f64 = 5e-6;
@@ -111,5 +113,29 @@ pub(super) fn layer_norm(cases: &mut Cases<'_>) -> Result<()> {
         run.nan("y", &y.tensor, |at| at / width == 1)?;
         norm.backward(dy.matrix(), dx.matrix())?;
         run.nan("dx", &dx.tensor, |at| at / width == 1)
+    })?;
+    many_rows(cases)
+}
+
+/// Of an LSTM more rows than workgroups: the last ones are the first ones again. What layers compute is under test in `networks`.
+fn many_rows(cases: &mut Cases<'_>) -> Result<()> {
+    const GROUPS: usize = 65_535;
+    const MORE: usize = 3;
+    const INPUT: usize = 3;
+    let mut rng = Rng::seed(22);
+    let layer = LstmConfig::new(INPUT, 2).layer_norm(true).init(cases.device, &mut rng)?;
+    let mut x = normal(&mut rng, GROUPS * INPUT);
+    x.extend_from_within(..MORE * INPUT);
+    cases.run(format!("lstm of {} rows", GROUPS + MORE), |run| {
+        let x = Tensor::from_slice(run.device, &x, [1, GROUPS + MORE, INPUT])?;
+        let (y, _, tape) = layer.forward_train(&x, None)?;
+        let (dx, _) = layer.backward(tape, &y, None)?;
+        for (name, tensor) in [("y", y), ("dx", dx)] {
+            let values = tensor.to_vec()?;
+            let (rows, last) = values.split_at(GROUPS * tensor.shape()[2]);
+            run.comparisons.push(Comparison::new(name, last, &wide(&rows[..last.len()]), OUTPUT));
+            run.words.extend(to_bits(&values));
+        }
+        Ok(())
     })
 }
