@@ -50,7 +50,7 @@ struct Sweep {
 @group(0) @binding(1) var<storage, read_write> slots: array<f32>;   // [T, B, SLOTS, H]: input part in, saved out, gradients out
 @group(0) @binding(2) var<storage, read_write> states: array<f32>;  // [STATES, depth, B, H]
 @group(0) @binding(3) var<storage, read> weights: array<f32>;       // forward: W_hh transposed [H, GATES * H]; backward: W_hh [GATES * H, H]
-@group(0) @binding(4) var<storage, read> unit_values: array<f32>;   // [unit_params, H]
+@group(0) @binding(4) var<storage, read> unit_values: array<f32>;   // [unit_params, H], or more lines: sweep_rows.wgsl
 @group(0) @binding(5) var<storage, read> lengths: array<u32>;       // [B]
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
 // What goes from later steps to earlier ones: the gradient of the state [STATES, B, H]; then, where the cell or the clip needs

@@ -68,9 +68,9 @@
 //! with the weights close to the lanes, for few units; `sweep_grid`, the same for more units, by workgroups that run at once and pass
 //! each other h through memory; `sweep_split`, a step as a row of launches, for what comes between the
 //! product and the cell or after the cell (masks, layer normalisation, a gated product, an output product), of which one launch,
-//! `sweep_rows`, does layer normalisation and the cell; `sweep_scan`, in parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On a GPU the first three run both directions of
-//! a layer in the same launches; all else takes one after the other. On the CPU all but `sweep_split` are
-//! `sweep_native`, whose threads share the units or the rows.
+//! `sweep_rows`, is the cell with all of layer normalisation; `sweep_scan`, in parallel over time, for cells that are linear in their
+//! state. `kernels::choice` chooses. On a GPU the first three run both directions of a layer in the same launches; all else takes one
+//! after the other. On the CPU all but `sweep_split` are `sweep_native`, whose threads share the units or the rows.
 //!
 //! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward
 //! sweep leaves what backward needs, the backward sweep leaves the gradients, from which the products make those of
