@@ -4,8 +4,8 @@
 // opposite order; the statistics are computed again, by the same code. Composed with row_norm.wgsl, sweep_unit.wgsl,
 // cell_contract.wgsl, one cell file and hold.wgsl; one direction a launch.
 //
-// A lane owns units a workgroup apart, and reads back nothing that another lane stored. Gains and the shift are lines of `unit_values` behind
-// the unit parameters: of each gate, then gain and shift of the state.
+// A lane owns units a workgroup apart, and reads back nothing that another lane stored. Gains and the shift are lines of `unit_values`
+// behind the unit parameters: of each gate, then gain and shift of the state.
 
 @group(0) @binding(8) var<storage, read> products: array<f32>;          // [lines, GATES, H], as they came
 @group(0) @binding(9) var<storage, read_write> stats: array<vec2<f32>>; // forward: [groups, then the state, lines], as layer_norm.wgsl has them

@@ -62,7 +62,7 @@ pub(crate) struct Buffers<'a> {
     /// Forward: W_hh as [`super::sweep_step::forward_weights`] gives it, and for the products of [`super::sweep_split`] transposed
     /// `[H, GATES * H]`, so that neighbouring units lie side by side. Backward: W_hh.
     pub weights: &'a Tensor,
-    /// `[unit parameters, H]`.
+    /// `[unit parameters, H]`; with layer normalization more lines, see [`super::sweep_rows::RowNorms`].
     pub unit: &'a Tensor,
     /// `[T, B, y_stride]`. Forward: y goes out, zeros past a row's end. Backward: dy comes in. Without [`Plan::output`] any
     /// tensor that is none of the others.
