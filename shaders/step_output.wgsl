@@ -22,12 +22,12 @@ fn step_forward(row: u32, unit: u32, r: Sums, p: Unit) {
     let t = step_of(params.t);
     let valid = is_valid(t, row);
     var o = r[0];
-    if biased { o += unit_values[unit]; }
+    if biased { o += unit_values[direction * params.next_unit + unit]; }
     y[y_at(t, row, unit)] = select(0.0, o, valid);
     outputs[output_at(slot_after(t), row, unit)] = select(outputs[output_at(slot_before(t), row, unit)], o, valid);
 }
 
-fn dmade_at(gate: u32, row: u32) -> u32 { return (step_of(params.t) * params.rows + row) * params.width; }
+fn dmade_at(gate: u32, row: u32) -> u32 { return dout_at(step_of(params.t), row, 0u); }
 fn dmade(at: u32) -> f32 { return douts[at]; }
 
 fn load_backward(unit: u32) -> Unit { return load_unit(unit); }

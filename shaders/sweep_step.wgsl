@@ -24,8 +24,17 @@ const UNITS = 4u; // of a lane in backward, likewise
 
 alias Sums = array<f32, SUMS>;
 
-fn product_at(row: u32, gate: u32, unit: u32) -> u32 { return (row * GATES + gate) * params.hidden + unit; }
-fn output_at(slot: u32, row: u32, unit: u32) -> u32 { return (slot * params.rows + row) * params.width + unit; }
+fn product_at(row: u32, gate: u32, unit: u32) -> u32 {
+    return direction * params.next_outputs + (row * GATES + gate) * params.hidden + unit;
+}
+
+fn output_at(slot: u32, row: u32, unit: u32) -> u32 {
+    return direction * params.next_outputs + (slot * params.rows + row) * params.width + unit;
+}
+
+fn dout_at(t: u32, row: u32, unit: u32) -> u32 {
+    return direction * params.next_douts + (t * params.rows + row) * params.width + unit;
+}
 
 // The weight with which number k of those seen goes into a unit of the first gate; those of the next gates are made_width() apart.
 fn forward_weight(k: u32, unit: u32) -> u32 { return first_weight() + (k * ALL + FIRST) * made_width() + unit; }

@@ -40,6 +40,9 @@ struct Sweep {
     next_unit: u32,
     next_y: u32,
     next_dstates: u32,
+    next_outputs: u32, // steps of two products: see step_projected.wgsl and step_reset.wgsl
+    next_carried: u32,
+    next_douts: u32,
     // sweep_rows: the line of the step's first row, the lines that there are of each group, and whether y (backward: dy) is h.
     line: u32,
     lines: u32,

@@ -5,11 +5,13 @@ mod common;
 use anyhow::{Context as _, Result, ensure};
 use common::{adapters, devices};
 use gatefold::nn::{
-    Activation, Cell, Direction, GruConfig, Input, LinearConfig, LstmConfig, Module, NonFinite, Quantity, Recurrent, RnnConfig,
-    Sequential, Verdict,
+    Activation, Cell, Direction, GruConfig, Input, LinearConfig, LstmConfig, Module, NonFinite, Quantity, Recurrent,
+    RecurrentConfig, Reset, RnnConfig, Sequential, Verdict,
 };
 use gatefold::optim::Sgd;
-use gatefold::{Batch, Device, ErrorKind, KernelOverride, Lengths, MeanSquaredError, Rng, SweepKernel, Tensor, Trainer};
+use gatefold::{
+    Batch, Device, ErrorKind, KernelOverride, Lengths, MeanSquaredError, PairKernel, Rng, SweepKernel, Tensor, Trainer,
+};
 
 const STEPS: usize = 4;
 const ROWS: usize = 3;
@@ -266,32 +268,49 @@ fn read(model: &Sequential) -> Result<Vec<f32>> {
     Ok(parts.collect::<gatefold::Result<Vec<_>>>()?.concat())
 }
 
-/// Both directions of a layer share the launches of their sweeps, as a device with a clock of kernels can tell.
+/// Forward and backward of a layer with this configuration.
+fn train<C: Cell>(device: &Device, config: RecurrentConfig<C>) -> gatefold::Result<()> {
+    let layer = config.init(device, &mut Rng::seed(1))?;
+    let x = Tensor::from_slice(device, &[0.5; STEPS * ROWS * INPUT], [STEPS, ROWS, INPUT])?;
+    let (y, _, tape) = layer.forward_train(&x, None)?;
+    layer.backward(tape, &y, None).map(|_| ())
+}
+
+/// How many launches a step takes, of one direction and of both, as a device with a clock of kernels can tell.
 #[test]
-fn two_directions_take_the_launches_of_one() -> Result<()> {
+fn directions_share_the_launches_of_a_step() -> Result<()> {
+    type Run = fn(&Device, Direction) -> gatefold::Result<()>;
+    let steps = KernelOverride::default().sweep(SweepKernel::Step).pair(PairKernel::Fused);
+    let lstm: Run = |device, direction| train(device, LstmConfig::new(INPUT, HIDDEN).direction(direction));
+    let projection: Run = |device, direction| train(device, LstmConfig::new(INPUT, HIDDEN).projection(3).direction(direction));
+    let reset: Run =
+        |device, direction| train(device, GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct).direction(direction));
+    let norm: Run = |device, direction| train(device, LstmConfig::new(INPUT, HIDDEN).layer_norm(true).direction(direction));
+    // Of T steps forward and backward. Backward by steps has a launch more, for the gradient of the initial state. What a grid does
+    // hangs on how many workgroups run at once.
+    let cases = [
+        ("_resident_", steps.sweep(SweepKernel::Resident), lstm, [2, 2]),
+        ("_step_", steps, lstm, [2 * STEPS + 1; 2]),
+        ("_step_projected_", steps, projection, [2 * STEPS + 1; 2]),
+        ("_step_output_", steps, projection, [2 * STEPS; 2]),
+        ("_step_reset_", steps, reset, [2 * STEPS + 1; 2]),
+        ("_step_candidate_", steps, reset, [2 * STEPS; 2]),
+        ("_step_", steps.pair(PairKernel::Apart), reset, [2 * STEPS, 4 * STEPS]),
+        ("_rows_", steps, norm, [2 * STEPS, 4 * STEPS]),
+    ];
     let mut clocks = 0;
     for device in adapters()? {
-        let launches = |sweep: SweepKernel, direction: Direction| -> gatefold::Result<usize> {
-            device.override_kernels(KernelOverride::default().sweep(sweep))?;
-            let lstm = LstmConfig::new(INPUT, HIDDEN).direction(direction).init(&device, &mut Rng::seed(1))?;
-            let x = x(&device)?;
-            let times = device.profile(|| {
-                let (y, _, tape) = lstm.forward_train(&x, None)?;
-                lstm.backward(tape, &y, None).map(|_| ())
-            })?;
-            let of_sweep = times.iter().filter(|time| time.kernel.contains(&format!("_{sweep}_")));
-            Ok(of_sweep.map(|time| time.launches).sum())
-        };
-        // By steps backward has a launch more, for the gradient of the initial state. What a grid does hangs on how many workgroups run
-        // at once.
-        for (sweep, expected) in [(SweepKernel::Resident, 2), (SweepKernel::Step, 2 * STEPS + 1)] {
-            let one = launches(sweep, Direction::Forward);
-            if one.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
-                continue;
+        for (kernel, given, run, expected) in cases {
+            device.override_kernels(given)?;
+            for (direction, expected) in [Direction::Forward, Direction::Both].into_iter().zip(expected) {
+                let times = device.profile(|| run(&device, direction));
+                if times.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
+                    continue; // it has no clock
+                }
+                clocks += 1;
+                let launches: usize = times?.iter().filter(|time| time.kernel.contains(kernel)).map(|time| time.launches).sum();
+                ensure!(launches == expected, "{device:?}, {kernel}, {direction:?}: {launches} launches, expected {expected}");
             }
-            clocks += 1;
-            let (one, both) = (one?, launches(sweep, Direction::Both)?);
-            ensure!((one, both) == (expected, expected), "{device:?}, {sweep}: {one} and {both} launches");
         }
     }
     ensure!(clocks > 0, "no adapter has a clock");

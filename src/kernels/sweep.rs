@@ -154,15 +154,15 @@ pub(crate) fn choose<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, 
     }
 }
 
-/// Whether both directions of a layer may be sides of one sweep of whole steps: on a GPU, where buffers of both fit in one. It shows in
-/// no bit.
-pub(crate) fn at_once<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>) -> bool {
+/// Whether both directions of a layer may be sides of one sweep: on a GPU, where buffers of both fit in one. `width`: that of what recurs.
+/// It shows in no bit.
+pub(crate) fn at_once<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, width: usize) -> bool {
     let Backend::Gpu(gpu) = device.backend() else { return false };
     let lines = plan.steps * plan.rows;
-    let states = C::State::LEN * (plan.steps + 1) * plan.rows;
-    let slots = (C::Slots::LEN * lines).max(C::Pre::LEN * plan.hidden); // or the weights
-    let largest = (states.max(slots) * plan.hidden).max(plan.dstates_len(cell));
-    gpu.fits(2 * largest + ALIGNMENT)
+    let states = (plan.steps + 1) * plan.rows;
+    let slots = (C::Slots::LEN * lines).max(C::Pre::LEN * width); // or the weights
+    let largest = [C::State::LEN * states * plan.hidden, states * width, slots * plan.hidden, plan.dstates_len(cell)];
+    gpu.fits(2 * largest.into_iter().fold(0, usize::max) + ALIGNMENT)
 }
 
 /// From so many rows on a sweep on the CPU forms the product with W_ih as well: with fewer it would read W_ih again at every step for

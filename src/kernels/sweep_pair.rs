@@ -1,15 +1,15 @@
-//! The sweep over time on a GPU where a step has two products, a launch for each: the second sees what came of the first. Either the
+//! The sweep over time on a GPU where a step has two products, a launch for each, for all directions: the second sees what came of the first. Either the
 //! recurrence goes through an output product (projection, a Jordan network), or the last gate sees what another has made of h
 //! ([`CellKernel::gated`], a GRU with the reset before the product). Whatever else there is around a product is for `sweep_split`.
 
+use std::borrow::Borrow;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel, StepProduct};
 use super::choice;
-use super::sweep::{self, Buffers, Plan, Side};
-use super::sweep_split::OutputProduct;
+use super::sweep::{Plan, Side};
 use super::sweep_step::{self, Sweep, groups};
 use crate::backend::Kernel;
 use crate::backend::gpu::{Gpu, Range};
@@ -99,10 +99,37 @@ impl PairKernel {
     pub const ALL: [Self; 2] = [Self::Fused, Self::Apart];
 }
 
-/// The products of such a step, where they are fused.
-pub(crate) fn products<'a, C: CellKernel>(device: &'a Device, plan: &Plan<'_>) -> Option<(&'a Gpu, &'static [StepProduct; 2])> {
-    let (Backend::Gpu(gpu), Some(pair)) = (device.backend(), &C::KERNELS.pair) else { return None };
-    (choice::pair::<C>(device, gpu, plan) == PairKernel::Fused).then_some((gpu, pair))
+/// Whether steps have two products on this device, and these are fused; `output`: whether the recurrence goes through one.
+pub(crate) fn is_fused<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, output: bool) -> bool {
+    let Backend::Gpu(gpu) = device.backend() else { return false };
+    let is_pair = C::KERNELS.pair.is_some() && (output || cell.gated().is_some());
+    is_pair && choice::pair::<C>(device, gpu, plan) == PairKernel::Fused
+}
+
+/// The output products of all sides; what belongs to the second side lies behind what belongs to the first.
+pub(crate) struct Outputs<'a> {
+    /// R.
+    pub width: usize,
+    /// Forward: W_hr transposed `[H, R]`. Backward: W_hr.
+    pub weights: &'a [Tensor],
+    /// `[R]`; none at all where there are no biases.
+    pub biases: &'a [Tensor],
+    /// o of each step, laid out as the states: `[depth, B, R]`.
+    pub outputs: &'a [&'a Tensor],
+    /// Backward, `[B, R]`: the gradient of the final o comes in, that of the initial one goes out.
+    pub carried: &'a [&'a Tensor],
+    /// Backward, `[T, B, R]`: the gradient of each o.
+    pub douts: &'a [&'a Tensor],
+}
+
+/// What belongs to all sides.
+fn range(tensors: &[impl Borrow<Tensor>]) -> Range {
+    tensors[0].borrow().range_to(tensors[tensors.len() - 1].borrow())
+}
+
+/// Words from what the first side has to what the second has.
+fn words(tensors: &[impl Borrow<Tensor>]) -> u32 {
+    tensors[0].borrow().words_to(tensors[tensors.len() - 1].borrow()) as u32
 }
 
 /// A launch of each step.
@@ -111,96 +138,100 @@ struct Part {
     constants: Vec<(&'static str, f64)>,
     bindings: Vec<Range>,
     groups: [u32; 3],
+    params: Sweep,
 }
 
 impl Part {
-    fn launch(&self, gpu: &Gpu, params: Sweep) -> Result<()> {
-        gpu.launch_each(self.kernel, &self.constants, &self.bindings, std::iter::once((params, self.groups)))
+    /// `of_step`: what this step has in place of what all have.
+    fn launch(&self, gpu: &Gpu, of_step: impl FnOnce(Sweep) -> Sweep) -> Result<()> {
+        gpu.launch_each(self.kernel, &self.constants, &self.bindings, std::iter::once((of_step(self.params), self.groups)))
     }
 }
 
-/// As [`super::sweep_split::forward`], in single precision with nothing but `output` around the products.
-pub(crate) fn forward<C: CellKernel>(
-    (gpu, [first, second]): (&Gpu, &'static [StepProduct; 2]),
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    weights: &Tensor,
-    output: Option<&OutputProduct<'_>>,
-) -> Result<()> {
-    let device = buffers.slots.device();
-    let width = output.map_or(plan.hidden, |output| output.width);
-    let step = choice::step::<C>(device, gpu, plan, width);
-    let sides = [Side { plan: *plan, buffers: *buffers }];
-    let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
-    let weights = weights.range();
-    let part = |product, made, bindings: Vec<Range>| {
-        let (kernel, tile) = step.forward(product);
-        Part { kernel, constants: plan.constants(cell, false), bindings, groups: groups(&sides, made, tile) }
-    };
-    let parts = match output {
-        Some(OutputProduct { weights: weights_hr, bias, outputs, y: output_y, .. }) => {
-            let outputs = outputs.range();
-            let bias_or_unit = bias.map_or(unit.clone(), Tensor::range);
-            let second_bindings =
-                vec![states.clone(), weights_hr.words.range(), bias_or_unit, lengths.clone(), output_y.range(), outputs.clone()];
-            let mut second = part(second, width, second_bindings);
-            second.constants.push(("biased", f64::from(u8::from(bias.is_some()))));
-            [part(first, plan.hidden, vec![slots, states, weights, unit, lengths, y, outputs]), second]
-        }
-        None => {
-            let products = Tensor::uninitialized(device, [plan.rows, C::Pre::LEN, plan.hidden])?.range();
-            [
-                part(first, plan.hidden, vec![slots.clone(), states.clone(), weights.clone(), unit.clone(), products.clone()]),
-                part(second, plan.hidden, vec![slots, states, weights, unit, lengths, y, products]),
-            ]
-        }
-    };
-    let params = Sweep { width: width as u32, ..plan.params(plan.depth::<C>(buffers.states)) };
-    (0..plan.steps as u32).try_for_each(|t| parts.iter().try_for_each(|part| part.launch(gpu, Sweep { t, ..params })))
+fn kernels<'a, C: CellKernel>(sides: &[Side<'a>]) -> (&'a Gpu, &'static [StepProduct; 2]) {
+    match (sides[0].buffers.slots.device().backend(), &C::KERNELS.pair) {
+        (Backend::Gpu(gpu), Some(pair)) => (gpu, pair),
+        _ => unreachable!("callers ask is_fused"),
+    }
 }
 
-/// As [`super::sweep_split::backward`], likewise.
-pub(crate) fn backward<C: CellKernel>(
-    (gpu, [first, second]): (&Gpu, &'static [StepProduct; 2]),
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    weights: &Tensor,
-    output: Option<(&OutputProduct<'_>, &Tensor, &Tensor)>,
-    dstates: &Tensor,
-) -> Result<()> {
-    let width = output.map_or(plan.hidden, |(output, ..)| output.width);
-    let step = choice::step::<C>(buffers.slots.device(), gpu, plan, width);
-    let sides = [Side { plan: *plan, buffers: *buffers }];
-    let (params, _) = sweep_step::prepare(cell, &sides, &[dstates]);
+/// As [`sweep_step::forward`], but W_hh has R columns where there are outputs; then [`Plan::output`] is false, and y takes these.
+pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>], outputs: Option<&Outputs<'_>>) -> Result<()> {
+    let (gpu, [first, second]) = kernels::<C>(sides);
+    let plan = &sides[0].plan;
+    let device = sides[0].buffers.slots.device();
+    let width = outputs.map_or(plan.hidden, |outputs| outputs.width);
+    let step = choice::step::<C>(device, gpu, plan, width);
+    let (params, bindings) = sweep_step::prepare(cell, sides, &[]);
+    let [slots, states, weights, unit, lengths, y] = bindings.try_into().unwrap_or_else(|_| unreachable!("forward binds six"));
     let params = Sweep { width: width as u32, ..params };
-    let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
-    let (weights, dstates) = (weights.range(), dstates.range());
-    // The sums and the flow are the cell's.
-    let part = |product, seen, has_cell, bindings: Vec<Range>| {
-        let (kernel, tile) = step.backward(product);
-        Part { kernel, constants: plan.constants(cell, has_cell), bindings, groups: groups(&sides, seen, tile) }
+    let part = |product, made, bindings: Vec<Range>, params| {
+        let (kernel, tile) = step.forward(product);
+        Part { kernel, constants: plan.constants(cell, false), bindings, groups: groups(sides, made, tile), params }
     };
-    let (through, own) = match output {
-        Some((OutputProduct { weights: weights_hr, y: dy, .. }, carried, douts)) => {
-            let (carried, douts) = (carried.range(), douts.range());
-            let bindings = vec![slots.clone(), weights, lengths.clone(), dy.range(), dstates.clone(), douts.clone(), carried];
-            let through = part(first, width, false, bindings);
-            let bindings = vec![slots, states, weights_hr.words.range(), unit, lengths, y, dstates, douts];
-            (through, part(second, plan.hidden, true, bindings))
+    let parts = match outputs {
+        Some(Outputs { weights: weights_hr, biases, outputs, .. }) => {
+            let params = Sweep { next_outputs: words(outputs), ..params };
+            let outputs = range(outputs);
+            let (bias, next_unit) = if biases.is_empty() { (unit.clone(), 0) } else { (range(biases), words(biases)) };
+            let of_second = vec![states.clone(), range(weights_hr), bias, lengths.clone(), y.clone(), outputs.clone()];
+            let mut second = part(second, width, of_second, Sweep { next_weights: words(weights_hr), next_unit, ..params });
+            second.constants.push(("biased", f64::from(u8::from(!biases.is_empty()))));
+            [part(first, plan.hidden, vec![slots, states, weights, unit, lengths, y, outputs], params), second]
         }
         None => {
-            let bindings = vec![slots.clone(), states.clone(), weights.clone(), unit, lengths, y, dstates.clone()];
-            let through = part(first, plan.hidden, true, bindings);
-            (through, part(second, plan.hidden, false, vec![slots, states, weights, dstates]))
+            let products = Tensor::in_a_row(device, [plan.rows, C::Pre::LEN, plan.hidden], sides.len())?;
+            let params = Sweep { next_outputs: words(&products), ..params };
+            let products = range(&products);
+            let of_first = vec![slots.clone(), states.clone(), weights.clone(), unit.clone(), products.clone()];
+            let of_second = vec![slots, states, weights, unit, lengths, y, products];
+            [part(first, plan.hidden, of_first, params), part(second, plan.hidden, of_second, params)]
+        }
+    };
+    (0..plan.steps as u32).try_for_each(|t| parts.iter().try_for_each(|part| part.launch(gpu, |params| Sweep { t, ..params })))
+}
+
+/// As [`sweep_step::backward`], likewise; the gradient of the final output comes in, and that of the initial one goes out, in
+/// [`Outputs::carried`].
+pub(crate) fn backward<C: CellKernel>(
+    cell: &C,
+    sides: &[Side<'_>],
+    dstates: &[&Tensor],
+    outputs: Option<&Outputs<'_>>,
+) -> Result<()> {
+    let (gpu, [first, second]) = kernels::<C>(sides);
+    let plan = &sides[0].plan;
+    let width = outputs.map_or(plan.hidden, |outputs| outputs.width);
+    let step = choice::step::<C>(sides[0].buffers.slots.device(), gpu, plan, width);
+    let (params, bindings) = sweep_step::prepare(cell, sides, dstates);
+    let [slots, states, weights, unit, lengths, y, dstates] =
+        bindings.try_into().unwrap_or_else(|_| unreachable!("backward binds seven"));
+    let params = Sweep { width: width as u32, recurrent: 1, ..params };
+    // The sums and the flow are the cell's.
+    let part = |product, seen, has_cell, bindings: Vec<Range>, params| {
+        let (kernel, tile) = step.backward(product);
+        Part { kernel, constants: plan.constants(cell, has_cell), bindings, groups: groups(sides, seen, tile), params }
+    };
+    let (through, own) = match outputs {
+        Some(Outputs { weights: weights_hr, carried, douts, .. }) => {
+            let params = Sweep { next_carried: words(carried), next_douts: words(douts), ..params };
+            let (carried, douts) = (range(carried), range(douts));
+            let of_first = vec![slots.clone(), weights, lengths.clone(), y.clone(), dstates.clone(), douts.clone(), carried];
+            let of_second = vec![slots, states, range(weights_hr), unit, lengths, y, dstates, douts];
+            let of_weights = Sweep { next_weights: words(weights_hr), ..params };
+            (part(first, width, false, of_first, params), part(second, plan.hidden, true, of_second, of_weights))
+        }
+        None => {
+            let of_first = vec![slots.clone(), states.clone(), weights.clone(), unit, lengths, y, dstates.clone()];
+            let of_second = vec![slots, states, weights, dstates];
+            (part(first, plan.hidden, true, of_first, params), part(second, plan.hidden, false, of_second, params))
         }
     };
     let count = plan.steps as u32;
     for t in (0..count).rev() {
-        through.launch(gpu, Sweep { t, recurrent: u32::from(t + 1 < count), ..params })?;
-        own.launch(gpu, Sweep { t, recurrent: 1, ..params })?;
+        through.launch(gpu, |params| Sweep { t, recurrent: u32::from(t + 1 < count), ..params })?;
+        own.launch(gpu, |params| Sweep { t, ..params })?;
     }
     // The product of the first step, whose gradient is the initial state's.
-    through.launch(gpu, Sweep { recurrent: 1, finish: 1, ..params })
+    through.launch(gpu, |params| Sweep { finish: 1, ..params })
 }

@@ -1,18 +1,16 @@
 //! The sweep over time for what comes between the recurrent product and the cell, or after the cell: each step is a row of
 //! launches, the same on every device but for layer normalization ([`super::sweep_rows`]). Slower than `sweep_step`, which does without any
-//! of it, and on a GPU than `sweep_pair`, which it hands on to where another product is all that there is.
+//! of it; where another product is all that there is, `sweep_pair` may do it on a GPU.
 
-use super::cell_contract::{Block, CellKernel, GatedStep, StepProduct, is_gated, recurrent_runs};
+use super::cell_contract::{Block, CellKernel, GatedStep, is_gated, recurrent_runs};
 use super::gate_mask::{self, Masks};
 use super::gemm::Matrix;
 use super::gemm_half::product;
-use super::half::{Factor, Precision};
+use super::half::Factor;
 use super::output_step::{self, Teacher};
 use super::sweep::{Buffers, Plan, Step};
-use super::sweep_pair;
 use super::sweep_rows::{RowNorms, lines_of};
 use super::sweep_step;
-use crate::backend::gpu::Gpu;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -56,9 +54,6 @@ pub(crate) fn forward<C: CellKernel>(
     weights: &Factor,
     extras: &Extras<'_>,
 ) -> Result<()> {
-    if let Some(pair) = extras.pair(cell, plan, buffers, weights) {
-        return sweep_pair::forward(pair, cell, plan, buffers, &weights.words, extras.output.as_ref());
-    }
     let (rows, hidden) = (plan.rows, plan.hidden);
     let recurrent = Tensor::uninitialized(buffers.slots.device(), [rows, C::Pre::LEN * hidden])?;
     let masks = extras.masks_of::<C>(plan, buffers)?;
@@ -128,9 +123,6 @@ pub(crate) fn backward<C: CellKernel>(
     extras: &Extras<'_>,
     dstates: &Tensor,
 ) -> Result<()> {
-    if let Some(pair) = extras.pair(cell, plan, buffers, weights) {
-        return sweep_pair::backward(pair, cell, plan, buffers, &weights.words, extras.backward_output(), dstates);
-    }
     let (rows, hidden) = (plan.rows, plan.hidden);
     let masks = extras.masks_of::<C>(plan, buffers)?;
     let dseen = match cell.gated() {
@@ -202,21 +194,6 @@ impl Extras<'_> {
         let Some(masks) = self.masks else { return Ok(None) };
         let width = self.output.as_ref().map_or(plan.hidden, |output| output.width);
         Ok(Some((masks, Tensor::uninitialized(buffers.slots.device(), [C::Pre::LEN, plan.rows, width])?)))
-    }
-
-    /// The fused products of a step, where they are all that there is to it.
-    fn pair<'b, C: CellKernel>(
-        &self,
-        cell: &C,
-        plan: &Plan<'_>,
-        buffers: &Buffers<'b>,
-        weights: &Factor,
-    ) -> Option<(&'b Gpu, &'static [StepProduct; 2])> {
-        let Self { norms: None, teacher: None, masks: None, output } = self else { return None };
-        if weights.precision == Precision::Half || (output.is_none() && cell.gated().is_none()) {
-            return None;
-        }
-        sweep_pair::products::<C>(buffers.slots.device(), plan)
     }
 
     fn backward_output(&self) -> Option<(&OutputProduct<'_>, &Tensor, &Tensor)> {

@@ -29,6 +29,7 @@ params! {
         flow_at: u32,
         next_key0: u32, next_key1: u32,
         next_slots: u32, next_states: u32, next_weights: u32, next_unit: u32, next_y: u32, next_dstates: u32,
+        next_outputs: u32, next_carried: u32, next_douts: u32,
         line: u32, lines: u32, shows: u32,
     }
 }
@@ -253,6 +254,9 @@ impl Plan<'_> {
             next_unit: 0,
             next_y: 0,
             next_dstates: 0,
+            next_outputs: 0,
+            next_carried: 0,
+            next_douts: 0,
             line: 0,
             lines: 0,
             shows: 0,
@@ -295,11 +299,11 @@ pub(super) fn groups(sides: &[Side<'_>], width: usize, [rows, units]: [usize; 2]
     tiles(sides.len() * width.div_ceil(units), sides[0].plan.rows.div_ceil(rows))
 }
 
-/// W_hh `[GATES * H, H]` as [`forward`] reads it on its device.
+/// W_hh `[GATES * H, R]` as [`forward`], or `sweep_pair`, reads it on its device.
 pub(crate) fn forward_weights<C: CellKernel>(weights: &Tensor, hidden: usize) -> Result<Tensor> {
     match weights.device().backend() {
         Backend::Native => sweep_native::pack::<C>(weights, hidden),
-        Backend::Gpu(_) => transpose::matrix(weights, C::Pre::LEN * hidden, hidden),
+        Backend::Gpu(_) => transpose::matrix(weights, C::Pre::LEN * hidden, weights.shape()[1]),
     }
 }
 

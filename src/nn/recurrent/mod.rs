@@ -44,6 +44,7 @@ use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::output_step::Teacher;
 use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Side, Sweep};
 use crate::kernels::sweep_grid;
+use crate::kernels::sweep_pair::{self, Outputs};
 use crate::kernels::sweep_resident;
 use crate::kernels::sweep_rows::{RowNorms, StateNorm, lines_of};
 use crate::kernels::sweep_scan;
@@ -226,6 +227,8 @@ struct BothWays {
     recurrent: CachedCopy<Vec<Tensor>>,
     /// See [`Weights::unit`].
     units: CachedCopy<Vec<Tensor>>,
+    /// W_hr transposed.
+    outputs: CachedCopy<Vec<Tensor>>,
 }
 
 /// Long short-term memory, with the equations, gate order and parameter names of PyTorch's `nn.LSTM`.
@@ -694,10 +697,23 @@ impl<C: Cell> Recurrent<C> {
         output.is_some() || *layer_norm || cell.gated().is_some() || masked || half
     }
 
+    /// Whether what is split are steps of two products, and no more, which the device does at once.
+    fn is_pair(&self, pass: &Pass<'_>) -> bool {
+        let RecurrentConfig { cell, output, layer_norm, precision, .. } = &self.config;
+        let only_products =
+            !layer_norm && *precision == Precision::Single && pass.teacher.is_none() && self.gate_masks(pass).is_none();
+        only_products && sweep_pair::is_fused(&self.device, cell, &pass.plan, output.is_some())
+    }
+
+    /// Whether the steps of a pass are a row of launches each.
+    fn runs_split(&self, pass: &Pass<'_>) -> bool {
+        self.is_split(pass.key.is_some()) && !self.is_pair(pass)
+    }
+
     /// How many passes of a layer a sweep takes at once: of two directions both, where it can.
     fn at_once(&self, passes: &[Pass<'_>]) -> usize {
-        let Pass { plan, key, .. } = &passes[0];
-        let together = !self.is_split(key.is_some()) && sweep::at_once(&self.device, &self.config.cell, plan);
+        let (cell, width) = (&self.config.cell, self.config.width());
+        let together = !self.runs_split(&passes[0]) && sweep::at_once(&self.device, cell, &passes[0].plan, width);
         if together { passes.len() } else { 1 }
     }
 
@@ -903,8 +919,14 @@ impl<C: Cell> Recurrent<C> {
         };
         let all_slots = Tensor::in_a_row(&self.device, kept, passes.len())?;
         let all_states = Tensor::in_a_row(&self.device, [C::State::LEN, depth, rows, hidden], passes.len())?;
+        let mut all_outputs = match self.config.output {
+            Some((width, _)) => Tensor::in_a_row(&self.device, [depth, rows, width], passes.len())?,
+            None => Vec::new(),
+        }
+        .into_iter();
         let buffers = all_slots.into_iter().zip(all_states);
-        passes.iter().zip(buffers).map(|(pass, buffers)| self.prepare_pass(pass, x, depth, slots, buffers)).collect()
+        let prepare = |(pass, buffers)| self.prepare_pass(pass, x, depth, slots, buffers, all_outputs.next());
+        passes.iter().zip(buffers).map(prepare).collect()
     }
 
     fn prepare_pass(
@@ -914,21 +936,18 @@ impl<C: Cell> Recurrent<C> {
         depth: usize,
         content: Slots,
         (slots, states): (Tensor, Tensor),
+        outputs: Option<Tensor>,
     ) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
         let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
         if let Slots::InputPart = content {
             self.input_part(weights, x, &slots, [plan.steps, plan.rows], norms.as_ref())?;
         }
-        let outputs = match self.config.output {
-            Some((width, _)) => {
-                // The cell's own h before the first step, which nothing sees.
-                let (first, block) = (plan.ends(depth).0, plan.rows * plan.hidden);
-                states.slice(first * block, [block]).clear()?;
-                Some(Tensor::uninitialized(&self.device, [depth, plan.rows, width])?)
-            }
-            None => None,
-        };
+        if outputs.is_some() {
+            // The cell's own h before the first step, which nothing sees.
+            let (first, block) = (plan.ends(depth).0, plan.rows * plan.hidden);
+            states.slice(first * block, [block]).clear()?;
+        }
         let dropped = match (&weights.weight_hh, pass.key) {
             (Some(weight), Some(key)) if self.config.weight_dropout > 0.0 => {
                 Some(self.drop_weights(weight.value(), key, pass.index)?)
@@ -1028,9 +1047,31 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
+    /// W_hr transposed of each pass, where there is an output product.
+    fn output_weights(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
+        let weights: Vec<&Param> = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hr.as_ref()).collect();
+        let transposed = |weight: &Param| Ok(weight.transposed_factor(Precision::Single)?.words);
+        match &weights[..] {
+            [] => Ok(Vec::new()),
+            [weight] => Ok(vec![transposed(weight)?]),
+            _ => {
+                let version = weights.iter().map(|weight| weight.version().get()).sum();
+                let copies = &self.both_ways[passes[0].index / weights.len()].outputs;
+                copies.get(version, || Tensor::behind_each_other(weights.iter().map(|weight| transposed(weight))))
+            }
+        }
+    }
+
+    /// The biases of output products.
+    fn output_biases(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
+        let biases = passes.iter().filter_map(|pass| self.weights[pass.index].bias_hr.as_ref());
+        let biases: Vec<_> = biases.map(|bias| Ok(bias.value().clone())).collect();
+        if biases.is_empty() { Ok(Vec::new()) } else { Tensor::behind_each_other(biases.into_iter()) }
+    }
+
     /// Of passes that a sweep takes at once. `x`: where [`Self::forms_inputs`], and whether backward will follow.
     fn sweep_forward(&self, passes: &[Pass<'_>], tapes: &[PassTape], x: Option<(&Tensor, bool)>, ys: &[Tensor]) -> Result<()> {
-        if self.is_split(passes[0].key.is_some()) {
+        if self.runs_split(&passes[0]) {
             return self.split_forward(&passes[0], &tapes[0], &ys[0]);
         }
         let cell = &self.config.cell;
@@ -1043,6 +1084,19 @@ impl<C: Cell> Recurrent<C> {
             let inputs = Inputs { x, weights: &packed, bias: bias_ih.as_ref().map(Param::value), keep };
             sweep_step::forward_from(cell, &sides[0], &inputs);
             return Ok(());
+        }
+        if self.is_split(passes[0].key.is_some()) {
+            let outputs: Vec<&Tensor> = tapes.iter().filter_map(|tape| tape.outputs.as_ref()).collect();
+            let (weights, biases) = (self.output_weights(passes)?, self.output_biases(passes)?);
+            let outputs = Outputs {
+                width: self.config.width(),
+                weights: &weights,
+                biases: &biases,
+                outputs: &outputs,
+                carried: &[],
+                douts: &[],
+            };
+            return sweep_pair::forward(cell, &sides, self.config.output.map(|_| &outputs));
         }
         match sweep::choose(&self.device, cell, &passes[0].plan, false) {
             Sweep::Scan(kernels) => sides.iter().try_for_each(|side| sweep_scan::forward(kernels, cell, side)),
@@ -1299,19 +1353,20 @@ impl<C: Cell> Recurrent<C> {
 
     /// Buffers for passes backward that a sweep takes at once: the gradients of the state are not set.
     fn new_gradients(&self, passes: &[Pass<'_>]) -> Result<Vec<Gradients>> {
-        let plan = &passes[0].plan;
-        let dstates = Tensor::in_a_row(&self.device, [plan.dstates_len(&self.config.cell)], passes.len())?;
-        dstates.into_iter().map(|dstates| self.gradients_of(plan, dstates)).collect()
+        let (plan, count) = (&passes[0].plan, passes.len());
+        let dstates = Tensor::in_a_row(&self.device, [plan.dstates_len(&self.config.cell)], count)?;
+        let mut outputs = match self.config.output {
+            Some((width, _)) => {
+                let carried = Tensor::in_a_row(&self.device, [plan.rows, width], count)?;
+                carried.into_iter().zip(Tensor::in_a_row(&self.device, [plan.steps, plan.rows, width], count)?).collect()
+            }
+            None => Vec::new(),
+        }
+        .into_iter();
+        dstates.into_iter().map(|dstates| self.gradients_of(plan, dstates, outputs.next())).collect()
     }
 
-    fn gradients_of(&self, plan: &Plan<'_>, dstates: Tensor) -> Result<Gradients> {
-        let output = match self.config.output {
-            Some((width, _)) => Some((
-                Tensor::uninitialized(&self.device, [plan.rows, width])?,
-                Tensor::uninitialized(&self.device, [plan.steps, plan.rows, width])?,
-            )),
-            None => None,
-        };
+    fn gradients_of(&self, plan: &Plan<'_>, dstates: Tensor, output: Option<(Tensor, Tensor)>) -> Result<Gradients> {
         let columns = C::Pre::LEN + usize::from(self.config.normalized_output().is_some());
         let norms = match self.config.layer_norm {
             true => Some(Tensor::uninitialized(&self.device, [plan.steps * plan.rows, columns * plan.hidden])?),
@@ -1322,7 +1377,7 @@ impl<C: Cell> Recurrent<C> {
 
     /// Of passes that a sweep takes at once.
     fn sweep_backward(&self, passes: &[Pass<'_>], tapes: &[PassTape], dys: &[Tensor], gradients: &[Gradients]) -> Result<()> {
-        if self.is_split(passes[0].key.is_some()) {
+        if self.runs_split(&passes[0]) {
             return self.split_backward(&passes[0], &tapes[0], &dys[0], &gradients[0]);
         }
         let cell = &self.config.cell;
@@ -1334,6 +1389,22 @@ impl<C: Cell> Recurrent<C> {
         let weights = Tensor::behind_each_other(weights)?;
         let sides = sides(passes, tapes, &weights, &units, &dys);
         let dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
+        if self.is_split(passes[0].key.is_some()) {
+            let weights = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hr.as_ref());
+            let weights: Vec<_> = weights.map(|weight| Ok(weight.value().clone())).collect();
+            let weights = if weights.is_empty() { Vec::new() } else { Tensor::behind_each_other(weights.into_iter())? };
+            let of_outputs = gradients.iter().filter_map(|gradients| gradients.output.as_ref());
+            let (carried, douts): (Vec<&Tensor>, Vec<&Tensor>) = of_outputs.map(|(carried, douts)| (carried, douts)).unzip();
+            let outputs = Outputs {
+                width: self.config.width(),
+                weights: &weights,
+                biases: &[],
+                outputs: &[],
+                carried: &carried,
+                douts: &douts,
+            };
+            return sweep_pair::backward(cell, &sides, &dstates, self.config.output.map(|_| &outputs));
+        }
         match sweep::choose(&self.device, cell, &passes[0].plan, true) {
             Sweep::Scan(kernels) => {
                 sides.iter().zip(dstates).try_for_each(|(side, dstates)| sweep_scan::backward(kernels, cell, side, dstates))
