@@ -11,7 +11,7 @@
 //     for `sweep_scan.wgsl`, where a cell is linear in its one state: scan_coefficients and scan_decay, described there
 // and a sweep file calls them for each step, row and unit. x is the input part W_ih x + b_ih, r the product W_hh h of a
 // unit's gates, p the unit's own parameters, d the gradient of the new state. Options of a cell are pipeline constants. Where the
-// last gate's product sees not h but what another gate makes of it, a kernel of the cell's own makes that (gru_reset.wgsl).
+// last gate's product sees not h but what another gate makes of it, files of the cell's own make that (step_reset.wgsl, gru_reset.wgsl).
 
 alias Pre = array<f32, GATES>;
 alias Slots = array<f32, SLOTS>;

@@ -1,7 +1,7 @@
 // The gated recurrent unit (Cho et al. 2014), gates in PyTorch's order:
 //     r, z = sigmoid(x + r + b)    n = tanh(x_n + q)    h = (1 - z) n + z h'
 // with the reset gate after the product, q = r (W_hn h' + b_hn) (PyTorch, cuDNN), or before it, q = W_hn (r h') + b_hn (the
-// original; ONNX's default). Before it the sweep forms r h' with `gru_reset.wgsl` and its product comes in as r[2].
+// original; ONNX's default). Before it `step_reset.wgsl`, or `gru_reset.wgsl`, forms r h', and its product comes in as r[2].
 
 const GATES = 3u;  // r, z, n
 const SLOTS = 4u;  // r, z, n after their functions; after: W_hn h' + b_hn, before: r h'
@@ -34,7 +34,7 @@ fn cell_forward(site: Site, x: Pre, r: Pre, previous: State, p: Unit) -> Forward
 }
 
 // With the reset before the product, slot 0 keeps the gate and slot 3 r h': their gradients follow from the product of dn
-// with W_hn, in `gru_reset.wgsl`.
+// with W_hn, in `step_candidate.wgsl` or `gru_reset.wgsl`.
 fn cell_backward(site: Site, saved: Slots, previous: State, p: Unit, d: State) -> Backward {
     let reset = saved[0];
     let z = saved[1];

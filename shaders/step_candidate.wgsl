@@ -1,5 +1,5 @@
-// The second launch of a step of a GRU whose reset gate acts before the product: that of n, which sees r h, then the cell. Backward it is the
-// first after the cell's own: it ends with the gradients of r and h. For sweep_step.wgsl and cell_gru.wgsl, after step_reset.wgsl.
+// The second launch of a step of a GRU whose reset gate acts before the product: that of n, which sees r h, then the cell. Backward what comes
+// through it: the gradients of r and h. For sweep_step.wgsl and cell_gru.wgsl, after step_reset.wgsl.
 
 const SUMS = 1u;
 const FIRST = 2u;
@@ -8,8 +8,8 @@ const ALL = GATES;
 fn seen_width() -> u32 { return params.hidden; }
 fn made_width() -> u32 { return params.hidden; }
 
-fn seen_at(row: u32) -> u32 { return slot_at(step_of(params.t), row, 3u, 0u); }
-fn seen(at: u32) -> f32 { return slots[at]; }
+fn seen_at(row: u32) -> u32 { return product_at(row, 2u, 0u); }
+fn seen(at: u32) -> f32 { return products[at]; }
 
 fn load_forward(unit: u32) -> Unit { return load_unit(unit); }
 

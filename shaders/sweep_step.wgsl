@@ -16,7 +16,7 @@
 // A lane owns one unit with all its gates and ROWS rows of the batch: 4 rows and 4 gates make 16 multiply-adds of 8 loads.
 // Neighbouring lanes read neighbouring weights, and no lane needs another's results, so there are no barriers.
 
-@group(0) @binding(8) var<storage, read_write> products: array<f32>; // forward_split reads them: [B, GATES, H]
+@group(0) @binding(8) var<storage, read_write> products: array<f32>; // [B, GATES, H]: forward_split is given them; and see step_reset.wgsl
 
 const LANES = 64u;
 const ROWS = 4u;  // of a lane, written out below as the components of a vector
@@ -25,11 +25,11 @@ const UNITS = 4u; // of a lane in backward, likewise
 alias Sums = array<f32, SUMS>;
 
 fn product_at(row: u32, gate: u32, unit: u32) -> u32 {
-    return direction * params.next_outputs + (row * GATES + gate) * params.hidden + unit;
+    return direction * params.next_between + (row * GATES + gate) * params.hidden + unit;
 }
 
 fn output_at(slot: u32, row: u32, unit: u32) -> u32 {
-    return direction * params.next_outputs + (slot * params.rows + row) * params.width + unit;
+    return direction * params.next_between + (slot * params.rows + row) * params.width + unit;
 }
 
 fn dout_at(t: u32, row: u32, unit: u32) -> u32 {

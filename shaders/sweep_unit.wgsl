@@ -14,7 +14,7 @@ struct Sweep {
     last: u32,   // T - 1
     reverse: u32, // 1: the first direction reads the sequence from its last step to its first
     directions: u32, // of the launch: 1 or 2
-    recurrent: u32, // sweep_step, sweep_grid, backward: 1 where a step was handled before the first
+    recurrent: u32, // sweep_step, sweep_grid, backward: 1 where there are gradients for the product, of the step handled before
     finish: u32, // backward: 1: the product of the first step is wanted, for the initial state's gradient; sweep_step: and nothing else
     tile: u32,   // sweep_grid: rows of a workgroup
     rescue: u32, // sweep_grid: 1: does what workgroups of the launch before it left undone
@@ -40,8 +40,8 @@ struct Sweep {
     next_unit: u32,
     next_y: u32,
     next_dstates: u32,
-    next_outputs: u32, // steps of two products: see step_projected.wgsl and step_reset.wgsl
-    next_carried: u32,
+    next_between: u32, // steps of two products: to what the first launch leaves the second, or the other way around
+    next_carried: u32, // see step_projected.wgsl
     next_douts: u32,
     // sweep_rows: the line of the step's first row, the lines that there are of each group, and whether y (backward: dy) is h.
     line: u32,
@@ -52,7 +52,7 @@ struct Sweep {
 @group(0) @binding(0) var<uniform> params: Sweep;
 @group(0) @binding(1) var<storage, read_write> slots: array<f32>;   // [T, B, SLOTS, H]: input part in, saved out, gradients out
 @group(0) @binding(2) var<storage, read_write> states: array<f32>;  // [STATES, depth, B, H]
-@group(0) @binding(3) var<storage, read> weights: array<f32>;       // forward: W_hh transposed [H, GATES * H]; backward: W_hh [GATES * H, H]
+@group(0) @binding(3) var<storage, read> weights: array<f32>;       // forward: W_hh transposed [R, GATES * H]; backward: W_hh [GATES * H, R]; see step_output.wgsl
 @group(0) @binding(4) var<storage, read> unit_values: array<f32>;   // [unit_params, H], or more lines: sweep_rows.wgsl
 @group(0) @binding(5) var<storage, read> lengths: array<u32>;       // [B]
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
@@ -66,8 +66,8 @@ override flow: bool = false; // and for the gradients of all steps
 
 var<private> direction: u32; // of this workgroup: 0 or 1
 
-// The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. Every sweep asks first of all, because
-// from then on the direction is known.
+// The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. A sweep of both directions asks first of all,
+// because from then on the direction is known.
 fn take_tile(group: vec3<u32>, groups: vec3<u32>) -> vec2<u32> {
     let tiles = groups.x / params.directions;
     direction = group.x / tiles;

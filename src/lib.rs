@@ -61,16 +61,16 @@
 //! A cell is pointwise: from the input part, the recurrent part and the previous state of a unit it makes the new state,
 //! and back (`shaders/cell_lstm.wgsl`). A sweep walks over time, does the recurrent product, and knows no cell
 //! (`shaders/sweep_step.wgsl`; what all of them do around the cell is `sweep_unit.wgsl`). They meet in
-//! `shaders/cell_contract.wgsl` and are joined as text, so that N cells and M sweeps are N + M files. In Rust the same two halves are the traits of `kernels::cell_contract` and the generic
-//! functions of the sweeps. A cell is a value: its options are its fields, on the GPU constants of the pipeline.
+//! `shaders/cell_contract.wgsl` and are joined as text, so that N cells and M sweeps are N + M files. In Rust the same two halves are
+//! the traits of `kernels::cell_contract` and the generic functions of the sweeps. A cell is a value: its options are its fields, on the GPU constants of the pipeline.
 //!
-//! Five sweeps: `sweep_step`, one launch a step, product and cell in one; `sweep_resident`, the loop over time inside the kernel,
+//! Six sweeps: `sweep_step`, one launch a step, product and cell in one; `sweep_resident`, the loop over time inside the kernel,
 //! with the weights close to the lanes, for few units; `sweep_grid`, the same for more units, by workgroups that run at once and pass
-//! each other h through memory; `sweep_split`, a step as a row of launches, for what comes between the
-//! product and the cell or after the cell (masks, layer normalisation, a gated product, an output product), of which one launch,
-//! `sweep_rows`, is the cell with all of layer normalisation; `sweep_scan`, in parallel over time, for cells that are linear in their
-//! state. `kernels::choice` chooses. On a GPU the first three run both directions of a layer in the same launches; all else takes one
-//! after the other. On the CPU all but `sweep_split` are `sweep_native`, whose threads share the units or the rows.
+//! each other h through memory; `sweep_pair`, two launches a step, each a product and what follows it (an output product, a gated
+//! product); `sweep_split`, a step as a row of launches, for whatever else comes between the product and the cell or after the cell (masks,
+//! half precision, layer normalisation), of which one launch, `sweep_rows`, is the cell with all of layer normalisation; `sweep_scan`,
+//! in parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On a GPU the first four run both
+//! directions of a layer in the same launches; all else takes one after the other. On the CPU all but `sweep_split` are `sweep_native`, whose threads share the units or the rows.
 //!
 //! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward
 //! sweep leaves what backward needs, the backward sweep leaves the gradients, from which the products make those of

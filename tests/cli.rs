@@ -289,11 +289,14 @@ fn bench_says_which_kernels_run_and_why() {
 
 #[test]
 fn bench_tunes_the_step() {
-    let lines = lines(&["bench", "--tune", "--device", &adapter()], &[("BENCH_ONLY", "step"), ("BENCH_MIN_RUNS", "1")]);
-    let general: Vec<&Value> = lines.iter().filter(|line| line["kernel"] == "general").collect();
-    assert!(general.len() == 6 && general.iter().all(|line| line["gain"] == 1.0 && line["table"] == "step"), "{lines:?}");
-    let rows: Vec<&str> = lines.iter().filter_map(|line| line["row"].as_str()).collect();
-    assert!(rows.len() <= 1 && rows.iter().all(|row| row.starts_with("Row { classes: &[Class::")), "{rows:?}");
+    for (table, general, works) in [("step", "general", 10), ("pair", "apart", 6)] {
+        let lines = lines(&["bench", "--tune", "--device", &adapter()], &[("BENCH_ONLY", table), ("BENCH_MIN_RUNS", "1")]);
+        let of_general: Vec<&Value> = lines.iter().filter(|line| line["kernel"] == general).collect();
+        assert_eq!(of_general.len(), works, "{lines:?}");
+        assert!(of_general.iter().all(|line| line["gain"] == 1.0 && line["table"] == table), "{lines:?}");
+        let rows: Vec<&str> = lines.iter().filter_map(|line| line["row"].as_str()).collect();
+        assert!(rows.len() <= works && rows.iter().all(|row| row.starts_with("Row { classes: &[Class::")), "{rows:?}");
+    }
 }
 
 #[test]

@@ -70,6 +70,7 @@ EDITS = [
     ("shaders/step_output.wgsl", "select(outputs[output_at(slot_before(t), row, unit)], o, valid)", "o", ["step_tiled"]),
     ("shaders/step_output.wgsl", "    d[0] = dh;\n", "", ["step_tiled"]),
     ("shaders/step_output.wgsl", "if biased { o += unit_values[direction * params.next_unit + unit]; }", "", ["step_tiled"]),
+    ("shaders/step_output.wgsl", "direction * params.next_unit + ", "", ["step_tiled"]),
     ("shaders/step_reset.wgsl", "let reset = gate(slots[slot_at(t, row, 0u, unit)] + (r[0] + p[0]));", "let reset = gate(slots[slot_at(t, row, 0u, unit)] + r[0]);", ["step_tiled"]),
     ("shaders/step_reset.wgsl", "products[product_at(row, g, unit)] = r[g];", "products[product_at(row, g, unit)] = r[0];", ["step_tiled"]),
     ("shaders/step_candidate.wgsl", "row, unit)] += d * r;", "row, unit)] = d * r;", ["step_tiled"]),

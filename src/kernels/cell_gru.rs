@@ -138,7 +138,7 @@ impl CellKernel for GruCell {
         }
         let dn = d[0] * (one - z) * self.candidate.clipped_slope::<F>(self.clip, n);
         let dz = d[0] * (previous[0] - n) * self.gate_slope::<F>(z);
-        // With the reset before the product, its gradient follows from that of the product: see gru_reset.
+        // With the reset before the product, its gradient follows from that of the product: see gru_reset and sweep_pair.
         let slots = match self.reset_before {
             true => [reset, dz, dn, q],
             false => [dn * q * self.gate_slope::<F>(reset), dz, dn, dn * reset],

@@ -46,7 +46,7 @@ pub(crate) enum ProductSize {
     K,
 }
 
-/// What limits a row of [`STEPS`] or [`SWEEPS`].
+/// What limits a row of [`STEPS`], [`PAIRS`] or [`SWEEPS`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum SweepSize {
     /// Steps of the whole sequence.
@@ -256,7 +256,7 @@ pub(crate) static SWEEPS: Table<SweepSize, SweepKernel> = Table {
 pub struct KernelOverride {
     /// Of matrix products, in the kernel's precision.
     pub product: Option<ProductKernel>,
-    /// Of a step, in sweeps that launch each step by itself.
+    /// Of a step, in sweeps that launch each step by itself, or its two products.
     pub step: Option<StepKernel>,
     /// Of steps of two products, an output or a reset gate before the product between them, where nothing else is.
     pub pair: Option<PairKernel>,

@@ -1,6 +1,7 @@
-//! The sweep over time on a GPU where a step has two products, a launch for each, for all directions: the second sees what came of the first. Either the
-//! recurrence goes through an output product (projection, a Jordan network), or the last gate sees what another has made of h
-//! ([`CellKernel::gated`], a GRU with the reset before the product). Whatever else there is around a product is for `sweep_split`.
+//! The sweep over time on a GPU where a step has two products, a launch for each, for all directions: the second sees what came of
+//! the first. Either the recurrence goes through an output product (projection, a Jordan network), or the last gate sees what another has
+//! made of h ([`CellKernel::gated`], a GRU with the reset before the product). Whatever else there is around a product is for
+//! `sweep_split`.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -110,16 +111,24 @@ pub(crate) fn is_fused<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>
 pub(crate) struct Outputs<'a> {
     /// R.
     pub width: usize,
-    /// Forward: W_hr transposed `[H, R]`. Backward: W_hr.
-    pub weights: &'a [Tensor],
-    /// `[R]`; none at all where there are no biases.
-    pub biases: &'a [Tensor],
+    /// W_hr transposed `[H, R]`.
+    pub weights: Vec<Tensor>,
+    /// `[R]`
+    pub biases: Option<Vec<Tensor>>,
     /// o of each step, laid out as the states: `[depth, B, R]`.
-    pub outputs: &'a [&'a Tensor],
-    /// Backward, `[B, R]`: the gradient of the final o comes in, that of the initial one goes out.
-    pub carried: &'a [&'a Tensor],
-    /// Backward, `[T, B, R]`: the gradient of each o.
-    pub douts: &'a [&'a Tensor],
+    pub outputs: Vec<&'a Tensor>,
+}
+
+/// The same backward.
+pub(crate) struct OutputGradients<'a> {
+    /// R.
+    pub width: usize,
+    /// W_hr `[R, H]`.
+    pub weights: Vec<Tensor>,
+    /// `[B, R]`: the gradient of the final o comes in, that of the initial one goes out.
+    pub carried: Vec<&'a Tensor>,
+    /// `[T, B, R]`: the gradient of each o.
+    pub douts: Vec<&'a Tensor>,
 }
 
 /// What belongs to all sides.
@@ -171,17 +180,18 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>], outputs: Opti
     };
     let parts = match outputs {
         Some(Outputs { weights: weights_hr, biases, outputs, .. }) => {
-            let params = Sweep { next_outputs: words(outputs), ..params };
+            let params = Sweep { next_between: words(outputs), ..params };
             let outputs = range(outputs);
-            let (bias, next_unit) = if biases.is_empty() { (unit.clone(), 0) } else { (range(biases), words(biases)) };
+            // Without a bias something must still be bound in its place.
+            let (bias, next_unit) = biases.as_ref().map_or((unit.clone(), 0), |biases| (range(biases), words(biases)));
             let of_second = vec![states.clone(), range(weights_hr), bias, lengths.clone(), y.clone(), outputs.clone()];
             let mut second = part(second, width, of_second, Sweep { next_weights: words(weights_hr), next_unit, ..params });
-            second.constants.push(("biased", f64::from(u8::from(!biases.is_empty()))));
+            second.constants.push(("biased", f64::from(u8::from(biases.is_some()))));
             [part(first, plan.hidden, vec![slots, states, weights, unit, lengths, y, outputs], params), second]
         }
         None => {
             let products = Tensor::in_a_row(device, [plan.rows, C::Pre::LEN, plan.hidden], sides.len())?;
-            let params = Sweep { next_outputs: words(&products), ..params };
+            let params = Sweep { next_between: words(&products), ..params };
             let products = range(&products);
             let of_first = vec![slots.clone(), states.clone(), weights.clone(), unit.clone(), products.clone()];
             let of_second = vec![slots, states, weights, unit, lengths, y, products];
@@ -192,12 +202,12 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>], outputs: Opti
 }
 
 /// As [`sweep_step::backward`], likewise; the gradient of the final output comes in, and that of the initial one goes out, in
-/// [`Outputs::carried`].
+/// [`OutputGradients::carried`].
 pub(crate) fn backward<C: CellKernel>(
     cell: &C,
     sides: &[Side<'_>],
     dstates: &[&Tensor],
-    outputs: Option<&Outputs<'_>>,
+    outputs: Option<&OutputGradients<'_>>,
 ) -> Result<()> {
     let (gpu, [first, second]) = kernels::<C>(sides);
     let plan = &sides[0].plan;
@@ -213,7 +223,7 @@ pub(crate) fn backward<C: CellKernel>(
         Part { kernel, constants: plan.constants(cell, has_cell), bindings, groups: groups(sides, seen, tile), params }
     };
     let (through, own) = match outputs {
-        Some(Outputs { weights: weights_hr, carried, douts, .. }) => {
+        Some(OutputGradients { weights: weights_hr, carried, douts, .. }) => {
             let params = Sweep { next_carried: words(carried), next_douts: words(douts), ..params };
             let (carried, douts) = (range(carried), range(douts));
             let of_first = vec![slots.clone(), weights, lengths.clone(), y.clone(), dstates.clone(), douts.clone(), carried];

@@ -1,5 +1,5 @@
 //! A step of a sweep with layer normalization (Ba et al. 2016), given its product: `shaders/sweep_rows.wgsl` does all of it in one
-//! launch. An LSTM's cell state is normalized on its way to h as well: `h = o output(LN(c))`.
+//! launch, not measured on hardware. An LSTM's cell state is normalized on its way to h as well: `h = o output(LN(c))`.
 
 use super::activation::Activation;
 use super::cell_contract::{Block, CellKernel, activation_constants};
@@ -271,6 +271,7 @@ impl RowNorms<'_> {
     }
 
     fn constants<C: CellKernel>(&self, gpu: &Gpu, cell: &C, plan: &Plan<'_>, backward: bool) -> Vec<(&'static str, f64)> {
+        debug_assert!(cell.norms().len() <= 2, "the shader knows two groups");
         let mut constants = plan.constants(cell, backward);
         constants.push(lanes(gpu));
         constants.extend(cell.norms().first().map(|gates| ("first_group", *gates as f64)));

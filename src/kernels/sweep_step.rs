@@ -29,7 +29,7 @@ params! {
         flow_at: u32,
         next_key0: u32, next_key1: u32,
         next_slots: u32, next_states: u32, next_weights: u32, next_unit: u32, next_y: u32, next_dstates: u32,
-        next_outputs: u32, next_carried: u32, next_douts: u32,
+        next_between: u32, next_carried: u32, next_douts: u32,
         line: u32, lines: u32, shows: u32,
     }
 }
@@ -254,7 +254,7 @@ impl Plan<'_> {
             next_unit: 0,
             next_y: 0,
             next_dstates: 0,
-            next_outputs: 0,
+            next_between: 0,
             next_carried: 0,
             next_douts: 0,
             line: 0,

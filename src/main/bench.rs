@@ -80,7 +80,7 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["kernels", "profile", "startup"])]
     explain: bool,
     /// Measure the kernels that a GPU can take against each other, and print rows for the tables in kernels/choice.rs
-    #[arg(long, conflicts_with_all = ["mode", "layers", "shape", "kernels", "profile", "startup", "explain", "sweep", "step_kernel", "product_kernel"])]
+    #[arg(long, conflicts_with_all = ["mode", "layers", "shape", "kernels", "profile", "startup", "explain", "sweep", "step_kernel", "pair_kernel", "product_kernel"])]
     tune: bool,
     /// One JSON object a line
     #[arg(long)]

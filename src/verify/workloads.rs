@@ -186,8 +186,7 @@ fn of_layer<C: Cell + 'static>(mut layer: Recurrent<C>, shape: [usize; 4], rng: 
     Ok(loads)
 }
 
-/// The forward and the backward sweep of a layer, without the products before and after it, over T steps of B rows and H units: of an
-/// LSTM or, where there is to be no recurrent product, of a minGRU.
+/// The forward and the backward sweep of a layer, without the products before and after it, over T steps of B rows and H units.
 ///
 /// # Errors
 /// What the device reports.

@@ -44,7 +44,7 @@ use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::output_step::Teacher;
 use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Side, Sweep};
 use crate::kernels::sweep_grid;
-use crate::kernels::sweep_pair::{self, Outputs};
+use crate::kernels::sweep_pair::{self, OutputGradients, Outputs};
 use crate::kernels::sweep_resident;
 use crate::kernels::sweep_rows::{RowNorms, StateNorm, lines_of};
 use crate::kernels::sweep_scan;
@@ -697,23 +697,26 @@ impl<C: Cell> Recurrent<C> {
         output.is_some() || *layer_norm || cell.gated().is_some() || masked || half
     }
 
-    /// Whether what is split are steps of two products, and no more, which the device does at once.
-    fn is_pair(&self, pass: &Pass<'_>) -> bool {
+    /// What the steps of a pass are.
+    fn steps_of(&self, pass: &Pass<'_>) -> Steps {
+        if !self.is_split(pass.key.is_some()) {
+            return Steps::Whole;
+        }
         let RecurrentConfig { cell, output, layer_norm, precision, .. } = &self.config;
         let only_products =
             !layer_norm && *precision == Precision::Single && pass.teacher.is_none() && self.gate_masks(pass).is_none();
-        only_products && sweep_pair::is_fused(&self.device, cell, &pass.plan, output.is_some())
-    }
-
-    /// Whether the steps of a pass are a row of launches each.
-    fn runs_split(&self, pass: &Pass<'_>) -> bool {
-        self.is_split(pass.key.is_some()) && !self.is_pair(pass)
+        // Where all steps are the rows of one, large products do better.
+        let is_sequence = pass.batch == pass.plan.rows;
+        match only_products && is_sequence && sweep_pair::is_fused(&self.device, cell, &pass.plan, output.is_some()) {
+            true => Steps::Pairs,
+            false => Steps::Split,
+        }
     }
 
     /// How many passes of a layer a sweep takes at once: of two directions both, where it can.
     fn at_once(&self, passes: &[Pass<'_>]) -> usize {
         let (cell, width) = (&self.config.cell, self.config.width());
-        let together = !self.runs_split(&passes[0]) && sweep::at_once(&self.device, cell, &passes[0].plan, width);
+        let together = self.steps_of(&passes[0]) != Steps::Split && sweep::at_once(&self.device, cell, &passes[0].plan, width);
         if together { passes.len() } else { 1 }
     }
 
@@ -1047,32 +1050,45 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// W_hr transposed of each pass, where there is an output product.
-    fn output_weights(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
-        let weights: Vec<&Param> = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hr.as_ref()).collect();
+    /// The output products of passes that a sweep takes at once, where there are any.
+    fn outputs<'a>(&self, passes: &[Pass<'_>], tapes: &'a [PassTape]) -> Result<Option<Outputs<'a>>> {
+        let Some((width, _)) = self.config.output else { return Ok(None) };
+        let of_passes = |param: fn(&Weights) -> &Option<Param>| -> Vec<&Param> {
+            passes.iter().filter_map(|pass| param(&self.weights[pass.index]).as_ref()).collect()
+        };
         let transposed = |weight: &Param| Ok(weight.transposed_factor(Precision::Single)?.words);
-        match &weights[..] {
-            [] => Ok(Vec::new()),
-            [weight] => Ok(vec![transposed(weight)?]),
-            _ => {
+        let weights = match &of_passes(|weights| &weights.weight_hr)[..] {
+            [weight] => vec![transposed(weight)?],
+            weights => {
                 let version = weights.iter().map(|weight| weight.version().get()).sum();
-                let copies = &self.both_ways[passes[0].index / weights.len()].outputs;
-                copies.get(version, || Tensor::behind_each_other(weights.iter().map(|weight| transposed(weight))))
+                let both_ways = &self.both_ways[passes[0].index / weights.len()];
+                both_ways.outputs.get(version, || Tensor::behind_each_other(weights.iter().map(|weight| transposed(weight))))?
             }
-        }
+        };
+        let biases = match &of_passes(|weights| &weights.bias_hr)[..] {
+            [] => None,
+            biases => Some(Tensor::behind_each_other(biases.iter().map(|bias| Ok(bias.value().clone())))?),
+        };
+        let outputs = tapes.iter().filter_map(|tape| tape.outputs.as_ref()).collect();
+        Ok(Some(Outputs { width, weights, biases, outputs }))
     }
 
-    /// The biases of output products.
-    fn output_biases(&self, passes: &[Pass<'_>]) -> Result<Vec<Tensor>> {
-        let biases = passes.iter().filter_map(|pass| self.weights[pass.index].bias_hr.as_ref());
-        let biases: Vec<_> = biases.map(|bias| Ok(bias.value().clone())).collect();
-        if biases.is_empty() { Ok(Vec::new()) } else { Tensor::behind_each_other(biases.into_iter()) }
+    /// The same backward.
+    fn output_gradients<'a>(&self, passes: &[Pass<'_>], gradients: &'a [Gradients]) -> Result<Option<OutputGradients<'a>>> {
+        let Some((width, _)) = self.config.output else { return Ok(None) };
+        let weights = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hr.as_ref());
+        let weights = Tensor::behind_each_other(weights.map(|weight| Ok(weight.value().clone())))?;
+        let of_passes = gradients.iter().filter_map(|gradients| gradients.output.as_ref());
+        let (carried, douts) = of_passes.map(|(carried, douts)| (carried, douts)).unzip();
+        Ok(Some(OutputGradients { width, weights, carried, douts }))
     }
 
     /// Of passes that a sweep takes at once. `x`: where [`Self::forms_inputs`], and whether backward will follow.
     fn sweep_forward(&self, passes: &[Pass<'_>], tapes: &[PassTape], x: Option<(&Tensor, bool)>, ys: &[Tensor]) -> Result<()> {
-        if self.runs_split(&passes[0]) {
-            return self.split_forward(&passes[0], &tapes[0], &ys[0]);
+        let steps = self.steps_of(&passes[0]);
+        if steps == Steps::Split {
+            let mut all = passes.iter().zip(tapes).zip(ys);
+            return all.try_for_each(|((pass, tape), y)| self.split_forward(pass, tape, y));
         }
         let cell = &self.config.cell;
         let units = self.units(passes)?;
@@ -1085,18 +1101,8 @@ impl<C: Cell> Recurrent<C> {
             sweep_step::forward_from(cell, &sides[0], &inputs);
             return Ok(());
         }
-        if self.is_split(passes[0].key.is_some()) {
-            let outputs: Vec<&Tensor> = tapes.iter().filter_map(|tape| tape.outputs.as_ref()).collect();
-            let (weights, biases) = (self.output_weights(passes)?, self.output_biases(passes)?);
-            let outputs = Outputs {
-                width: self.config.width(),
-                weights: &weights,
-                biases: &biases,
-                outputs: &outputs,
-                carried: &[],
-                douts: &[],
-            };
-            return sweep_pair::forward(cell, &sides, self.config.output.map(|_| &outputs));
+        if steps == Steps::Pairs {
+            return sweep_pair::forward(cell, &sides, self.outputs(passes, tapes)?.as_ref());
         }
         match sweep::choose(&self.device, cell, &passes[0].plan, false) {
             Sweep::Scan(kernels) => sides.iter().try_for_each(|side| sweep_scan::forward(kernels, cell, side)),
@@ -1377,8 +1383,10 @@ impl<C: Cell> Recurrent<C> {
 
     /// Of passes that a sweep takes at once.
     fn sweep_backward(&self, passes: &[Pass<'_>], tapes: &[PassTape], dys: &[Tensor], gradients: &[Gradients]) -> Result<()> {
-        if self.runs_split(&passes[0]) {
-            return self.split_backward(&passes[0], &tapes[0], &dys[0], &gradients[0]);
+        let steps = self.steps_of(&passes[0]);
+        if steps == Steps::Split {
+            let mut all = passes.iter().zip(tapes).zip(dys).zip(gradients);
+            return all.try_for_each(|(((pass, tape), dy), gradients)| self.split_backward(pass, tape, dy, gradients));
         }
         let cell = &self.config.cell;
         let (units, dys) = (self.units(passes)?, Tensor::behind_each_other(dys.iter().cloned().map(Ok))?);
@@ -1389,21 +1397,8 @@ impl<C: Cell> Recurrent<C> {
         let weights = Tensor::behind_each_other(weights)?;
         let sides = sides(passes, tapes, &weights, &units, &dys);
         let dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
-        if self.is_split(passes[0].key.is_some()) {
-            let weights = passes.iter().filter_map(|pass| self.weights[pass.index].weight_hr.as_ref());
-            let weights: Vec<_> = weights.map(|weight| Ok(weight.value().clone())).collect();
-            let weights = if weights.is_empty() { Vec::new() } else { Tensor::behind_each_other(weights.into_iter())? };
-            let of_outputs = gradients.iter().filter_map(|gradients| gradients.output.as_ref());
-            let (carried, douts): (Vec<&Tensor>, Vec<&Tensor>) = of_outputs.map(|(carried, douts)| (carried, douts)).unzip();
-            let outputs = Outputs {
-                width: self.config.width(),
-                weights: &weights,
-                biases: &[],
-                outputs: &[],
-                carried: &carried,
-                douts: &douts,
-            };
-            return sweep_pair::backward(cell, &sides, &dstates, self.config.output.map(|_| &outputs));
+        if steps == Steps::Pairs {
+            return sweep_pair::backward(cell, &sides, &dstates, self.output_gradients(passes, gradients)?.as_ref());
         }
         match sweep::choose(&self.device, cell, &passes[0].plan, true) {
             Sweep::Scan(kernels) => {
@@ -1601,6 +1596,17 @@ fn sides<'a>(
 /// Part number `index` of a tensor of parts of `len` numbers: a layer and direction of a state.
 fn part(tensor: &Tensor, index: usize, len: usize) -> Tensor {
     tensor.slice(index * len, [len])
+}
+
+/// What the steps of a pass are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Steps {
+    /// A product and a cell, for a sweep of whole steps.
+    Whole,
+    /// Two products, fused with what follows them.
+    Pairs,
+    /// A row of launches.
+    Split,
 }
 
 /// What the slots of a forward pass hold before its sweep.

@@ -5,6 +5,7 @@ use super::harness::{Cases, OUTPUT, Run, TIGHT, normal, overridden, to_bits, wid
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::choice::KernelOverride;
+use crate::kernels::sweep_pair::PairKernel;
 use crate::nn::{
     Cell, CellState, Direction, GruConfig, IndRnnConfig, Input, Linear, LinearConfig, LstmConfig, MinGruConfig, MinLstmConfig,
     Precision, Recurrent, RecurrentConfig, Reset, RnnConfig, SLstmConfig,
@@ -44,6 +45,12 @@ pub(super) fn batch_invariant(cases: &mut Cases<'_>) -> Result<()> {
         check(cases, HALF, 2, LstmConfig::new(INPUT, hidden).layers(2).precision(Precision::Half))?;
         check(cases, "jordan", 1, RnnConfig::new(INPUT, hidden).jordan(4))?;
     }
+    // What devices that are batch invariant do elsewhere.
+    device.override_kernels(KernelOverride::default().pair(PairKernel::Fused))?;
+    check(cases, "lstm, projection, fused", 2, LstmConfig::new(INPUT, 68).projection(12).direction(Direction::Both))?;
+    check(cases, "gru, reset before, fused", 1, GruConfig::new(INPUT, 19).reset(Reset::BeforeProduct))?;
+    check(cases, "jordan, fused", 1, RnnConfig::new(INPUT, 19).jordan(4))?;
+    device.override_kernels(KernelOverride::default())?;
     // Enough for threads, and for more than one block of k.
     check(cases, "lstm", 1, LstmConfig::new(INPUT, 300))?;
     linear(cases)

@@ -5,7 +5,7 @@ use super::networks::{Given, HIDDEN, INPUT, Network, check, check_given};
 use crate::error::Result;
 use crate::kernels::cell_contract::Block;
 use crate::nn::{
-    Cell, CellState, Direction, GruConfig, Input, LstmConfig, MinGruConfig, Module, Recurrent, RnnConfig, SLstmConfig,
+    Cell, CellState, Direction, GruConfig, Input, LstmConfig, MinGruConfig, Module, Recurrent, Reset, RnnConfig, SLstmConfig,
 };
 use crate::rng::Rng;
 use crate::tensor::Tensor;
@@ -34,7 +34,22 @@ pub(super) fn gradient_flow(cases: &mut Cases<'_>) -> Result<()> {
     ] {
         check(cases, Network { flow: true, ..network })?;
     }
-    check(cases, Network { flow: true, ..Network::new("gru", gru.layers(2).direction(Direction::Both), deep(gru64)) })?;
+    check(cases, Network { flow: true, ..Network::new("gru", gru.clone().layers(2).direction(Direction::Both), deep(gru64)) })?;
+    let before64 = oracle::Cell::Gru {
+        reset: oracle::Reset::Before,
+        gate: oracle::Activation::Sigmoid,
+        candidate: oracle::Activation::Tanh,
+    };
+    for network in [
+        Network::new("gru_reset_before", gru.clone().reset(Reset::BeforeProduct).gradient_clip(1e6), spec(before64)),
+        Network::new(
+            "gru_layer_norm",
+            gru.clone().layer_norm(true).gradient_clip(1e6),
+            oracle::Recurrent { layer_norm: true, ..spec(gru64) },
+        ),
+    ] {
+        check(cases, Network { flow: true, ..network })?;
+    }
     let slstm = SLstmConfig::new(INPUT, HIDDEN).layers(2).direction(Direction::Both);
     check(cases, Network { flow: true, ..Network::new("slstm", slstm, deep(oracle::Cell::SLstm)) })?;
     let min_gru = MinGruConfig::new(INPUT, HIDDEN).layers(2).direction(Direction::Both);

@@ -455,8 +455,9 @@ fn two_products(cases: &mut Cases<'_>, kernels: KernelOverride, [hidden, width]:
         };
         let name = format!("lstm_{hidden}_projection_{width}");
         check(cases, Network::new(name, lstm, Recurrent { projection: Some(width), ..stack(lstm64) }))?;
-        let rnn64 = Recurrent { projection: Some(width), ..Recurrent::new(Cell::RNN, INPUT, hidden) };
-        check(cases, Network::new(format!("rnn_{hidden}_jordan_{width}"), RnnConfig::new(INPUT, hidden).jordan(width), rnn64))?;
+        let rnn = RnnConfig::new(INPUT, hidden).jordan(width).layers(2).direction(Direction::Both);
+        let rnn64 = Recurrent { projection: Some(width), ..stack(Cell::RNN) };
+        check(cases, Network::new(format!("rnn_{hidden}_jordan_{width}"), rnn, rnn64))?;
         let gru =
             GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct).zoneout(0.3, 0.0).layers(2).direction(Direction::Both);
         let gru64 = Cell::Gru { reset: oracle::Reset::Before, gate: sigmoid, candidate: oracle::Activation::Tanh };
