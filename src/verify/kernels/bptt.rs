@@ -17,8 +17,8 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "lstm", lstm())?;
     // For kernels that load vectors, and more units than a resident sweep has.
     check(cases, "lstm_wide", LstmConfig::new(INPUT, 132))?;
-    // A row by itself has kernels of its own.
-    check_rows(cases, "lstm_row", LstmConfig::new(INPUT, 132), KernelOverride::default(), 1)?;
+    // A row by itself has kernels of its own, and blocks of a thousand steps.
+    check_sizes(cases, "lstm_row", LstmConfig::new(INPUT, 132), KernelOverride::default(), [3100, 1])?;
     check(cases, "lstm_masks", lstm().layers(2).dropout(0.3).zoneout(0.2, 0.1).weight_dropout(0.3))?;
     check(cases, "lstm_sums", lstm().layers(2).peepholes(true).gradient_clip(0.05))?;
     check(cases, "lstm_projection", lstm().layers(2).projection(INPUT).residual(true))?;
@@ -49,17 +49,16 @@ fn check<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>)
 }
 
 fn check_by<C: Cell>(cases: &mut Cases<'_>, name: &str, config: RecurrentConfig<C>, kernels: KernelOverride) -> Result<()> {
-    check_rows(cases, name, config, kernels, 17)
+    check_sizes(cases, name, config, kernels, [250, 17])
 }
 
-fn check_rows<C: Cell>(
+fn check_sizes<C: Cell>(
     cases: &mut Cases<'_>,
     name: &str,
     config: RecurrentConfig<C>,
     kernels: KernelOverride,
-    rows: usize,
+    [steps, rows]: [usize; 2],
 ) -> Result<()> {
-    let steps = 250;
     // A device of its own: whatever else runs at the same time is not in its count.
     let device = &overridden(cases.device, kernels)?;
     for (kind, is_ragged) in [("", false), ("_ragged", true)] {
