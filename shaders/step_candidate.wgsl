@@ -1,5 +1,5 @@
-// The second launch of a step of a GRU whose reset gate acts before the product: that of n, which sees r h, then the cell. Backward what comes
-// through it: the gradients of r and h. For sweep_step.wgsl and cell_gru.wgsl, after step_reset.wgsl.
+// The second launch of a step of a GRU whose reset gate acts before the product: that of n, which sees r h, then the cell.
+// Backward what comes through it: the gradients of r and h. For sweep_step.wgsl and cell_gru.wgsl, after step_reset.wgsl.
 
 const SUMS = 1u;
 const FIRST = 2u;

@@ -1,5 +1,5 @@
-// The second launch of a step whose recurrence goes through an output: o = W_hr h + b from the h that the cell left. Rows past their end hold
-// o, and y takes it. Backward what comes through it, then the cell. For sweep_step.wgsl, after step_projected.wgsl.
+// The second launch of a step whose recurrence goes through an output: o = W_hr h + b from the h that the cell left. Rows past
+// their end hold o, and y takes it. Backward what comes through it, then the cell. For sweep_step.wgsl, after step_projected.wgsl.
 
 @group(0) @binding(9) var<storage, read_write> outputs: array<f32>; // [depth, B, R]: o of each step
 @group(0) @binding(10) var<storage, read> douts: array<f32>;        // [T, B, R]: the whole gradient of o

@@ -1,6 +1,6 @@
-// The first launch of a step whose recurrence goes through an output o = W_hr h + b (projection; a Jordan network): the product of all gates
-// with o, then the cell. Backward it is the first of a step as well: what came through this product at the step handled before, then the whole
-// gradient of o. For sweep_step.wgsl; step_output.wgsl is the other launch.
+// The first launch of a step whose recurrence goes through an output o = W_hr h + b (projection; a Jordan network): the product of
+// all gates with o, then the cell. Backward it is the first of a step as well: what came through this product at the step handled
+// before, then the whole gradient of o. For sweep_step.wgsl; step_output.wgsl is the other launch.
 
 @group(0) @binding(9) var<storage, read_write> outputs: array<f32>; // [depth, B, R]: o of each step
 @group(0) @binding(10) var<storage, read_write> douts: array<f32>;  // [T, B, R]: the whole gradient of o

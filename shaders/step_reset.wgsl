@@ -1,6 +1,6 @@
-// The first launch of a step of a GRU whose reset gate acts before the product (Cho et al. 2014): the products of r and z with h, then what
-// the product of n sees, r h. Backward it is the first of a step as well: what came through these products at the step handled before, then
-// the cell. For sweep_step.wgsl and cell_gru.wgsl; step_candidate.wgsl is the other launch.
+// The first launch of a step of a GRU whose reset gate acts before the product (Cho et al. 2014): the products of r and z with h,
+// then what the product of n sees, r h. Backward it is the first of a step as well: what came through these products at the step
+// handled before, then the cell. For sweep_step.wgsl and cell_gru.wgsl; step_candidate.wgsl is the other launch.
 
 const SUMS = 2u;
 const FIRST = 0u;

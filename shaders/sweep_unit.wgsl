@@ -52,7 +52,8 @@ struct Sweep {
 @group(0) @binding(0) var<uniform> params: Sweep;
 @group(0) @binding(1) var<storage, read_write> slots: array<f32>;   // [T, B, SLOTS, H]: input part in, saved out, gradients out
 @group(0) @binding(2) var<storage, read_write> states: array<f32>;  // [STATES, depth, B, H]
-@group(0) @binding(3) var<storage, read> weights: array<f32>;       // forward: W_hh transposed [R, GATES * H]; backward: W_hh [GATES * H, R]; see step_output.wgsl
+// Forward: W_hh transposed [R, GATES * H]; backward: W_hh [GATES * H, R]; see step_output.wgsl for others.
+@group(0) @binding(3) var<storage, read> weights: array<f32>;
 @group(0) @binding(4) var<storage, read> unit_values: array<f32>;   // [unit_params, H], or more lines: sweep_rows.wgsl
 @group(0) @binding(5) var<storage, read> lengths: array<u32>;       // [B]
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;       // [T, B, y_stride]: forward: written; backward: dy, only read
@@ -66,8 +67,8 @@ override flow: bool = false; // and for the gradients of all steps
 
 var<private> direction: u32; // of this workgroup: 0 or 1
 
-// The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. A sweep of both directions asks first of all,
-// because from then on the direction is known.
+// The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. A sweep of both directions asks
+// first of all, because from then on the direction is known.
 fn take_tile(group: vec3<u32>, groups: vec3<u32>) -> vec2<u32> {
     let tiles = groups.x / params.directions;
     direction = group.x / tiles;

@@ -128,11 +128,12 @@ impl Weights {
         std::iter::once(weight_ih).chain(optional.into_iter().flatten()).chain(initial)
     }
 
-    /// Words that the copies of its matrices hold, in the order in which products read them. `split`: whether sweeps are those of
-    /// `sweep_split`.
+    /// Words that its copies hold: of matrices, in the order in which products read them, and [`Self::unit`] where it is one. `split`:
+    /// whether more than a product of h and the cell makes a step.
     pub fn copies<C: Cell>(&self, config: &RecurrentConfig<C>, split: bool) -> usize {
         let hidden = config.hidden;
         let len = |param: &Option<Param>| param.as_ref().map_or(0, |param| param.value().len());
+        let unit = if self.whole_unit::<C>().is_some() { 0 } else { self.unit_lines(&config.cell) * hidden };
         if config.precision == Precision::Single {
             let weight_hh = match len(&self.weight_hh) {
                 0 => 0,
@@ -141,7 +142,7 @@ impl Weights {
                 len if split => len,
                 _ => sweep_step::forward_weights_len::<C>(hidden),
             };
-            return sweep_step::input_weights_len::<C>(hidden, self.inputs()) + weight_hh + len(&self.weight_hr);
+            return unit + sweep_step::input_weights_len::<C>(hidden, self.inputs()) + weight_hh + len(&self.weight_hr);
         }
         // The matrix in runs of rows, and its transpose.
         let both = |param: &Param, run: Option<usize>| {
@@ -151,7 +152,7 @@ impl Weights {
             depth(cols) * rows + rows / run * depth(run) * cols
         };
         let weight_hh = self.weight_hh.as_ref().map_or(0, |param| both(param, Some(hidden)));
-        both(&self.weight_ih, None) + weight_hh + self.weight_hr.as_ref().map_or(0, |param| both(param, None))
+        unit + both(&self.weight_ih, None) + weight_hh + self.weight_hr.as_ref().map_or(0, |param| both(param, None))
     }
 
     /// I of this layer.
@@ -162,16 +163,12 @@ impl Weights {
     /// The unit's own parameters `[unit parameters, H]`: recurrent biases, then extras; behind them, with layer normalization, what
     /// [`crate::kernels::sweep_rows`] reads there: the gains of the products of h, then gain and shift of c.
     pub fn unit<C: Cell>(&self, cell: &C, hidden: usize) -> Result<Tensor> {
-        match (&self.bias_hh, &self.extra, &self.norm_hh) {
-            (Some(bias), None, None) => return Ok(bias.value().clone()),
-            (None, Some(extra), None) if C::BIASES == 0 => return Ok(extra.value().clone()),
-            _ => {}
+        if let Some(param) = self.whole_unit::<C>() {
+            return Ok(param.value().clone());
         }
         self.unit.get(self.unit_version(), || {
             let params = cell.unit_params();
-            let norms = self.norm_hh.as_ref().map_or(0, |_| C::Pre::LEN) + self.norm_c.as_ref().map_or(0, |_| 2);
-            // A cell without any parameter still gets something to bind.
-            let unit = Tensor::zeros(self.weight_ih.value().device(), [(params + norms).max(1) * hidden])?;
+            let unit = Tensor::zeros(self.weight_ih.value().device(), [self.unit_lines(cell) * hidden])?;
             let lines = [0, C::BIASES, params, params + C::Pre::LEN, params + C::Pre::LEN + 1];
             for (line, param) in lines.into_iter().zip(self.unit_parts()) {
                 if let Some(param) = param {
@@ -180,6 +177,21 @@ impl Weights {
             }
             Ok(unit)
         })
+    }
+
+    /// The parameter that is all of [`Self::unit`], where one is.
+    fn whole_unit<C: Cell>(&self) -> Option<&Param> {
+        match (&self.bias_hh, &self.extra, &self.norm_hh) {
+            (Some(bias), None, None) => Some(bias),
+            (None, Some(extra), None) if C::BIASES == 0 => Some(extra),
+            _ => None,
+        }
+    }
+
+    /// A cell without any parameter still gets something to bind.
+    fn unit_lines<C: Cell>(&self, cell: &C) -> usize {
+        let norms = self.norm_hh.as_ref().map_or(0, |_| C::Pre::LEN) + self.norm_c.as_ref().map_or(0, |_| 2);
+        (cell.unit_params() + norms).max(1)
     }
 
     /// The version of what [`Self::unit`] is made of.
