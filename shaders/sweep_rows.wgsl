@@ -174,7 +174,7 @@ fn backward(
             }
         }
         let widths = vec2<f32>(vec2(first_group, max(GATES - first_group, 1u)) * H);
-        means = workgroup_sum(lane, sum) / widths.xxyy;
+        means = workgroup_sum(lane, sum) / vec4(widths.x, widths.x, widths.y, widths.y);
         for (var unit = lane; unit < H; unit += lanes) {
             for (var g = 0u; g < GATES; g++) {
                 let scaled = gain_of(g, unit) * slots[slot_at(t, row, recurrent_slot(g), unit)];
