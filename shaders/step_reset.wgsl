@@ -1,18 +1,10 @@
 // The first launch of a step of a GRU whose reset gate acts before the product (Cho et al. 2014): the products of r and z with h,
 // then what the product of n sees, r h. Backward it is the first of a step as well: what came through these products at the step
-// handled before, then the cell. For sweep_step.wgsl and cell_gru.wgsl; step_candidate.wgsl is the other launch.
+// handled before, then the cell. For sweep_step.wgsl, step_from_h.wgsl and cell_gru.wgsl; step_candidate.wgsl is the other launch.
 
 const SUMS = 2u;
 const FIRST = 0u;
 const ALL = GATES;
-
-fn seen_width() -> u32 { return params.hidden; }
-fn made_width() -> u32 { return params.hidden; }
-
-fn seen_at(row: u32) -> u32 { return state_at(0u, slot_before(step_of(params.t)), row, 0u); }
-fn seen(at: u32) -> f32 { return states[at]; }
-
-fn load_forward(unit: u32) -> Unit { return load_unit(unit); }
 
 fn step_forward(row: u32, unit: u32, r: Sums, p: Unit) {
     let t = step_of(params.t);
@@ -21,10 +13,3 @@ fn step_forward(row: u32, unit: u32, r: Sums, p: Unit) {
     // Not in the slot that keeps it: the other launch stores that while other lanes still read this.
     products[product_at(row, 2u, unit)] = reset * states[state_at(0u, slot_before(t), row, unit)];
 }
-
-fn dmade_at(gate: u32, row: u32) -> u32 { return slot_at(step_later(), row, gate, 0u); }
-fn dmade(at: u32) -> f32 { return slots[at]; }
-
-fn load_backward(unit: u32) -> Unit { return load_unit(unit); }
-
-fn step_backward(row: u32, unit: u32, dh: f32, p: Unit) -> UnitBackward { return step_backward_through(row, unit, dh, p); }

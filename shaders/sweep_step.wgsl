@@ -3,7 +3,7 @@
 //     step_whole.wgsl          all gates from h, then the cell: the whole step in one dispatch
 //     step_projected.wgsl, then step_output.wgsl: the gates from the output o and the cell, then o from the cell's h
 //     step_reset.wgsl, then step_candidate.wgsl: r and z from h, then n from r h and the cell: a GRU with the reset before the product
-// Such a file defines
+// Such a file, with step_from_h.wgsl where it starts from h, defines
 //     SUMS, FIRST, ALL         gates that its product makes, the first of them, and how many its matrix has
 //     seen_width, made_width   the numbers that a product of a row sees, and those that each gate makes of them
 //     seen_at, seen            where those of a row lie; one of them
@@ -155,16 +155,6 @@ fn backward(
 
 // The step that was handled before this one; where only its product is wanted, this one.
 fn step_later() -> u32 { return step_of(params.t + 1u - params.finish); }
-
-// dh: what the product gives of the gradient of h after this step; where nothing but the product is wanted, that is all.
-fn step_backward_through(row: u32, unit: u32, dh: f32, p: Unit) -> UnitBackward {
-    var d = load_gradient(row, unit);
-    d[0] += dh;
-    if params.finish == 0u { return run_cell_backward(row, unit, d, p); }
-    store_gradient(row, unit, d);
-    var nothing: UnitBackward;
-    return nothing;
-}
 
 // d: the gradient that later steps give the state.
 fn run_cell_backward(row: u32, unit: u32, d: State, p: Unit) -> UnitBackward {

@@ -338,12 +338,12 @@ pub(crate) fn product(device: &Device, gpu: &Gpu, product: &Product<'_>) -> Prod
 /// The kernel of a sweep by steps. `width`: that of what recurs, H but for an output.
 pub(crate) fn step<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>, width: usize) -> StepKernel {
     let takes = |kernel: StepKernel| kernel.takes::<C>(gpu, [plan.hidden, width]);
-    choose(&STEPS, device, gpu, device.kernel_override().step, sizes_of_step::<C>(device, gpu, plan), takes, || work(plan))
+    choose(&STEPS, device, gpu, device.kernel_override().step, sizes::<C>(device, gpu, plan), takes, || work(plan))
 }
 
 /// How steps of two products are computed.
 pub(crate) fn pair<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> PairKernel {
-    let sizes = sizes_of_step::<C>(device, gpu, plan);
+    let sizes = sizes::<C>(device, gpu, plan);
     choose(&PAIRS, device, gpu, device.kernel_override().pair, sizes, |_| true, || work(plan))
 }
 
@@ -361,13 +361,15 @@ pub(crate) fn sweep<C: CellKernel>(device: &Device, gpu: &Gpu, cell: &C, plan: &
         SweepKernel::Grid => kernel.takes::<C>(plan) && may_run(),
         _ => kernel.takes::<C>(plan),
     };
-    choose(&SWEEPS, device, gpu, device.kernel_override().sweep, sizes::<C>(gpu, plan), takes, || work(plan))
+    choose(&SWEEPS, device, gpu, device.kernel_override().sweep, sizes::<C>(device, gpu, plan), takes, || work(plan))
 }
 
-fn sizes<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usize {
-    let (steps, rows, hidden) = (plan.total, plan.rows, plan.hidden);
+/// On a device that is batch invariant the number of rows plays no part.
+fn sizes<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usize {
+    let (steps, rows, hidden, invariant) = (plan.total, plan.rows, plan.hidden, device.is_batch_invariant());
     let lanes = gpu.subgroup_size().unwrap_or(0) as usize;
     move |size| match size {
+        B | BxH if invariant => usize::MAX,
         T => steps,
         H if C::PRODUCT => hidden,
         H => 0,
@@ -375,12 +377,6 @@ fn sizes<C: CellKernel>(gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usi
         BxH => rows * hidden,
         Lanes => lanes,
     }
-}
-
-/// On a device that is batch invariant the number of rows plays no part.
-fn sizes_of_step<C: CellKernel>(device: &Device, gpu: &Gpu, plan: &Plan<'_>) -> impl Fn(SweepSize) -> usize {
-    let (invariant, sizes) = (device.is_batch_invariant(), sizes::<C>(gpu, plan));
-    move |size| if invariant && matches!(size, B | BxH) { usize::MAX } else { sizes(size) }
 }
 
 fn work(plan: &Plan<'_>) -> String {

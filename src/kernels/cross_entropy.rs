@@ -1,6 +1,6 @@
 //! Softmax and negative log-likelihood, fused, with its gradient.
 
-use super::{MAX_GROUPS, READ, READ_WRITE, math};
+use super::{READ, READ_WRITE, math, row_groups};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
 use crate::error::Result;
@@ -91,7 +91,7 @@ pub(crate) fn cross_entropy(
             let unused = if gradient { None } else { Some(Tensor::uninitialized(device, [1])?) };
             let Some(dz) = dz.as_ref().or(unused.as_ref()) else { unreachable!("one of the two was made above") };
             let bindings = [z.range(), targets.range(), lengths.range(), terms.range(), dz.range()];
-            gpu.launch(&CROSS_ENTROPY, &params, &bindings, [rows.min(MAX_GROUPS) as u32, 1, 1])?;
+            gpu.launch(&CROSS_ENTROPY, &params, &bindings, row_groups(rows))?;
         }
     }
     Ok((terms, dz))

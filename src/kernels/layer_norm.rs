@@ -1,7 +1,7 @@
 //! Layer normalization (Ba, Kiros & Hinton 2016) of the rows of a matrix, and of the products of a recurrent layer's gates.
 
 use super::gemm::Matrix;
-use super::{MAX_GROUPS, READ, READ_WRITE, grid};
+use super::{READ, READ_WRITE, grid, row_groups};
 use crate::backend::gpu::{Gpu, Range};
 use crate::backend::{Kernel, params};
 use crate::device::Backend;
@@ -172,8 +172,7 @@ impl Norm<'_> {
 
 /// A workgroup a row.
 fn launch(gpu: &Gpu, kernel: &'static Kernel, params: LayerNorm, bindings: &[Range]) -> Result<()> {
-    let groups = [(params.rows as usize).min(MAX_GROUPS) as u32, 1, 1];
-    gpu.launch_each(kernel, &[lanes(gpu)], bindings, std::iter::once((params, groups)))
+    gpu.launch_each(kernel, &[lanes(gpu)], bindings, std::iter::once((params, row_groups(params.rows as usize))))
 }
 
 /// Lanes of a workgroup that normalizes a row, as a constant of its shader.

@@ -65,6 +65,11 @@ fn grid(count: usize) -> [u32; 3] {
     [count.div_ceil(64).min(MAX_GROUPS) as u32, 1, 1]
 }
 
+/// A workgroup for each row; the shader strides over what is left.
+fn row_groups(rows: usize) -> [u32; 3] {
+    [rows.min(MAX_GROUPS) as u32, 1, 1]
+}
+
 /// Workgroups in `columns` columns, and in rows that go on in z where y is full: as many as `tiles`, or some more, which the shader
 /// lets go.
 fn tiles(columns: usize, tiles: usize) -> [u32; 3] {

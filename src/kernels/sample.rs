@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::{MAX_GROUPS, READ, READ_WRITE, math};
+use super::{READ, READ_WRITE, math, row_groups};
 use crate::backend::native::{for_parts, threads};
 use crate::backend::{Kernel, params};
 use crate::device::{Backend, Device};
@@ -172,7 +172,7 @@ pub(crate) fn sample(logits: &Tensor, to: &Decoded, step: usize, marks: Marks, c
         }
         Backend::Gpu(gpu) => {
             let bindings = [logits.range(), to.ids.range(), to.last.range(), to.stopped.range(), to.lengths.range()];
-            gpu.launch(&SAMPLE, &params, &bindings, [rows.min(MAX_GROUPS) as u32, 1, 1])
+            gpu.launch(&SAMPLE, &params, &bindings, row_groups(rows))
         }
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel, StepProduct};
 use super::choice;
-use super::sweep::{Plan, Side};
+use super::sweep::{self, Plan, Side};
 use super::sweep_step::{self, Sweep, groups};
 use crate::backend::Kernel;
 use crate::backend::gpu::{Gpu, Range};
@@ -26,14 +26,14 @@ macro_rules! projected {
         [
             step_product!(
                 concat!($name, "_step_projected"),
-                "step_projected.wgsl",
+                ["step_projected.wgsl"],
                 &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (9, READ_WRITE)],
                 &[(1, READ_WRITE), (3, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE), (10, READ_WRITE), (11, READ_WRITE)],
                 $($cell),+
             ),
             step_product!(
                 concat!($name, "_step_output"),
-                "step_output.wgsl",
+                ["step_output.wgsl"],
                 &[(2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (9, READ_WRITE)],
                 &[
                     (1, READ_WRITE),
@@ -60,14 +60,14 @@ macro_rules! reset {
         [
             step_product!(
                 concat!($name, "_step_reset"),
-                "step_reset.wgsl",
+                ["step_reset.wgsl", "step_from_h.wgsl"],
                 &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (8, READ_WRITE)],
                 &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
                 $($cell),+
             ),
             step_product!(
                 concat!($name, "_step_candidate"),
-                "step_candidate.wgsl",
+                ["step_candidate.wgsl"],
                 &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (8, READ_WRITE)],
                 &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (7, READ_WRITE)],
                 $($cell),+
@@ -171,9 +171,8 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>], outputs: Opti
     let device = sides[0].buffers.slots.device();
     let width = outputs.map_or(plan.hidden, |outputs| outputs.width);
     let step = choice::step::<C>(device, gpu, plan, width);
-    let (params, bindings) = sweep_step::prepare(cell, sides, &[]);
-    let [slots, states, weights, unit, lengths, y] = bindings.try_into().unwrap_or_else(|_| unreachable!("forward binds six"));
-    let params = Sweep { width: width as u32, ..params };
+    let [slots, states, weights, unit, lengths, y] = sweep::bindings(sides);
+    let params = Sweep { width: width as u32, ..sweep_step::uniforms(cell, sides, &[]) };
     let part = |product, made, bindings: Vec<Range>, params| {
         let (kernel, tile) = step.forward(product);
         Part { kernel, constants: plan.constants(cell, false), bindings, groups: groups(sides, made, tile), params }
@@ -213,10 +212,8 @@ pub(crate) fn backward<C: CellKernel>(
     let plan = &sides[0].plan;
     let width = outputs.map_or(plan.hidden, |outputs| outputs.width);
     let step = choice::step::<C>(sides[0].buffers.slots.device(), gpu, plan, width);
-    let (params, bindings) = sweep_step::prepare(cell, sides, dstates);
-    let [slots, states, weights, unit, lengths, y, dstates] =
-        bindings.try_into().unwrap_or_else(|_| unreachable!("backward binds seven"));
-    let params = Sweep { width: width as u32, recurrent: 1, ..params };
+    let ([slots, states, weights, unit, lengths, y], all_dstates) = (sweep::bindings(sides), range(dstates));
+    let params = Sweep { width: width as u32, recurrent: 1, ..sweep_step::uniforms(cell, sides, dstates) };
     // The sums and the flow are the cell's.
     let part = |product, seen, has_cell, bindings: Vec<Range>, params| {
         let (kernel, tile) = step.backward(product);
@@ -226,14 +223,14 @@ pub(crate) fn backward<C: CellKernel>(
         Some(OutputGradients { weights: weights_hr, carried, douts, .. }) => {
             let params = Sweep { next_carried: words(carried), next_douts: words(douts), ..params };
             let (carried, douts) = (range(carried), range(douts));
-            let of_first = vec![slots.clone(), weights, lengths.clone(), y.clone(), dstates.clone(), douts.clone(), carried];
-            let of_second = vec![slots, states, range(weights_hr), unit, lengths, y, dstates, douts];
+            let of_first = vec![slots.clone(), weights, lengths.clone(), y.clone(), all_dstates.clone(), douts.clone(), carried];
+            let of_second = vec![slots, states, range(weights_hr), unit, lengths, y, all_dstates, douts];
             let of_weights = Sweep { next_weights: words(weights_hr), ..params };
             (part(first, width, false, of_first, params), part(second, plan.hidden, true, of_second, of_weights))
         }
         None => {
-            let of_first = vec![slots.clone(), states.clone(), weights.clone(), unit, lengths, y, dstates.clone()];
-            let of_second = vec![slots, states, weights, dstates];
+            let of_first = vec![slots.clone(), states.clone(), weights.clone(), unit, lengths, y, all_dstates.clone()];
+            let of_second = vec![slots, states, weights, all_dstates];
             (part(first, plan.hidden, true, of_first, params), part(second, plan.hidden, false, of_second, params))
         }
     };

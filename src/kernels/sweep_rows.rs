@@ -8,7 +8,7 @@ use super::layer_norm::{GateNorm, Norm, lanes};
 use super::math::{Apart, Lanes};
 use super::sweep::{self, Buffers, Plan, Side, Step};
 use super::sweep_step::{self, Sweep};
-use super::{MAX_GROUPS, READ, READ_WRITE};
+use super::{READ, READ_WRITE, row_groups};
 use crate::backend::gpu::Gpu;
 use crate::backend::{Access, Kernel};
 use crate::device::Backend;
@@ -93,10 +93,10 @@ impl RowNorms<'_> {
             }
             Backend::Gpu(gpu) => {
                 let [kernel, _] = kernels::<C>();
-                let buffers = self.with_y(buffers);
-                let [slots, states, _, unit, lengths, y] = sweep::bindings(&[Side { plan: *plan, buffers }]);
+                let sides = [Side { plan: *plan, buffers: self.with_y(buffers) }];
+                let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
                 let bindings = [slots, states, unit, lengths, y, self.gates.products.range(), self.gates.stats.range()];
-                let params = self.params(plan.params(plan.depth::<C>(buffers.states)), plan, step);
+                let params = self.params(sweep_step::uniforms(cell, &sides, &[]), plan, step);
                 gpu.launch_each(kernel, &self.constants(gpu, cell, plan, false), &bindings, std::iter::once(params))
             }
         }
@@ -127,11 +127,10 @@ impl RowNorms<'_> {
             Backend::Gpu(gpu) => {
                 let [_, kernel] = kernels::<C>();
                 let sides = [Side { plan: *plan, buffers: self.with_y(buffers) }];
-                let (params, _) = sweep_step::prepare(cell, &sides, &[dstates]);
+                let params = self.params(sweep_step::uniforms(cell, &sides, &[dstates]), plan, step);
                 let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
                 let (products, dstates) = (self.gates.products.range(), dstates.range());
                 let bindings = [slots, states, unit, lengths, y, dstates, products, gradients.range()];
-                let params = self.params(params, plan, step);
                 gpu.launch_each(kernel, &self.constants(gpu, cell, plan, true), &bindings, std::iter::once(params))
             }
         }
@@ -267,7 +266,7 @@ impl RowNorms<'_> {
             shows: self.state.as_ref().is_some_and(|state| state.y.is_some()).into(),
             ..params
         };
-        (params, [plan.rows.min(MAX_GROUPS) as u32, 1, 1])
+        (params, row_groups(plan.rows))
     }
 
     fn constants<C: CellKernel>(&self, gpu: &Gpu, cell: &C, plan: &Plan<'_>, backward: bool) -> Vec<(&'static str, f64)> {

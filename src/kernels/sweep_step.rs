@@ -56,12 +56,12 @@ pub(crate) use composed;
 
 /// A product of a step and what follows it: a part of a step, composed with this file's shader and a cell; with the bindings of both ways.
 macro_rules! step_product {
-    ($name:expr, $part:literal, $forward:expr, $backward:expr, $($cell:literal),+) => {{
+    ($name:expr, [$($part:literal),+], $forward:expr, $backward:expr, $($cell:literal),+) => {{
         use crate::backend::{Feature, Kernel};
         use crate::kernels::sweep_step::{Sweep, composed};
         const FORWARD: Kernel = Kernel {
             name: concat!($name, "_forward"),
-            source: composed!(["sweep_step.wgsl", $part], $($cell),+),
+            source: composed!(["sweep_step.wgsl", $($part),+], $($cell),+),
             entry: "forward",
             params: Sweep::LAYOUT,
             bindings: $forward,
@@ -70,8 +70,9 @@ macro_rules! step_product {
         };
         const BACKWARD: Kernel =
             Kernel { name: concat!($name, "_backward"), entry: "backward", bindings: $backward, ..FORWARD };
-        const TILED: &str = composed!(["sweep_step.wgsl", $part, "sweep_step_tiled.wgsl"], $($cell),+);
-        const SUBGROUP: &str = composed!(["sweep_step.wgsl", $part, "sweep_step_subgroup.wgsl", "subgroup_rows.wgsl"], $($cell),+);
+        const TILED: &str = composed!(["sweep_step.wgsl", $($part),+, "sweep_step_tiled.wgsl"], $($cell),+);
+        const SUBGROUP: &str =
+            composed!(["sweep_step.wgsl", $($part),+, "sweep_step_subgroup.wgsl", "subgroup_rows.wgsl"], $($cell),+);
         const FORWARD_SUBGROUP: Kernel = Kernel {
             name: concat!($name, "_forward_subgroup"),
             source: SUBGROUP,
@@ -118,7 +119,7 @@ macro_rules! step_kernels {
         use crate::kernels::{READ, READ_WRITE};
         const WHOLE: crate::kernels::cell_contract::StepProduct = step_product!(
             concat!($name, "_step"),
-            "step_whole.wgsl",
+            ["step_whole.wgsl", "step_from_h.wgsl"],
             &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE)],
             &[(1, READ_WRITE), (2, READ_WRITE), (3, READ), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE)],
             $($cell),+
@@ -264,34 +265,37 @@ impl Plan<'_> {
     }
 }
 
-/// What the launches of a sweep share: the uniform struct of the first step that the sides read, and what they bind, backward with dstates.
+/// What the launches of a sweep share: [`uniforms`], and what they bind, backward with dstates.
 pub(super) fn prepare<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> (Sweep, Vec<Range>) {
-    let Side { plan, buffers } = &sides[0];
-    let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
-    let mut params = Sweep { flow_at, ..plan.params(plan.depth::<C>(buffers.states)) };
     let mut bindings = sweep::bindings(sides).to_vec();
     if let (Some(first), Some(last)) = (dstates.first(), dstates.last()) {
         bindings.push(first.range_to(last));
     }
-    if let [_, second] = sides {
-        let next = &second.buffers;
-        debug_assert!(second.plan.reverse != plan.reverse, "the second direction reads the other way");
-        let [next_key0, next_key1] = second.plan.key.words();
-        let words = |from: &Tensor, to: &Tensor| from.words_to(to) as u32;
-        params = Sweep {
-            directions: 2,
-            next_key0,
-            next_key1,
-            next_slots: words(buffers.slots, next.slots),
-            next_states: words(buffers.states, next.states),
-            next_weights: words(buffers.weights, next.weights),
-            next_unit: words(buffers.unit, next.unit),
-            next_y: words(buffers.y, next.y) + (second.plan.y_offset - plan.y_offset) as u32,
-            next_dstates: if let [first, second] = dstates { words(first, second) } else { 0 },
-            ..params
-        };
+    (uniforms(cell, sides, dstates), bindings)
+}
+
+/// The uniform struct of the first step that the sides read.
+pub(super) fn uniforms<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> Sweep {
+    let Side { plan, buffers } = &sides[0];
+    let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
+    let params = Sweep { flow_at, ..plan.params(plan.depth::<C>(buffers.states)) };
+    let [_, second] = sides else { return params };
+    let next = &second.buffers;
+    debug_assert!(second.plan.reverse != plan.reverse, "the second direction reads the other way");
+    let [next_key0, next_key1] = second.plan.key.words();
+    let words = |from: &Tensor, to: &Tensor| from.words_to(to) as u32;
+    Sweep {
+        directions: 2,
+        next_key0,
+        next_key1,
+        next_slots: words(buffers.slots, next.slots),
+        next_states: words(buffers.states, next.states),
+        next_weights: words(buffers.weights, next.weights),
+        next_unit: words(buffers.unit, next.unit),
+        next_y: words(buffers.y, next.y) + (second.plan.y_offset - plan.y_offset) as u32,
+        next_dstates: if let [first, second] = dstates { words(first, second) } else { 0 },
+        ..params
     }
-    (params, bindings)
 }
 
 /// Workgroups of `rows` rows and `units` units each, for so many units of each side.

@@ -143,6 +143,8 @@ impl Cell {
     pub const RNN: Cell = Cell::Rnn { activation: Activation::Tanh };
     /// PyTorch's `nn.GRU`.
     pub const GRU: Cell = Cell::Gru { reset: Reset::After, gate: Activation::Sigmoid, candidate: Activation::Tanh };
+    /// The same with the reset gate before the product.
+    pub const GRU_RESET_BEFORE: Cell = Cell::Gru { reset: Reset::Before, gate: Activation::Sigmoid, candidate: Activation::Tanh };
     /// PyTorch's `nn.LSTM`.
     pub const LSTM: Cell = Cell::Lstm {
         gate: Activation::Sigmoid,

@@ -270,7 +270,7 @@ impl<W: Write> Tuner<'_, W> {
     }
 
     /// The rows of bands of `size`.
-    fn rows<K: Debug + PartialEq>(&mut self, size: &str, kind: &str, Bands(bands): Bands<K>) -> Result<()> {
+    fn rows<K: Debug>(&mut self, size: &str, kind: &str, Bands(bands): Bands<K>) -> Result<()> {
         for (i, (first, kernels, gained)) in bands.iter().enumerate() {
             let least = if i == 0 { 1 } else { *first };
             let most = bands.get(i + 1).map_or("usize::MAX".to_owned(), |(next, ..)| (next - 1).to_string());

@@ -1025,10 +1025,15 @@ impl<C: Cell> Recurrent<C> {
             [pass] => Ok(vec![unit(of_pass(pass))?]),
             _ => {
                 let version = passes.iter().map(|pass| of_pass(pass).unit_version()).sum();
-                let both_ways = &self.both_ways[passes[0].index / passes.len()];
-                both_ways.units.get(version, || Tensor::behind_each_other(passes.iter().map(|pass| unit(of_pass(pass)))))
+                let make = || Tensor::behind_each_other(passes.iter().map(|pass| unit(of_pass(pass))));
+                self.both_ways(passes).units.get(version, make)
             }
         }
+    }
+
+    /// Of the layer of these two passes.
+    fn both_ways(&self, passes: &[Pass<'_>]) -> &BothWays {
+        &self.both_ways[passes[0].index / passes.len()]
     }
 
     /// W_hh as a forward sweep of whole steps reads it, of each of its passes; anything where the cell has no product.
@@ -1040,13 +1045,7 @@ impl<C: Cell> Recurrent<C> {
             [] => Ok(units.to_vec()),
             _ if !dropped.is_empty() => Tensor::behind_each_other(dropped.into_iter().map(packed)),
             [weight] => Ok(vec![weight.packed(packed)?]),
-            weights => {
-                let version = weights.iter().map(|weight| weight.version().get()).sum();
-                let both_ways = &self.both_ways[passes[0].index / weights.len()];
-                both_ways
-                    .recurrent
-                    .get(version, || Tensor::behind_each_other(weights.iter().map(|weight| packed(weight.value()))))
-            }
+            weights => copies(&self.both_ways(passes).recurrent, weights, packed),
         }
     }
 
@@ -1056,13 +1055,11 @@ impl<C: Cell> Recurrent<C> {
         let of_passes = |param: fn(&Weights) -> &Option<Param>| -> Vec<&Param> {
             passes.iter().filter_map(|pass| param(&self.weights[pass.index]).as_ref()).collect()
         };
-        let transposed = |weight: &Param| Ok(weight.transposed_factor(Precision::Single)?.words);
         let weights = match &of_passes(|weights| &weights.weight_hr)[..] {
-            [weight] => vec![transposed(weight)?],
+            [weight] => vec![weight.transposed_factor(Precision::Single)?.words],
             weights => {
-                let version = weights.iter().map(|weight| weight.version().get()).sum();
-                let both_ways = &self.both_ways[passes[0].index / weights.len()];
-                both_ways.outputs.get(version, || Tensor::behind_each_other(weights.iter().map(|weight| transposed(weight))))?
+                let transposed = |weight: &Tensor| transpose::matrix(weight, width, self.config.hidden);
+                copies(&self.both_ways(passes).outputs, weights, transposed)?
             }
         };
         let biases = match &of_passes(|weights| &weights.bias_hr)[..] {
@@ -1591,6 +1588,12 @@ fn sides<'a>(
         Side { plan: passes[n].plan, buffers: Buffers { slots, states, weights, unit: &units[n], y: &ys[n] } }
     };
     (0..passes.len()).map(side).collect()
+}
+
+/// What is made of each of these weights, one behind the other; made again where one has changed.
+fn copies(cached: &CachedCopy<Vec<Tensor>>, weights: &[&Param], make: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Vec<Tensor>> {
+    let version = weights.iter().map(|weight| weight.version().get()).sum();
+    cached.get(version, || Tensor::behind_each_other(weights.iter().map(|weight| make(weight.value()))))
 }
 
 /// Part number `index` of a tensor of parts of `len` numbers: a layer and direction of a state.

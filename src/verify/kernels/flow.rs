@@ -35,13 +35,12 @@ pub(super) fn gradient_flow(cases: &mut Cases<'_>) -> Result<()> {
         check(cases, Network { flow: true, ..network })?;
     }
     check(cases, Network { flow: true, ..Network::new("gru", gru.clone().layers(2).direction(Direction::Both), deep(gru64)) })?;
-    let before64 = oracle::Cell::Gru {
-        reset: oracle::Reset::Before,
-        gate: oracle::Activation::Sigmoid,
-        candidate: oracle::Activation::Tanh,
-    };
     for network in [
-        Network::new("gru_reset_before", gru.clone().reset(Reset::BeforeProduct).gradient_clip(1e6), spec(before64)),
+        Network::new(
+            "gru_reset_before",
+            gru.clone().reset(Reset::BeforeProduct).gradient_clip(1e6),
+            spec(oracle::Cell::GRU_RESET_BEFORE),
+        ),
         Network::new(
             "gru_layer_norm",
             gru.clone().layer_norm(true).gradient_clip(1e6),

@@ -58,9 +58,8 @@ pub(super) fn half_networks(cases: &mut Cases<'_>) -> Result<()> {
         zoneout: [0.3, 0.2],
         ..Network::new("lstm_weight_dropout_zoneout", lstm().weight_dropout(0.4).zoneout(0.3, 0.2), lstm64)
     })?;
-    let reset = C::Gru { reset: oracle::Reset::Before, gate: oracle::Activation::Sigmoid, candidate: oracle::Activation::Tanh };
     let gru = || GruConfig::new(INPUT, HIDDEN).reset(Reset::BeforeProduct);
-    both(cases, || Network::new("gru_reset_before", gru(), oracle::Recurrent::new(reset, INPUT, HIDDEN)))?;
+    both(cases, || Network::new("gru_reset_before", gru(), oracle::Recurrent::new(C::GRU_RESET_BEFORE, INPUT, HIDDEN)))?;
     let jordan = oracle::Recurrent { projection: Some(4), ..oracle::Recurrent::new(C::RNN, INPUT, HIDDEN) };
     both(cases, || Network::new("rnn_jordan", RnnConfig::new(INPUT, HIDDEN).jordan(4), jordan))
 }

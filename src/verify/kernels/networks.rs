@@ -272,10 +272,7 @@ fn grus(cases: &mut Cases<'_>) -> Result<()> {
     let hard = Activation::HardSigmoid { alpha: 0.2, beta: 0.5 };
     let hard64 = A::HardSigmoid { alpha: f64::from(0.2f32), beta: 0.5 };
     let before = || config().reset(Reset::BeforeProduct);
-    let plain_before = || oracle::Recurrent {
-        cell: oracle::Cell::Gru { reset: oracle::Reset::Before, gate: A::Sigmoid, candidate: A::Tanh },
-        ..plain()
-    };
+    let plain_before = || oracle::Recurrent { cell: oracle::Cell::GRU_RESET_BEFORE, ..plain() };
     let acts = oracle::Cell::Gru { reset: oracle::Reset::After, gate: hard64, candidate: A::Softsign };
     let table = vec![
         Network::new("gru_gate_clip", config().gate_clip(0.5), oracle::Recurrent { pre_clip: Some(0.5), ..plain() }),

@@ -444,9 +444,8 @@ fn two_products(cases: &mut Cases<'_>, kernels: KernelOverride, [hidden, width]:
     cases.under(kernels, |cases| {
         let stack = |cell| Recurrent { layers: 2, directions: 2, ..Recurrent::new(cell, INPUT, hidden) };
         let lstm = LstmConfig::new(INPUT, hidden).peepholes(true).projection(width).layers(2).direction(Direction::Both);
-        let sigmoid = oracle::Activation::Sigmoid;
         let lstm64 = Cell::Lstm {
-            gate: sigmoid,
+            gate: oracle::Activation::Sigmoid,
             candidate: oracle::Activation::Tanh,
             output: oracle::Activation::Tanh,
             peepholes: true,
@@ -460,8 +459,8 @@ fn two_products(cases: &mut Cases<'_>, kernels: KernelOverride, [hidden, width]:
         check(cases, Network::new(format!("rnn_{hidden}_jordan_{width}"), rnn, rnn64))?;
         let gru =
             GruConfig::new(INPUT, hidden).reset(Reset::BeforeProduct).zoneout(0.3, 0.0).layers(2).direction(Direction::Both);
-        let gru64 = Cell::Gru { reset: oracle::Reset::Before, gate: sigmoid, candidate: oracle::Activation::Tanh };
-        check(cases, Network { zoneout: [0.3, 0.0], ..Network::new(format!("gru_{hidden}_reset_before"), gru, stack(gru64)) })
+        let gru64 = stack(Cell::GRU_RESET_BEFORE);
+        check(cases, Network { zoneout: [0.3, 0.0], ..Network::new(format!("gru_{hidden}_reset_before"), gru, gru64) })
     })
 }
 
