@@ -22,7 +22,7 @@ fn step_forward(row: u32, unit: u32, r: Sums, p: Unit) {
     let t = step_of(params.t);
     let valid = is_valid(t, row);
     var o = r[0];
-    if biased { o += unit_values[direction * params.next_unit + unit]; }
+    if biased { o += unit_values[side * params.next_unit + unit]; }
     y[y_at(t, row, unit)] = select(0.0, o, valid);
     outputs[output_at(slot_after(t), row, unit)] = select(outputs[output_at(slot_before(t), row, unit)], o, valid);
 }

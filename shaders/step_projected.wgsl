@@ -27,7 +27,7 @@ fn load_backward(unit: u32) -> Unit { return Unit(); }
 
 fn step_backward(row: u32, unit: u32, d: f32, p: Unit) -> UnitBackward {
     let t = step_of(params.t);
-    let at = direction * params.next_carried + row * params.width + unit;
+    let at = side * params.next_carried + row * params.width + unit;
     let later = carried[at] + d;
     let ends_here = params.finish == 0u && is_valid(t, row);
     carried[at] = select(later, 0.0, ends_here);

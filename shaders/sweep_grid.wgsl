@@ -1,4 +1,4 @@
-// Many time steps of any cell in one dispatch of workgroups that all run at once, of one direction or both, which know nothing of each
+// Many time steps of any cell in one dispatch of workgroups that all run at once, of one side or two, which know nothing of each
 // other. Each workgroup has a tile of units and keeps its part of W_hh in registers through all steps; what the others need of its
 // results travels through `exchange`: forward h, backward the gradients of the product. Composed with sweep_unit.wgsl,
 // cell_contract.wgsl, one cell file and hold.wgsl; the product is the cell's.
@@ -17,11 +17,11 @@ const DEPTH = 32u;              // k of a lane's product
 const VECTORS = DEPTH / 4u;     // the same in vectors; written out in `multiply` and below
 const MOST = 1024u / 4u;        // vectors of a line at most: H is at most 1024
 
-// The head of the exchange, before the values [steps, directions, B, 1 or GATES, H].
+// The head of the exchange, before the values [steps, sides, B, 1 or GATES, H].
 const ALARM = 0u;               // 1: a workgroup has waited in vain, in this run or in any before it
 const PRESENT = 1u;             // a run of no steps counts in it the workgroups that run at once
 const CLOSED = 2u;              // 1: that count is over
-const PROGRESS = 16u;           // blocks of rows done by each workgroup [tiles of rows, tiles of units, directions], 256 at most
+const PROGRESS = 16u;           // blocks of rows done by each workgroup [tiles of rows, tiles of units, sides], 256 at most
 const VALUES = 512u;
 
 // A NaN that no arithmetic makes: a value is exchanged with its bits turned by these, so that it is 0 for none but this.
@@ -82,7 +82,7 @@ fn decode(word: u32) -> f32 { return bitcast<f32>(word ^ ABSENT); }
 
 // Where a value lies that goes out at step n of this run. lines: what a row brings to the product, 1 or GATES.
 fn word_at(n: u32, lines_of_row: u32, row: u32, index: u32, k: u32) -> u32 {
-    return VALUES + (((n * params.directions + direction) * params.rows + row) * lines_of_row + index) * params.hidden + k;
+    return VALUES + (((n * params.sides + side) * params.rows + row) * lines_of_row + index) * params.hidden + k;
 }
 
 // The word at `at` as soon as it is more than `less`, or what it is after some looks.
@@ -128,7 +128,7 @@ fn count_present(lane: u32, groups: u32) {
 }
 
 // Where a workgroup of the grid leaves word how many blocks it has done. tile: of units and of rows.
-fn progress_at(c: Cut, tile: vec2<u32>) -> u32 { return PROGRESS + (tile.y * c.tiles + tile.x) * params.directions + direction; }
+fn progress_at(c: Cut, tile: vec2<u32>) -> u32 { return PROGRESS + (tile.y * c.tiles + tile.x) * params.sides + side; }
 
 // Steps that a workgroup of the grid has done for a row.
 fn steps_done(c: Cut, tile: u32, row: u32) -> u32 {

@@ -1,4 +1,4 @@
-// Many time steps of any cell in one dispatch, of one direction or both: a workgroup carries `tile` rows of the batch through all of
+// Many time steps of any cell in one dispatch, of one side or two: a workgroup carries `tile` rows of the batch through all of
 // them, with all units of a cell that has a product. A lane owns a unit; its weights lie in an array of its own, which a compiler keeps
 // in registers or close by, and h or its gradient goes from lane to lane through workgroup memory. Composed with sweep_unit.wgsl,
 // cell_contract.wgsl, one cell file, hold.wgsl and eight.wgsl or eight_subgroup.wgsl.

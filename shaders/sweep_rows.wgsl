@@ -2,7 +2,7 @@
 // product, gates in one group or two, and runs the cell for all units. Where the last state is normalized as well, on its way to h, the
 // cell has left in place of h, and in its last slot, the other factor of h (of an LSTM o: h = o act(LN(c))). Backward the same in the
 // opposite order; the statistics are computed again, by the same code. Composed with row_norm.wgsl, sweep_unit.wgsl,
-// cell_contract.wgsl, one cell file and hold.wgsl; one direction a launch.
+// cell_contract.wgsl, one cell file and hold.wgsl; one side a launch.
 //
 // A lane owns units a workgroup apart, and reads back nothing that another lane stored. Gains and the shift are lines of `unit_values`
 // behind the unit parameters: of each gate, then gain and shift of the state.

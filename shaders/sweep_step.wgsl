@@ -1,4 +1,4 @@
-// One time step of any cell, of one direction or both: a product for a tile of rows x units, then what follows it. Composed with
+// One time step of any cell, of one side or two: a product for a tile of rows x units, then what follows it. Composed with
 // sweep_unit.wgsl, cell_contract.wgsl, one cell file and hold.wgsl, and with one file that says what is multiplied and what is made of it:
 //     step_whole.wgsl          all gates from h, then the cell: the whole step in one dispatch
 //     step_projected.wgsl, then step_output.wgsl: the gates from the output o and the cell, then o from the cell's h
@@ -10,8 +10,9 @@
 //     load_forward, step_forward    what follows, for a row and one of the numbers made, and what it wants to know of the latter
 //     dmade_at, dmade, load_backward, step_backward    the same backward, where the product makes gradients of what was seen from those
 //                              of what was made
-// and the host launches forward for each step in the direction's order, backward for each step in the opposite order. Where there is more
-// around the product (see src/kernels/sweep_split.rs) it launches `forward_split`, which is given the product, and backward without one.
+// and the host launches forward for each step in the order in which a side reads them, backward in the opposite order. Where there is
+// more around the product (see src/kernels/sweep_split.rs) it launches `forward_split`, which is given the product, and backward
+// without one.
 //
 // A lane owns one unit with all its gates and ROWS rows of the batch: 4 rows and 4 gates make 16 multiply-adds of 8 loads.
 // Neighbouring lanes read neighbouring weights, and no lane needs another's results, so there are no barriers.
@@ -25,15 +26,15 @@ const UNITS = 4u; // of a lane in backward, likewise
 alias Sums = array<f32, SUMS>;
 
 fn product_at(row: u32, gate: u32, unit: u32) -> u32 {
-    return direction * params.next_between + (row * GATES + gate) * params.hidden + unit;
+    return side * params.next_between + (row * GATES + gate) * params.hidden + unit;
 }
 
 fn output_at(slot: u32, row: u32, unit: u32) -> u32 {
-    return direction * params.next_between + (slot * params.rows + row) * params.width + unit;
+    return side * params.next_between + (slot * params.rows + row) * params.width + unit;
 }
 
 fn dout_at(t: u32, row: u32, unit: u32) -> u32 {
-    return direction * params.next_douts + (t * params.rows + row) * params.width + unit;
+    return side * params.next_douts + (t * params.rows + row) * params.width + unit;
 }
 
 // The weight with which number k of those seen goes into a unit of the first gate; those of the next gates are made_width() apart.

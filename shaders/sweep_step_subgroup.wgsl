@@ -32,7 +32,7 @@ fn forward_subgroup(
 ) {
     let seen_count = seen_width();
     let made_count = made_width();
-    let tile = by_columns(take_tile(group, groups), vec2(groups.x / params.directions, groups.y * groups.z));
+    let tile = by_columns(take_tile(group, groups), vec2(groups.x / params.sides, groups.y * groups.z));
     let unit = tile.x * TILE_UNITS + 4u * lane;
     let row = tile.y * FORWARD_ROWS;
 
@@ -77,7 +77,7 @@ fn backward_subgroup(
 ) {
     let seen_count = seen_width();
     let made_count = made_width();
-    let tile = by_columns(take_tile(group, groups), vec2(groups.x / params.directions, groups.y * groups.z));
+    let tile = by_columns(take_tile(group, groups), vec2(groups.x / params.sides, groups.y * groups.z));
     let unit = tile.x * TILE_UNITS + 4u * lane;
     let row = tile.y * BACKWARD_ROWS;
 

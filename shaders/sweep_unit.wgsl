@@ -1,19 +1,20 @@
 // What every sweep over steps does around the cell, for one step, row and unit: it loads and stores, holds back, skips what is past
 // a row's end, clips. Composed with a sweep, cell_contract.wgsl, one cell file and hold.wgsl; the sweep makes the product.
 //
-// A launch runs one direction of a layer, or both. Then the second half of each row of workgroups has the second direction, which reads
-// the sequence the other way and whose part of each buffer but `lengths` lies behind that of the first: what follows knows where.
+// A launch has one side or two: a direction of a layer, or both directions, or two layers of which one is some steps ahead. Then the second
+// half of each row of workgroups has the second side, whose part of each buffer but `lengths` lies behind that of the first: what
+// follows knows where.
 
 struct Sweep {
     rows: u32,   // B
     hidden: u32, // H
     width: u32,  // R, of the output that recurs where it is not h
     depth: u32,  // slots that `states` has for each state: T + 1, or 2 when nothing is kept for backward
-    t: u32,      // the first step of this launch, counted as its direction reads them
+    t: u32,      // the first step of this launch, counted as the first side reads them
     steps: u32,  // how many it takes
     last: u32,   // T - 1
-    reverse: u32, // 1: the first direction reads the sequence from its last step to its first
-    directions: u32, // of the launch: 1 or 2
+    reverse: u32, // 1: the first side reads the sequence from its last step to its first
+    sides: u32,  // of the launch: 1 or 2
     recurrent: u32, // sweep_step, sweep_grid, backward: 1 where there are gradients for the product, of the step handled before
     finish: u32, // backward: 1: the product of the first step is wanted, for the initial state's gradient; sweep_step: and nothing else
     tile: u32,   // sweep_grid: rows of a workgroup
@@ -31,7 +32,10 @@ struct Sweep {
     zoneout_c: f32,
     clip: f32,      // backward: a bound for each element of the gradient that later steps give; 0: none
     flow_at: u32,   // backward with `flow`: where the gradients of all steps start in dstates
-    // Of the second direction: its key, and words from what the first has to what it has.
+    // Of the second side: whether it reads the other way, how many steps it is ahead (behind: 2^32 less), its key, and words from what the
+    // first has to what it has.
+    opposite: u32,
+    ahead: u32,
     next_key0: u32,
     next_key1: u32,
     next_slots: u32,
@@ -65,24 +69,27 @@ struct Sweep {
 override sums: bool = false; // whether dstates has room for the sums
 override flow: bool = false; // and for the gradients of all steps
 
-var<private> direction: u32; // of this workgroup: 0 or 1
+var<private> side: u32; // of this workgroup: 0 or 1
 
-// The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. A sweep of both directions asks
-// first of all, because from then on the direction is known.
+// The tile of units and the tile of rows that a workgroup has; rows go on in z where y is full. A sweep of two sides asks first of
+// all, because from then on the side is known.
 fn take_tile(group: vec3<u32>, groups: vec3<u32>) -> vec2<u32> {
-    let tiles = groups.x / params.directions;
-    direction = group.x / tiles;
+    let tiles = groups.x / params.sides;
+    side = group.x / tiles;
     return vec2(group.x % tiles, group.z * groups.y + group.y);
 }
 
-// 1: this direction reads the sequence from its last step to its first.
-fn is_reverse() -> u32 { return params.reverse ^ direction; }
+// 1: this side reads the sequence from its last step to its first.
+fn is_reverse() -> u32 { return params.reverse ^ (side * params.opposite); }
 
-// The step of the sequence that this direction reads as number n, from 0.
-fn step_of(n: u32) -> u32 { return select(n, params.last - n, is_reverse() == 1u); }
+// The step of the sequence that this side reads while the first one reads number n, from 0.
+fn step_of(n: u32) -> u32 {
+    let own = n + side * params.ahead;
+    return select(own, params.last - own, is_reverse() == 1u);
+}
 
 fn slot_at(t: u32, row: u32, slot: u32, unit: u32) -> u32 {
-    return direction * params.next_slots + ((t * params.rows + row) * SLOTS + slot) * params.hidden + unit;
+    return side * params.next_slots + ((t * params.rows + row) * SLOTS + slot) * params.hidden + unit;
 }
 
 // The slots of `states` before and after a step.
@@ -90,7 +97,7 @@ fn slot_before(t: u32) -> u32 { return (t + is_reverse()) % params.depth; }
 fn slot_after(t: u32) -> u32 { return (t + 1u - is_reverse()) % params.depth; }
 
 fn state_at(s: u32, slot: u32, row: u32, unit: u32) -> u32 {
-    return direction * params.next_states + ((s * params.depth + slot) * params.rows + row) * params.hidden + unit;
+    return side * params.next_states + ((s * params.depth + slot) * params.rows + row) * params.hidden + unit;
 }
 
 fn load_state(slot: u32, row: u32, unit: u32) -> State {
@@ -103,8 +110,8 @@ fn store_state(slot: u32, row: u32, unit: u32, state: State) {
     for (var s = 0u; s < STATES; s++) { states[state_at(s, slot, row, unit)] = state[s]; }
 }
 
-// Where this direction's gradients, sums and flow start.
-fn first_dstate() -> u32 { return direction * params.next_dstates; }
+// Where this side's gradients, sums and flow start.
+fn first_dstate() -> u32 { return side * params.next_dstates; }
 
 fn gradient_at(s: u32, row: u32, unit: u32) -> u32 {
     return first_dstate() + (s * params.rows + row) * params.hidden + unit;
@@ -121,19 +128,19 @@ fn store_gradient(row: u32, unit: u32, d: State) {
     for (var s = 0u; s < STATES; s++) { dstates[gradient_at(s, row, unit)] = d[s]; }
 }
 
-fn first_weight() -> u32 { return direction * params.next_weights; }
+fn first_weight() -> u32 { return side * params.next_weights; }
 
 fn load_unit(unit: u32) -> Unit {
     var p: Unit;
     for (var i = 0u; i < PARAMS; i++) {
         p[i] = 0.0;
-        if i < unit_params { p[i] = unit_values[direction * params.next_unit + i * params.hidden + unit]; }
+        if i < unit_params { p[i] = unit_values[side * params.next_unit + i * params.hidden + unit]; }
     }
     return p;
 }
 
 fn site_of(t: u32, row: u32, unit: u32) -> Site {
-    let is_next = direction == 1u;
+    let is_next = side == 1u;
     let key0 = select(params.key0, params.next_key0, is_next);
     let key1 = select(params.key1, params.next_key1, is_next);
     return Site(key0, key1, params.start + t, row, unit);
@@ -150,7 +157,7 @@ fn is_valid(t: u32, row: u32) -> bool {
 }
 
 fn y_at(t: u32, row: u32, unit: u32) -> u32 {
-    return direction * params.next_y + (t * params.rows + row) * params.y_stride + params.y_offset + unit;
+    return side * params.next_y + (t * params.rows + row) * params.y_stride + params.y_offset + unit;
 }
 
 // The input part of all gates.

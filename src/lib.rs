@@ -69,8 +69,9 @@
 //! each other h through memory; `sweep_pair`, two launches a step, each a product and what follows it (an output product, a gated
 //! product); `sweep_split`, a step as a row of launches, for whatever else comes between the product and the cell or after the cell (masks,
 //! half precision, layer normalisation), of which one launch, `sweep_rows`, is the cell with all of layer normalisation; `sweep_scan`,
-//! in parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On a GPU the first four run both
-//! directions of a layer in the same launches; all else takes one after the other. On the CPU all but `sweep_split` are `sweep_native`, whose threads share the units or the rows.
+//! in parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On a GPU the first four have two
+//! sides to a launch: both directions of a layer, or two layers of which the upper one is a block of steps behind the lower one (a
+//! wavefront, `nn/recurrent/wavefront.rs`); all else takes one after the other. On the CPU all but `sweep_split` are `sweep_native`, whose threads share the units or the rows.
 //!
 //! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward
 //! sweep leaves what backward needs, the backward sweep leaves the gradients, from which the products make those of
@@ -100,7 +101,7 @@ pub use device::{Device, DeviceInfo, KernelTime, MemoryUse};
 pub use error::{Error, ErrorKind, Result};
 pub use kernels::choice::{KernelChoice, KernelOverride};
 pub use kernels::gemm::ProductKernel;
-pub use kernels::sweep::SweepKernel;
+pub use kernels::sweep::{LayerOrder, SweepKernel};
 pub use kernels::sweep_pair::PairKernel;
 pub use kernels::sweep_step::StepKernel;
 pub use loss::{CrossEntropy, Loss, MeanSquaredError};

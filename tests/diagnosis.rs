@@ -10,7 +10,8 @@ use gatefold::nn::{
 };
 use gatefold::optim::Sgd;
 use gatefold::{
-    Batch, Device, ErrorKind, KernelOverride, Lengths, MeanSquaredError, PairKernel, Rng, SweepKernel, Tensor, Trainer,
+    Batch, Device, ErrorKind, KernelOverride, LayerOrder, Lengths, MeanSquaredError, PairKernel, Rng, SweepKernel, Tensor,
+    Trainer,
 };
 
 const STEPS: usize = 4;
@@ -275,7 +276,16 @@ fn train<C: Cell>(device: &Device, config: RecurrentConfig<C>) -> gatefold::Resu
     layer.backward(tape, &y, None).map(|_| ())
 }
 
-/// How many launches a step takes, of one direction and of both, as a device with a clock of kernels can tell.
+/// Launches of kernels with this in their names, where the device has a clock of kernels, which can tell.
+fn launches(device: &Device, kernel: &str, work: impl FnOnce() -> gatefold::Result<()>) -> Result<Option<usize>> {
+    match device.profile(work) {
+        Ok(times) => Ok(Some(times.iter().filter(|time| time.kernel.contains(kernel)).map(|time| time.launches).sum())),
+        Err(error) if error.kind() == ErrorKind::Unsupported => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// How many launches a step takes, of one direction and of both.
 #[test]
 fn directions_share_the_launches_of_a_step() -> Result<()> {
     type Run = fn(&Device, Direction) -> gatefold::Result<()>;
@@ -302,13 +312,45 @@ fn directions_share_the_launches_of_a_step() -> Result<()> {
         for (kernel, given, run, expected) in cases {
             device.override_kernels(given)?;
             for (direction, expected) in [Direction::Forward, Direction::Both].into_iter().zip(expected) {
-                let times = device.profile(|| run(&device, direction));
-                if times.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
-                    continue; // it has no clock
-                }
+                let Some(launches) = launches(&device, kernel, || run(&device, direction))? else { continue };
                 clocks += 1;
-                let launches: usize = times?.iter().filter(|time| time.kernel.contains(kernel)).map(|time| time.launches).sum();
                 ensure!(launches == expected, "{device:?}, {kernel}, {direction:?}: {launches} launches, expected {expected}");
+            }
+        }
+    }
+    ensure!(clocks > 0, "no adapter has a clock");
+    Ok(())
+}
+
+/// How many launches two layers take, in turn and as a wavefront of blocks of 24, 24 and 16 steps: of steps so many less as layers take
+/// together; sweeps that are one launch have one or two a block.
+#[test]
+fn layers_share_the_launches_of_a_step() -> Result<()> {
+    const LONG: usize = 64;
+    let steps = KernelOverride::default().sweep(SweepKernel::Step);
+    let (shared, backward) = (24 + 16, 15 + 23);
+    let cases = [
+        ("_step_forward", steps, [2 * LONG, 2 * LONG - shared]),
+        // And a launch of each layer for the gradient of the initial state.
+        ("_step_backward", steps, [2 * LONG + 2, 2 * LONG + 2 - backward]),
+        // The blocks alone, and where one is shorter what is left; backward the last and the first step of the sequence too.
+        ("_resident_forward", steps.sweep(SweepKernel::Resident), [2, 5]),
+        ("_resident_backward", steps.sweep(SweepKernel::Resident), [2, 8]),
+    ];
+    let mut clocks = 0;
+    for device in adapters()? {
+        for (kernel, given, expected) in cases {
+            for (order, expected) in LayerOrder::ALL.into_iter().zip(expected) {
+                device.override_kernels(given.layers(order))?;
+                let layer = LstmConfig::new(INPUT, 32).layers(2).init(&device, &mut Rng::seed(1))?;
+                let x = Tensor::zeros(&device, [LONG, 2, INPUT])?;
+                let train = || {
+                    let (y, _, tape) = layer.forward_train(&x, None)?;
+                    layer.backward(tape, &y, None).map(|_| ())
+                };
+                let Some(launches) = launches(&device, kernel, train)? else { continue };
+                clocks += 1;
+                ensure!(launches == expected, "{device:?}, {kernel}, {order}: {launches} launches, expected {expected}");
             }
         }
     }

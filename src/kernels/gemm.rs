@@ -83,6 +83,9 @@ pub(crate) struct Product<'a> {
     pub bias: Option<&'a Tensor>,
     pub c: Matrix<'a>,
     pub accumulate: bool,
+    /// M of the product that this is a part of, with some of its rows: the kernel that suits the whole is taken for each part, so that the
+    /// bits are the same.
+    pub whole: usize,
 }
 
 impl Product<'_> {
@@ -300,7 +303,7 @@ pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matri
             multiply_native(a, b, bias, c, accumulate);
             Ok(())
         }
-        Backend::Gpu(gpu) => launch(gpu, &Product { precision: Precision::Single, a, b, bias, c, accumulate }),
+        Backend::Gpu(gpu) => launch(gpu, &Product { precision: Precision::Single, a, b, bias, c, accumulate, whole: c.rows }),
     }
 }
 
@@ -354,7 +357,7 @@ pub(crate) fn part_sums(any: &Tensor, precision: Precision, [m, n, k]: [usize; 3
     let k = if precision == Precision::Half { k.div_ceil(2) } else { k };
     let matrix = |rows, cols| Matrix { tensor: any, offset: 0, rows, cols, row: cols, col: 1 };
     let (a, b, c) = (matrix(k, m).t(), matrix(k, n), matrix(m, n));
-    let product = Product { precision, a, b, bias: None, c, accumulate: true };
+    let product = Product { precision, a, b, bias: None, c, accumulate: true, whole: c.rows };
     match choice::product(any.device(), gpu, &product).parts(k) {
         1 => 0,
         parts => parts * m * n,

@@ -20,15 +20,32 @@ pub(crate) static GEMM_HALF: Kernel = Kernel {
 
 /// `C [m, n] = A [m, k] . B [k, n] (+ bias [n]) (+ C)`, as [`gemm`], in B's precision.
 pub(crate) fn product(a: Matrix<'_>, b: &Factor, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) -> Result<()> {
+    part_of_product(a, b, bias, c, accumulate, c.rows)
+}
+
+/// Some rows of a product of `whole` rows, with its bits.
+pub(crate) fn part_of_product(
+    a: Matrix<'_>,
+    b: &Factor,
+    bias: Option<&Tensor>,
+    c: Matrix<'_>,
+    accumulate: bool,
+    whole: usize,
+) -> Result<()> {
     debug_assert!(b.lines == c.cols && a.rows == c.rows && c.col == 1);
-    if b.precision == Precision::Single {
-        return gemm(a, b.matrix(), bias, c, accumulate);
+    let precision = b.precision;
+    if precision == Precision::Single {
+        let b = b.matrix();
+        return match c.tensor.device().backend() {
+            Backend::Native => gemm(a, b, bias, c, accumulate),
+            Backend::Gpu(gpu) => launch(gpu, &Product { precision, a, b, bias, c, accumulate, whole }),
+        };
     }
     let a = b.half_left(a)?;
     debug_assert!(a.depth == b.depth && b.across == 1);
-    let (precision, a, b) = (b.precision, a.matrix().t(), b.matrix());
+    let (a, b) = (a.matrix().t(), b.matrix());
     match c.tensor.device().backend() {
         Backend::Native => gemm(a, b, bias, c, accumulate),
-        Backend::Gpu(gpu) => launch(gpu, &Product { precision, a, b, bias, c, accumulate }),
+        Backend::Gpu(gpu) => launch(gpu, &Product { precision, a, b, bias, c, accumulate, whole }),
     }
 }

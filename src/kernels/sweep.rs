@@ -14,11 +14,32 @@ use crate::device::{Backend, Device};
 use crate::rng::MaskKey;
 use crate::tensor::{ALIGNMENT, Lengths, Tensor};
 
-/// One direction of one layer over all of its steps.
+/// Steps one after another, as their direction reads them, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub first: usize,
+    pub count: usize,
+}
+
+impl Run {
+    /// All of so many.
+    pub fn whole(count: usize) -> Self {
+        Self { first: 0, count }
+    }
+
+    /// The number after the last.
+    pub fn end(self) -> usize {
+        self.first + self.count
+    }
+}
+
+/// One direction of one layer over all of its steps, of which a sweep takes a run.
 #[derive(Clone, Copy)]
 pub(crate) struct Plan<'a> {
     /// T.
     pub steps: usize,
+    /// What a sweep takes of them: all, unless another layer waits for the first of them. Runs follow each other in the order of the sweep.
+    pub run: Run,
     /// B.
     pub rows: usize,
     /// H.
@@ -69,8 +90,9 @@ pub(crate) struct Buffers<'a> {
     pub y: &'a Tensor,
 }
 
-/// A direction of a layer, for a sweep. On a GPU a sweep of steps may run both directions at once ([`at_once`]): plans differ in what
-/// hangs on the direction alone, and each buffer of the second lies behind that of the first ([`Tensor::behind_each_other`]).
+/// A direction of a layer, for a sweep. On a GPU a sweep of steps may run two at once ([`at_once`]): both directions of a layer, or the
+/// runs of two layers. Their plans differ in what hangs on that alone, the runs are equally long, and each buffer of the second lies behind
+/// that of the first ([`Tensor::behind_each_other`]).
 #[derive(Clone, Copy)]
 pub(crate) struct Side<'a> {
     pub plan: Plan<'a>,
@@ -128,6 +150,30 @@ impl SweepKernel {
     }
 }
 
+/// How the layers of a stack follow each other on a GPU; `kernels::choice` picks one. It shows in no bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum LayerOrder {
+    /// Each takes all steps before the next one begins.
+    InTurn,
+    /// Two layers go at once, the upper one a block of steps behind the lower one: where time is read forward, and steps are not made of more
+    /// than their products.
+    Wavefront,
+}
+
+impl fmt::Display for LayerOrder {
+    /// Its name as serde knows it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+impl LayerOrder {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::InTurn, Self::Wavefront];
+}
+
 /// The sweeps, from one launch to many.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Sweep {
@@ -154,7 +200,7 @@ pub(crate) fn choose<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, 
     }
 }
 
-/// Whether both directions of a layer may be sides of one sweep: on a GPU, where buffers of both fit in one. `width`: that of what recurs.
+/// Whether two directions or layers may be sides of one sweep: on a GPU, where buffers of both fit in one. `width`: that of what recurs.
 /// It shows in no bit.
 pub(crate) fn at_once<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, width: usize) -> bool {
     let Backend::Gpu(gpu) = device.backend() else { return false };
@@ -179,10 +225,10 @@ pub(crate) fn forms_inputs(device: &Device, plan: &Plan<'_>, split: bool) -> boo
 pub(crate) type Step = (usize, usize, usize);
 
 impl<'a> Plan<'a> {
-    /// Steps in the order of computation.
+    /// The steps of the run in the order of computation.
     pub fn order(&self, depth: usize) -> impl DoubleEndedIterator<Item = Step> + use<> {
-        let (steps, reverse) = (self.steps, self.reverse);
-        (0..steps).map(move |n| {
+        let (steps, reverse, run) = (self.steps, self.reverse, self.run);
+        (run.first..run.end()).map(move |n| {
             let t = if reverse { steps - 1 - n } else { n };
             let (from, to) = if reverse { (t + 1, t) } else { (t, t + 1) };
             (t, from % depth, to % depth)

@@ -10,8 +10,8 @@
 //! A second launch that has work is slow: the alarm that was raised stays on the device and comes along with the next readback; from
 //! then on the host chooses the sweep by steps.
 //!
-//! Both directions of a layer make one grid, unless the workgroups of one alone run at once where those of both do not, or the exchange
-//! of both is too large.
+//! Two sides make one grid, unless the workgroups of one alone run at once where those of both do not, or the exchange of both is too
+//! large.
 //!
 //! On the CPU it is the step sweep.
 
@@ -148,24 +148,24 @@ fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, sides: &[Side<'_>], dstates: &[&Te
     // As many tiles of rows as have room beside each other.
     let tile = plan.rows.div_ceil((at_once / columns).max(1));
     let groups = [columns as u32, plan.rows.div_ceil(tile) as u32, 1];
-    let run = match gpu.class() {
+    let longest = match gpu.class() {
         Class::Software => LEAST_RUN, // see PATIENCE in the shader
         _ => (EXCHANGE / values).clamp(LEAST_RUN, MOST_RUN),
     };
-    let run = run.min(plan.steps);
+    let longest = longest.min(plan.run.count);
     // One exchange serves all threads of a program: a run clears it and fills it before another may.
     let _in_use = gpu.exchange_in_use();
-    let exchange = gpu.exchange(VALUES + run * values)?;
+    let exchange = gpu.exchange(VALUES + longest * values)?;
     let cleared = exchange.part(4, exchange.size() - 4);
     let bindings = [bindings, vec![exchange]].concat();
-    for first in (0..plan.steps).step_by(run) {
-        let steps = run.min(plan.steps - first);
-        let t = if backward { plan.steps - 1 - first } else { first };
+    for done in (0..plan.run.count).step_by(longest) {
+        let steps = longest.min(plan.run.count - done);
+        let t = if backward { plan.run.end() - 1 - done } else { plan.run.first + done };
         let grid = Sweep {
             t: t as u32,
             steps: steps as u32,
-            recurrent: u32::from(first > 0),
-            finish: u32::from(first + steps == plan.steps),
+            recurrent: u32::from(t + 1 < plan.steps),
+            finish: u32::from(t + 1 == steps),
             tile: tile as u32,
             ..params
         };

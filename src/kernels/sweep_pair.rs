@@ -1,10 +1,11 @@
-//! The sweep over time on a GPU where a step has two products, a launch for each, for all directions: the second sees what came of
+//! The sweep over time on a GPU where a step has two products, a launch for each, for both sides: the second sees what came of
 //! the first. Either the recurrence goes through an output product (projection, a Jordan network), or the last gate sees what another has
 //! made of h ([`CellKernel::gated`], a GRU with the reset before the product). Whatever else there is around a product is for
 //! `sweep_split`.
 
 use std::borrow::Borrow;
 use std::fmt;
+use std::ops::Range as Indices;
 
 use serde::{Deserialize, Serialize};
 
@@ -119,6 +120,15 @@ pub(crate) struct Outputs<'a> {
     pub outputs: Vec<&'a Tensor>,
 }
 
+impl Outputs<'_> {
+    /// Those of some sides.
+    pub fn part(&self, sides: Indices<usize>) -> Self {
+        let of_sides = |tensors: &Vec<Tensor>| tensors[sides.clone()].to_vec();
+        let (weights, biases) = (of_sides(&self.weights), self.biases.as_ref().map(of_sides));
+        Self { width: self.width, weights, biases, outputs: self.outputs[sides].to_vec() }
+    }
+}
+
 /// The same backward.
 pub(crate) struct OutputGradients<'a> {
     /// R.
@@ -129,6 +139,15 @@ pub(crate) struct OutputGradients<'a> {
     pub carried: Vec<&'a Tensor>,
     /// `[T, B, R]`: the gradient of each o.
     pub douts: Vec<&'a Tensor>,
+}
+
+impl<'a> OutputGradients<'a> {
+    /// Those of some sides.
+    pub fn part(&self, sides: Indices<usize>) -> Self {
+        let of_sides = |tensors: &Vec<&'a Tensor>| tensors[sides.clone()].to_vec();
+        let (carried, douts) = (of_sides(&self.carried), of_sides(&self.douts));
+        Self { width: self.width, weights: self.weights[sides].to_vec(), carried, douts }
+    }
 }
 
 /// What belongs to all sides.
@@ -197,7 +216,8 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>], outputs: Opti
             [part(first, plan.hidden, of_first, params), part(second, plan.hidden, of_second, params)]
         }
     };
-    (0..plan.steps as u32).try_for_each(|t| parts.iter().try_for_each(|part| part.launch(gpu, |params| Sweep { t, ..params })))
+    let mut run = plan.run.first as u32..plan.run.end() as u32;
+    run.try_for_each(|t| parts.iter().try_for_each(|part| part.launch(gpu, |params| Sweep { t, ..params })))
 }
 
 /// As [`sweep_step::backward`], likewise; the gradient of the final output comes in, and that of the initial one goes out, in
@@ -234,11 +254,13 @@ pub(crate) fn backward<C: CellKernel>(
             (part(first, plan.hidden, true, of_first, params), part(second, plan.hidden, false, of_second, params))
         }
     };
-    let count = plan.steps as u32;
-    for t in (0..count).rev() {
-        through.launch(gpu, |params| Sweep { t, recurrent: u32::from(t + 1 < count), ..params })?;
+    for t in (plan.run.first as u32..plan.run.end() as u32).rev() {
+        through.launch(gpu, |params| Sweep { t, recurrent: u32::from(t + 1 < plan.steps as u32), ..params })?;
         own.launch(gpu, |params| Sweep { t, ..params })?;
     }
     // The product of the first step, whose gradient is the initial state's.
+    if plan.run.first > 0 {
+        return Ok(());
+    }
     through.launch(gpu, |params| Sweep { finish: 1, ..params })
 }

@@ -1,10 +1,10 @@
 //! The sweep over time with the loop inside the kernel, for any cell: `shaders/sweep_resident.wgsl`. A workgroup carries a tile of
-//! the batch through many steps of a direction; both directions go in one launch.
+//! the batch through many steps of a direction of a layer; two of these go in one launch.
 //!
 //! On the CPU it is the step sweep, whose product is as fast and whose steps cost no launch.
 
 use super::cell_contract::CellKernel;
-use super::sweep::{Plan, Side};
+use super::sweep::{Plan, Run, Side};
 use super::sweep_step::{self, Sweep};
 use super::tiles;
 use crate::backend::Kernel;
@@ -71,7 +71,7 @@ const DEPTH: usize = 64;
 const ROWS: usize = 2;
 /// Steps of a launch: an estimate of what takes a GPU some 10 ms. An operating system resets one that answers for seconds to
 /// nothing else.
-const RUN: usize = 2048;
+const LONGEST: usize = 2048;
 
 /// Whether the sweep can run this at all: all units of a cell with a product fit in a workgroup.
 pub(crate) fn fits<C: CellKernel>(plan: &Plan<'_>) -> bool {
@@ -87,7 +87,7 @@ fn tile<C: CellKernel>(plan: &Plan<'_>) -> [usize; 3] {
     [width, width.div_ceil(DEPTH), plan.rows.min(ROWS)]
 }
 
-/// Launches `kernels` for runs of steps, in the order of the direction or, backward, in the opposite one.
+/// Launches `kernels` for the steps of a run, in the order of the direction or, backward, in the opposite one.
 fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, sides: &[Side<'_>], dstates: &[&Tensor], backward: bool) -> Result<()> {
     let plan = &sides[0].plan;
     let (params, bindings) = sweep_step::prepare(cell, sides, dstates);
@@ -98,9 +98,10 @@ fn launch<C: CellKernel>(gpu: &Gpu, cell: &C, sides: &[Side<'_>], dstates: &[&Te
     constants.extend([("width", width), ("parts", parts), ("tile", rows)].map(|(name, value)| (name, value as f64)));
     let columns = if C::PRODUCT { 1 } else { plan.hidden.div_ceil(width) };
     let groups = tiles(sides.len() * columns, plan.rows.div_ceil(rows));
-    let runs = (0..plan.steps).step_by(RUN).map(|first| {
-        let steps = RUN.min(plan.steps - first);
-        let t = if backward { plan.steps - 1 - first } else { first };
+    let Run { first, count } = plan.run;
+    let runs = (0..count).step_by(LONGEST).map(|done| {
+        let steps = LONGEST.min(count - done);
+        let t = if backward { first + count - 1 - done } else { first + done };
         (Sweep { t: t as u32, steps: steps as u32, ..params }, groups)
     });
     gpu.launch_each(kernel, &constants, &bindings, runs)

@@ -1,4 +1,4 @@
-//! The sweep over time, one launch a step for all directions, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
+//! The sweep over time, one launch a step for both sides, for any cell: `shaders/sweep_step.wgsl`; its native twin is `sweep_native`.
 //! `sweep_pair` is the same with two products a step.
 
 use std::fmt;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel, StepProduct};
 use super::choice;
-use super::sweep::{self, Buffers, Inputs, Plan, Side, Step};
+use super::sweep::{self, Buffers, Inputs, Plan, Run, Side, Step};
 use super::{sweep_native, tiles, transpose};
 use crate::backend::gpu::{Gpu, Range};
 use crate::backend::{Kernel, params};
@@ -19,7 +19,7 @@ params! {
     /// The shader's uniform struct.
     Sweep {
         rows: u32, hidden: u32, width: u32, depth: u32,
-        t: u32, steps: u32, last: u32, reverse: u32, directions: u32, recurrent: u32, finish: u32,
+        t: u32, steps: u32, last: u32, reverse: u32, sides: u32, recurrent: u32, finish: u32,
         tile: u32, rescue: u32,
         ragged: u32, keep: u32,
         output: u32, y_stride: u32, y_offset: u32,
@@ -27,7 +27,7 @@ params! {
         random: u32, zoneout_h: f32, zoneout_c: f32,
         clip: f32,
         flow_at: u32,
-        next_key0: u32, next_key1: u32,
+        opposite: u32, ahead: u32, next_key0: u32, next_key1: u32,
         next_slots: u32, next_states: u32, next_weights: u32, next_unit: u32, next_y: u32, next_dstates: u32,
         next_between: u32, next_carried: u32, next_douts: u32,
         line: u32, lines: u32, shows: u32,
@@ -217,7 +217,7 @@ impl Plan<'_> {
         (if self.reverse { self.steps - 1 - t } else { t }) as u32
     }
 
-    /// A launch of one step of this direction, the first that it reads.
+    /// A launch of one step of this direction, the first of the run.
     pub(super) fn params(&self, depth: usize) -> Sweep {
         let [key0, key1] = self.key.words();
         Sweep {
@@ -225,11 +225,11 @@ impl Plan<'_> {
             hidden: self.hidden as u32,
             width: self.hidden as u32,
             depth: depth as u32,
-            t: 0,
+            t: self.run.first as u32,
             steps: 1,
             last: self.steps as u32 - 1,
             reverse: self.reverse.into(),
-            directions: 1,
+            sides: 1,
             recurrent: 0,
             finish: 0,
             tile: 0,
@@ -247,6 +247,8 @@ impl Plan<'_> {
             zoneout_c: self.zoneout[1],
             clip: self.clip,
             flow_at: 0,
+            opposite: 0,
+            ahead: 0,
             next_key0: 0,
             next_key1: 0,
             next_slots: 0,
@@ -274,18 +276,22 @@ pub(super) fn prepare<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&T
     (uniforms(cell, sides, dstates), bindings)
 }
 
-/// The uniform struct of the first step that the sides read.
+/// The uniform struct of the first step of the sides' runs.
 pub(super) fn uniforms<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> Sweep {
     let Side { plan, buffers } = &sides[0];
     let flow_at = plan.flow_at(cell).unwrap_or(0) as u32;
     let params = Sweep { flow_at, ..plan.params(plan.depth::<C>(buffers.states)) };
     let [_, second] = sides else { return params };
     let next = &second.buffers;
-    debug_assert!(second.plan.reverse != plan.reverse, "the second direction reads the other way");
+    let ends = |plan: &Plan<'_>| [plan.run.first == 0, plan.run.end() == plan.steps];
+    debug_assert_eq!(second.plan.run.count, plan.run.count, "sides have equally many steps");
+    debug_assert!(dstates.is_empty() || ends(&second.plan) == ends(plan), "sides begin and end backward together");
     let [next_key0, next_key1] = second.plan.key.words();
     let words = |from: &Tensor, to: &Tensor| from.words_to(to) as u32;
     Sweep {
-        directions: 2,
+        sides: 2,
+        opposite: (second.plan.reverse != plan.reverse).into(),
+        ahead: (second.plan.run.first as u32).wrapping_sub(plan.run.first as u32),
         next_key0,
         next_key1,
         next_slots: words(buffers.slots, next.slots),
@@ -332,7 +338,7 @@ pub(crate) fn forward_from<C: CellKernel>(cell: &C, Side { plan, buffers }: &Sid
     (C::NATIVE.forward)(cell, plan, buffers, depth, &plan.order(depth).collect::<Vec<_>>(), Some(inputs), None);
 }
 
-/// Runs the cell over all steps, of two sides at once: fills y, the states, and what backward needs.
+/// Runs the cell over a run of steps, of two sides at once: fills y, the states, and what backward needs.
 pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()> {
     let plan = &sides[0].plan;
     let device = sides[0].buffers.slots.device();
@@ -347,7 +353,8 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()>
         Backend::Gpu(gpu) => {
             let (kernel, tile) = choice::step::<C>(device, gpu, plan, plan.hidden).forward(&C::KERNELS.whole);
             let (params, bindings) = prepare(cell, sides, &[]);
-            let steps = (0..plan.steps as u32).map(|t| (Sweep { t, ..params }, groups(sides, plan.hidden, tile)));
+            let run = plan.run.first as u32..plan.run.end() as u32;
+            let steps = run.map(|t| (Sweep { t, ..params }, groups(sides, plan.hidden, tile)));
             gpu.launch_each(kernel, &plan.constants(cell, false), &bindings, steps)
         }
     }
@@ -377,8 +384,9 @@ pub(crate) fn forward_split<C: CellKernel>(
     }
 }
 
-/// Runs the cell backward over all steps, of two sides at once. `dstates` of each, of [`Plan::dstates_len`] words: the gradient of the final
-/// state `[STATES, B, H]` comes in, that of the initial state goes out; sums are added to those behind it.
+/// Runs the cell backward over a run of steps, of two sides at once; the first and the last step are of both or of neither. `dstates` of
+/// each, of [`Plan::dstates_len`] words: the gradient of the final state `[STATES, B, H]` comes in before the first run, that of the initial
+/// state goes out of the last one; sums are added to those behind it.
 pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> Result<()> {
     let Side { plan, buffers } = &sides[0];
     let depth = plan.steps + 1;
@@ -387,6 +395,7 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&
     match device.backend() {
         Backend::Native => {
             for (Side { plan, buffers }, dstates) in sides.iter().zip(dstates) {
+                debug_assert_eq!(plan.run, Run::whole(plan.steps));
                 (C::NATIVE.backward)(cell, plan, buffers, dstates, &plan.order(depth).rev().collect::<Vec<_>>(), true);
             }
             Ok(())
@@ -394,10 +403,10 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&
         Backend::Gpu(gpu) => {
             let (kernel, tile) = choice::step::<C>(device, gpu, plan, plan.hidden).backward(&C::KERNELS.whole);
             let (params, bindings) = prepare(cell, sides, dstates);
-            let count = plan.steps as u32;
-            let steps = (0..count).rev().map(|t| Sweep { t, recurrent: u32::from(t + 1 < count), ..params });
+            let steps = plan.run.first as u32..plan.run.end() as u32;
+            let steps = steps.rev().map(|t| Sweep { t, recurrent: u32::from(t + 1 < plan.steps as u32), ..params });
             // The product of the first step, whose gradient is the initial state's.
-            let finish = C::PRODUCT.then_some(Sweep { recurrent: 1, finish: 1, ..params });
+            let finish = (C::PRODUCT && plan.run.first == 0).then_some(Sweep { recurrent: 1, finish: 1, ..params });
             let launches = steps.chain(finish).map(|params| (params, groups(sides, plan.hidden, tile)));
             gpu.launch_each(kernel, &plan.constants(cell, true), &bindings, launches)
         }

@@ -17,7 +17,7 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use gatefold::nn::Precision;
-use gatefold::{Device, KernelOverride, PairKernel, ProductKernel, StepKernel, SweepKernel};
+use gatefold::{Device, KernelOverride, LayerOrder, PairKernel, ProductKernel, StepKernel, SweepKernel};
 use serde_json::{Value, json};
 
 use layer::{Spec, Work};
@@ -64,6 +64,9 @@ pub struct Args {
     /// Of steps of two products, likewise [fused, apart]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<PairKernel>)]
     pair_kernel: Option<PairKernel>,
+    /// How the layers of a stack follow each other, likewise [in_turn, wavefront]
+    #[arg(long, value_name = "ORDER", value_parser = choices::kernel::<LayerOrder>)]
+    layer_order: Option<LayerOrder>,
     /// The kernel of products, likewise [general, subgroup_rows, ..]
     #[arg(long, value_name = "KERNEL", value_parser = choices::kernel::<ProductKernel>)]
     product_kernel: Option<ProductKernel>,
@@ -80,7 +83,7 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["kernels", "profile", "startup"])]
     explain: bool,
     /// Measure the kernels that a GPU can take against each other, and print rows for the tables in kernels/choice.rs
-    #[arg(long, conflicts_with_all = ["mode", "layers", "shape", "kernels", "profile", "startup", "explain", "sweep", "step_kernel", "pair_kernel", "product_kernel"])]
+    #[arg(long, conflicts_with_all = ["mode", "layers", "shape", "kernels", "profile", "startup", "explain", "sweep", "step_kernel", "pair_kernel", "layer_order", "product_kernel"])]
     tune: bool,
     /// One JSON object a line
     #[arg(long)]
@@ -197,8 +200,8 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result<()> {
 fn open(args: &Args) -> Result<Device> {
     let device = crate::device(args.device.as_deref())?;
     let kernels = KernelOverride::default().product(args.product_kernel).step(args.step_kernel);
-    let kernels = kernels.pair(args.pair_kernel).sweep(args.sweep);
-    device.override_kernels(kernels).context("--sweep, --step-kernel, --pair-kernel, --product-kernel")?;
+    let kernels = kernels.pair(args.pair_kernel).sweep(args.sweep).layers(args.layer_order);
+    device.override_kernels(kernels).context("--sweep, --step-kernel, --pair-kernel, --layer-order, --product-kernel")?;
     Ok(device)
 }
 

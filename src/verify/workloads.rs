@@ -199,6 +199,28 @@ pub fn sweeps(device: &Device, cell: SweptCell, [t, b, h]: [usize; 3]) -> Result
     }
 }
 
+/// Inference and a training step of an LSTM of two layers, over T steps of B rows and H units, which are its inputs too.
+///
+/// # Errors
+/// What the device reports.
+pub fn stack(device: &Device, [t, b, h]: [usize; 3]) -> Result<[Workload; 2]> {
+    let rng = &mut Rng::seed(1);
+    let layer = Rc::new(LstmConfig::new(h, h).layers(2).init(device, rng)?);
+    let values: Vec<f32> = (0..t * b * h).map(|_| 0.1 * rng.normal()).collect();
+    let x = Tensor::from_slice(device, &values, [t, b, h])?;
+    let flops = 2.0 * (2 * t * b * 4 * h * 2 * h) as f64;
+    let numbers = (t * b * h) as f64;
+    let [trained, dy] = [x.clone(), x.clone()];
+    let of_training = layer.clone();
+    Ok([
+        Workload::new(device, "two layers", &[t, b, h], [flops, numbers], move || layer.forward(&x, None).map(|_| ())),
+        Workload::new(device, "two layers, training", &[t, b, h], [3.0 * flops, numbers], move || {
+            let (.., tape) = of_training.forward_train(&trained, None)?;
+            of_training.backward(tape, &dy, None).map(|_| ())
+        }),
+    ])
+}
+
 /// Whose sweep it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SweptCell {

@@ -8,7 +8,7 @@ use std::io::Write;
 use anyhow::{Context, Result};
 use gatefold::nn::Precision;
 use gatefold::verify::workloads::{self, Clock, SweptCell, Workload};
-use gatefold::{Device, KernelOverride, PairKernel, ProductKernel, StepKernel, SweepKernel};
+use gatefold::{Device, KernelOverride, LayerOrder, PairKernel, ProductKernel, StepKernel, SweepKernel};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -71,13 +71,14 @@ pub fn tune(args: &Args, policy: &Policy, device: &Device, out: &mut impl Write)
     }
     // A few dozen measurements, each of a part of a case.
     let mut tuner = Tuner { device, class, policy: policy.shared(8.0), json: args.json, out };
-    let wanted = wanted("BENCH_ONLY", &["product", "step", "pair", "sweep"], |name, text| name == text)?;
+    let wanted = wanted("BENCH_ONLY", &["product", "step", "pair", "sweep", "layers"], |name, text| name == text)?;
     for (table, _) in wanted.iter().enumerate().filter(|(_, wanted)| **wanted) {
         match table {
             0 => tuner.products()?,
             1 => tuner.steps()?,
             2 => tuner.pairs()?,
-            _ => tuner.sweeps()?,
+            3 => tuner.sweeps()?,
+            _ => tuner.layers()?,
         }
     }
     Ok(device.override_kernels(KernelOverride::default())?)
@@ -214,6 +215,25 @@ impl<W: Write> Tuner<'_, W> {
             }
         }
         Ok(())
+    }
+
+    /// By the units of all rows, over more and fewer steps.
+    fn layers(&mut self) -> Result<()> {
+        let mut bands = Bands::default();
+        for (rows, hidden) in [(1, 64), (1, 128), (2, 128), (8, 64), (8, 128), (16, 128), (8, 512), (64, 256)] {
+            let mut all = Vec::new();
+            for steps in [64, 256] {
+                let loads = workloads::stack(self.device, [steps, rows, hidden])?;
+                let work = format!("two LSTM layers, T={steps} B={rows} H={hidden}");
+                let by = |order| KernelOverride::default().layers(order);
+                let gains = self.gains("layers", &work, &loads, (&LayerOrder::ALL, LayerOrder::InTurn), by)?;
+                all.push((work, gains));
+            }
+            let gain = mean_of(&all, LayerOrder::Wavefront).unwrap_or_default();
+            let best = if gain >= GAIN { LayerOrder::Wavefront } else { LayerOrder::InTurn };
+            bands.push(rows * hidden, vec![best], gained(&all, best));
+        }
+        self.rows("BxH", "LayerOrder", bands)
     }
 
     /// The gain of every kernel on `general`, which can do anything; the loads of `work` count together.

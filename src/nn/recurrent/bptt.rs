@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{Cell, Direction, Recurrent, Window, time_block};
+use super::{Cell, Direction, Recurrent, Sequence, Window, time_block};
 use crate::error::{Error, Result};
 use crate::kernels::cell_contract::Block;
 use crate::kernels::gemm::part_sums;
@@ -114,6 +114,10 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let packed = if split { gates * width } else { sweep_step::forward_weights_len::<C>(hidden) };
         let dropped = if config.weight_dropout > 0.0 { (2 * gates * width + packed) * config.layers } else { 0 };
         let state: usize = (0..C::State::LEN).map(|s| config.layers * rows * layer.width_of(s)).sum();
+        // Of two layers that go as a wavefront the upper one's y stays with the lower one's, where the upper one sees that.
+        let sequence = Sequence { window: Window { start: 0, total: steps }, ..Sequence::plain(segment, rows) };
+        let pairs = if layer.is_wavefront(0, &sequence, true) { config.layers / 2 } else { 0 };
+        let beside = if config.dropout > 0.0 || config.residual { 0 } else { pairs * lines * layer.output() };
         // The tape: gates, states, with an output product o, of each layer; the inputs of the upper layers.
         let outputs = if config.output.is_some() { (segment + 1) * rows * width } else { 0 };
         // Layer normalization keeps the products and statistics of their rows, and statistics of the cell state; the CPU that, normalized.
@@ -121,17 +125,17 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let values = if layer.device.is_cpu() { hidden } else { 0 };
         let norms = norm * 2 * lines * (gates + 2 * config.cell.norms().len()) + state_norm * lines * (values + 2);
         let pass = lines * kept + C::State::LEN * (segment + 1) * rows * hidden + outputs + norms;
-        let tape = config.layers * pass + (config.layers - 1) * lines * layer.output();
+        let tape = config.layers * pass + (config.layers - 1) * lines * layer.output() + beside;
         // While the head runs: y and dy. In backward: dy and dx; masks and sums of residual layers make copies.
         let copies = usize::from(config.dropout > 0.0) + usize::from(config.residual);
-        let dx = match (config.layers, self.needs_dx) {
+        let dx_of = |layers: usize| match (layers, self.needs_dx) {
             (1, true) => lines * config.input,
             (1, false) => 0,
             _ => lines * layer.output(),
         };
         let douts = if config.output.is_some() { lines * width } else { 0 };
         let dnorms = norm * (lines + lines.min(time_block(rows) * rows)) * gates + state_norm * lines * hidden;
-        let plan = layer.plan([segment, rows], Window { start: 0, total: steps }, 0, None, None);
+        let plan = layer.plan(&sequence, 0);
         let carried = plan.dstates_len(&config.cell);
         let sums = config.layers * plan.sums_len(&config.cell);
         // Steps apart from their products have a buffer for one; masks on what the products see have a masked copy of it.
@@ -152,7 +156,18 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let any = layer.weights[0].weight_ih.value();
         let parts = products.into_iter().map(|size| part_sums(any, config.precision, size)).max().unwrap_or_default();
         let head = lines * layer.output();
-        let backward = halves + parts + dx + douts + dnorms + carried + masked + copies * lines * layer.output();
+        let common = halves + parts + douts + dnorms + carried + masked;
+        let backward = match (pairs, config.layers % 2) {
+            (0, _) => common + dx_of(config.layers) + copies * lines * layer.output(),
+            // A wavefront has the gradients of two layers, and a copy of W_hh of both. A last layer by itself is done with by then.
+            (_, alone) => {
+                let masked = usize::from(config.dropout > 0.0);
+                let dys = (2 + masked) * lines * layer.output() + 2 * gates * width;
+                let wavefront = common + douts + carried + dys + dx_of(pairs);
+                let last = common + dx_of(config.layers) + usize::from(config.residual) * lines * layer.output();
+                wavefront.saturating_sub(alone * (pass + lines * layer.output())).max(alone * last)
+            }
+        };
         let whole = if self.needs_dx { steps * rows * config.input } else { 0 };
         let words = weights
             + dropped

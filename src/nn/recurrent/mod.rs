@@ -7,6 +7,7 @@ mod inspect;
 mod state;
 #[cfg(feature = "verify")]
 mod sweep_alone;
+mod wavefront;
 mod weights;
 
 pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
@@ -38,11 +39,11 @@ use crate::kernels::column_sum::column_sum;
 use crate::kernels::gate_mask::{self, Masks};
 use crate::kernels::gather;
 use crate::kernels::gemm::Matrix;
-use crate::kernels::gemm_half::product;
+use crate::kernels::gemm_half::{part_of_product, product};
 use crate::kernels::half::{Factor, Precision};
 use crate::kernels::layer_norm::GateNorm;
 use crate::kernels::output_step::Teacher;
-use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Side, Sweep};
+use crate::kernels::sweep::{self, Buffers, Inputs, Plan, Run, Side, Sweep};
 use crate::kernels::sweep_grid;
 use crate::kernels::sweep_pair::{self, OutputGradients, Outputs};
 use crate::kernels::sweep_resident;
@@ -217,12 +218,12 @@ pub struct Recurrent<C: Cell> {
     /// Layer by layer, in each layer by direction.
     weights: Vec<Weights>,
     /// Of each layer.
-    both_ways: Vec<BothWays>,
+    sides: Vec<SideCopies>,
 }
 
-/// Where a sweep takes both directions of a layer at once, what it reads of both, one behind the other.
+/// Where a sweep takes both directions of a layer at once, or this layer and the next, what it reads of both, one behind the other.
 #[derive(Debug, Default)]
-struct BothWays {
+struct SideCopies {
     /// W_hh as forward sweeps read it.
     recurrent: CachedCopy<Vec<Tensor>>,
     /// See [`Weights::unit`].
@@ -334,6 +335,24 @@ struct Window {
     total: usize,
 }
 
+/// What all passes of a run share.
+#[derive(Clone, Copy)]
+struct Sequence<'a> {
+    steps: usize,
+    rows: usize,
+    window: Window,
+    lengths: Option<&'a Lengths>,
+    key: Option<MaskKey>,
+    teacher: Option<&'a Teacher>,
+}
+
+impl Sequence<'_> {
+    /// A whole one, without lengths and masks.
+    fn plain(steps: usize, rows: usize) -> Self {
+        Self { steps, rows, window: Window { start: 0, total: steps }, lengths: None, key: None, teacher: None }
+    }
+}
+
 /// What one direction of one layer leaves for its backward pass.
 #[derive(Debug)]
 struct PassTape {
@@ -396,8 +415,8 @@ impl<C: Cell> Recurrent<C> {
                 weights.push(Weights::init(&config, inputs, &suffix, device, rng)?);
             }
         }
-        let both_ways = (0..config.layers).map(|_| BothWays::default()).collect();
-        Ok(Self { config, device: device.clone(), weights, both_ways })
+        let sides = (0..config.layers).map(|_| SideCopies::default()).collect();
+        Ok(Self { config, device: device.clone(), weights, sides })
     }
 
     /// Numbers in an input row.
@@ -591,10 +610,11 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// The key of the mask between `layer` and the next; `None` where there is no mask.
-    fn mask_key(&self, key: Option<MaskKey>, layer: usize) -> Option<MaskKey> {
+    /// The key of the mask between a pass's layer and the next; `None` where there is no mask.
+    fn mask_key(&self, pass: &Pass<'_>) -> Option<MaskKey> {
+        let layer = pass.index / self.config.directions();
         let masked = self.config.dropout > 0.0 && layer + 1 < self.config.layers;
-        key.filter(|_| masked).map(|key| key.layer(layer))
+        pass.key.filter(|_| masked).map(|key| key.layer(layer))
     }
 
     /// Whether targets can stand in for all that recurs.
@@ -641,17 +661,12 @@ impl<C: Cell> Recurrent<C> {
         Ok(Some(Teacher { targets: targets.clone(), probability, key }))
     }
 
-    fn plan<'a>(
-        &self,
-        [steps, rows]: [usize; 2],
-        window: Window,
-        index: usize,
-        lengths: Option<&'a Lengths>,
-        key: Option<MaskKey>,
-    ) -> Plan<'a> {
+    fn plan<'a>(&self, sequence: &Sequence<'a>, index: usize) -> Plan<'a> {
+        let Sequence { steps, rows, window, lengths, key, .. } = *sequence;
         let direction = index % self.config.directions();
         Plan {
             steps,
+            run: Run::whole(steps),
             rows,
             hidden: self.config.hidden,
             reverse: self.config.direction.passes()[direction],
@@ -670,20 +685,10 @@ impl<C: Cell> Recurrent<C> {
     }
 
     /// The passes of a layer, by direction.
-    fn passes<'a>(
-        &self,
-        layer: usize,
-        shape: [usize; 2],
-        window: Window,
-        lengths: Option<&'a Lengths>,
-        key: Option<MaskKey>,
-        teacher: Option<&'a Teacher>,
-    ) -> Vec<Pass<'a>> {
+    fn passes<'a>(&self, layer: usize, sequence: &Sequence<'a>) -> Vec<Pass<'a>> {
         let directions = self.config.directions();
-        let pass = |index| {
-            let plan = self.plan(shape, window, index, lengths, key);
-            Pass { plan, index, key, batch: shape[1], teacher }
-        };
+        let Sequence { rows, key, teacher, .. } = *sequence;
+        let pass = |index| Pass { plan: self.plan(sequence, index), index, key, batch: rows, teacher };
         (layer * directions..(layer + 1) * directions).map(pass).collect()
     }
 
@@ -736,7 +741,7 @@ impl<C: Cell> Recurrent<C> {
         window: Option<Window>,
     ) -> Result<(Tensor, C::Value, Option<RecurrentTape>)> {
         let op = self.op(method);
-        let RecurrentConfig { layers, dropout, batch_first, .. } = self.config;
+        let RecurrentConfig { layers, batch_first, .. } = self.config;
         self.device.expect_same(&op, "x", x.device())?;
         if train {
             expect_apart(&op, "x", x, self.weights.iter().flat_map(Weights::params))?;
@@ -769,35 +774,18 @@ impl<C: Cell> Recurrent<C> {
             None => self.learned_state(rows)?,
         };
         let initial = initial.as_deref();
+        let sequence = Sequence { steps, rows, window, lengths: input.lengths, key, teacher: teacher.as_ref() };
         let mut x = if batch_first { transpose::leading(x)? } else { x.clone() };
-        let mut tapes = Vec::new();
-        for layer in 0..layers {
-            let of_layer = self.passes(layer, [steps, rows], window, input.lengths, key, teacher.as_ref());
-            let shape = [steps, rows, self.output()];
-            // One for both directions, or one for each.
-            let shared = if self.config.is_merged() { None } else { Some(Tensor::uninitialized(&self.device, shape)?) };
-            let (mut passes, mut outputs) = (Vec::new(), Vec::new());
-            for at_once in of_layer.chunks(self.at_once(&of_layer)) {
-                let ys = match &shared {
-                    Some(y) => vec![y.clone(); at_once.len()],
-                    None => Tensor::in_a_row(&self.device, shape, at_once.len())?,
-                };
-                passes.extend(match &teacher {
-                    Some(teacher) if teacher.probability >= 1.0 => self.forced(&at_once[0], &x, &ys, initial, &finals, train)?,
-                    _ => self.forward_passes(at_once, &x, &ys, initial, &finals, train)?,
-                });
-                outputs.extend(ys);
-            }
-            let (mut y, factors) = self.merge(outputs)?;
-            if let Some(key) = self.mask_key(key, layer) {
-                y = dropout::dropout(&y, [window.start, rows, self.output()], dropout, key)?;
-            }
-            if self.config.adds_input(x.shape()[2]) {
-                y = elementwise::add(&y, &valid_rows(&x, input.lengths)?)?;
-            }
-            let input_of_layer = std::mem::replace(&mut x, y);
+        let (mut tapes, mut layer) = (Vec::new(), 0);
+        while layer < layers {
+            let (y, of_layers) = match self.is_wavefront(layer, &sequence, false) {
+                true => self.forward_wavefront(layer, &sequence, &x, initial, &finals, train)?,
+                false => self.forward_layer(layer, &sequence, &x, initial, &finals, train)?,
+            };
+            x = y;
+            layer += of_layers.len();
             if train {
-                tapes.push(LayerTape { x: input_of_layer, passes, factors });
+                tapes.extend(of_layers);
             }
         }
         let y = if batch_first { transpose::leading(&x)? } else { x };
@@ -828,11 +816,56 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// Passes of one layer that a sweep takes at once: from x `[T, B, I]` and the initial state to y and the final state of each.
+    /// A layer by itself: from its x `[T, B, I]` and the initial state of all layers to what the next one sees, its tape and, in `finals`,
+    /// its final state.
+    fn forward_layer(
+        &self,
+        layer: usize,
+        sequence: &Sequence<'_>,
+        x: &Tensor,
+        initial: Option<&[Tensor]>,
+        finals: &[Tensor],
+        train: bool,
+    ) -> Result<(Tensor, Vec<LayerTape>)> {
+        let of_layer = self.passes(layer, sequence);
+        let shape = [sequence.steps, sequence.rows, self.output()];
+        // One for both directions, or one for each.
+        let shared = if self.config.is_merged() { None } else { Some(Tensor::uninitialized(&self.device, shape)?) };
+        let (mut passes, mut outputs) = (Vec::new(), Vec::new());
+        for at_once in of_layer.chunks(self.at_once(&of_layer)) {
+            let ys = match &shared {
+                Some(y) => vec![y.clone(); at_once.len()],
+                None => Tensor::in_a_row(&self.device, shape, at_once.len())?,
+            };
+            passes.extend(match sequence.teacher {
+                Some(teacher) if teacher.probability >= 1.0 => self.forced(&at_once[0], x, &ys, initial, finals, train)?,
+                _ => self.forward_passes(at_once, std::slice::from_ref(x), &ys, initial, finals, train)?,
+            });
+            outputs.extend(ys);
+        }
+        let (y, factors) = self.merge(outputs)?;
+        let y = self.passed_on(&of_layer[0], &y, x, Run::whole(sequence.steps))?;
+        Ok((y, vec![LayerTape { x: x.clone(), passes, factors }]))
+    }
+
+    /// What a layer gives to the next: its output y `[steps, B, R]`, masked, with its x added. `run`: which steps these are.
+    fn passed_on(&self, pass: &Pass<'_>, y: &Tensor, x: &Tensor, run: Run) -> Result<Tensor> {
+        let Plan { start, rows, lengths, .. } = pass.plan;
+        let mut y = y.clone();
+        if let Some(key) = self.mask_key(pass) {
+            y = dropout::dropout(&y, [start + run.first, rows, self.output()], self.config.dropout, key)?;
+        }
+        if self.config.adds_input(x.shape()[2]) {
+            y = elementwise::add(&y, &valid_rows(x, lengths, run.first)?)?;
+        }
+        Ok(y)
+    }
+
+    /// Passes that a sweep takes at once: from x `[T, B, I]` of each layer and the initial state to y and the final state of each.
     fn forward_passes(
         &self,
         passes: &[Pass<'_>],
-        x: &Tensor,
+        xs: &[Tensor],
         ys: &[Tensor],
         initial: Option<&[Tensor]>,
         finals: &[Tensor],
@@ -845,7 +878,7 @@ impl<C: Cell> Recurrent<C> {
             (true, true) => Slots::Empty,
             (true, false) => Slots::None,
         };
-        let tapes = self.prepare(passes, x, depth, slots)?;
+        let tapes = self.prepare(passes, &xs[0], depth, slots)?;
         for (Pass { plan, index, .. }, tape) in passes.iter().zip(&tapes) {
             for (s, state) in finals.iter().enumerate() {
                 let width = self.width_of(s);
@@ -857,7 +890,7 @@ impl<C: Cell> Recurrent<C> {
                 debug_assert_eq!(state.len(), self.weights.len() * plan.rows * width);
             }
         }
-        self.sweep_forward(passes, &tapes, from_x.then_some((x, train)), ys)?;
+        self.sweep_forward(passes, &tapes, from_x.then_some(train), xs, ys)?;
         for (Pass { plan, index, .. }, tape) in passes.iter().zip(&tapes) {
             for (s, state) in finals.iter().enumerate() {
                 let width = self.width_of(s);
@@ -900,7 +933,7 @@ impl<C: Cell> Recurrent<C> {
             let count = (plan.steps - 1) * block;
             seen.slice(block, [count]).copy_from(&targets.slice(0, [count]))?;
         }
-        self.sweep_forward(&pass, &tapes, None, ys)?;
+        self.sweep_forward(&pass, &tapes, None, std::slice::from_ref(x), ys)?;
         let outputs = tape.outputs.as_ref().unwrap_or(&tape.states);
         finals[0].copy_from(&gather::gather(flat.last.tensor(), outputs, width)?)?;
         Ok(tapes)
@@ -912,7 +945,7 @@ impl<C: Cell> Recurrent<C> {
         self.config.precision == Precision::Single && sweep::forms_inputs(&self.device, &pass.plan, split)
     }
 
-    /// The buffers of passes that a sweep takes at once; the states are not set.
+    /// The buffers of passes that a sweep takes at once, whose first layer sees x; the states are not set.
     fn prepare(&self, passes: &[Pass<'_>], x: &Tensor, depth: usize, slots: Slots) -> Result<Vec<PassTape>> {
         let Plan { steps, rows, hidden, .. } = passes[0].plan;
         let kept = match slots {
@@ -928,7 +961,12 @@ impl<C: Cell> Recurrent<C> {
         }
         .into_iter();
         let buffers = all_slots.into_iter().zip(all_states);
-        let prepare = |(pass, buffers)| self.prepare_pass(pass, x, depth, slots, buffers, all_outputs.next());
+        let prepare = |(pass, buffers): (&Pass<'_>, _)| {
+            // A second layer gets its input part block by block.
+            let is_first = pass.index < passes[0].index + self.config.directions();
+            let slots = if is_first { slots } else { Slots::Empty };
+            self.prepare_pass(pass, x, depth, slots, buffers, all_outputs.next())
+        };
         passes.iter().zip(buffers).map(prepare).collect()
     }
 
@@ -944,7 +982,7 @@ impl<C: Cell> Recurrent<C> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
         let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
         if let Slots::InputPart = content {
-            self.input_part(weights, x, &slots, [plan.steps, plan.rows], norms.as_ref())?;
+            self.input_part(pass, x, &slots, norms.as_ref())?;
         }
         if outputs.is_some() {
             // The cell's own h before the first step, which nothing sees.
@@ -1026,14 +1064,14 @@ impl<C: Cell> Recurrent<C> {
             _ => {
                 let version = passes.iter().map(|pass| of_pass(pass).unit_version()).sum();
                 let make = || Tensor::behind_each_other(passes.iter().map(|pass| unit(of_pass(pass))));
-                self.both_ways(passes).units.get(version, make)
+                self.side_copies(passes).units.get(version, make)
             }
         }
     }
 
-    /// Of the layer of these two passes.
-    fn both_ways(&self, passes: &[Pass<'_>]) -> &BothWays {
-        &self.both_ways[passes[0].index / passes.len()]
+    /// Of these two passes.
+    fn side_copies(&self, passes: &[Pass<'_>]) -> &SideCopies {
+        &self.sides[passes[0].index / self.config.directions()]
     }
 
     /// W_hh as a forward sweep of whole steps reads it, of each of its passes; anything where the cell has no product.
@@ -1045,7 +1083,7 @@ impl<C: Cell> Recurrent<C> {
             [] => Ok(units.to_vec()),
             _ if !dropped.is_empty() => Tensor::behind_each_other(dropped.into_iter().map(packed)),
             [weight] => Ok(vec![weight.packed(packed)?]),
-            weights => copies(&self.both_ways(passes).recurrent, weights, packed),
+            weights => copies(&self.side_copies(passes).recurrent, weights, packed),
         }
     }
 
@@ -1059,7 +1097,7 @@ impl<C: Cell> Recurrent<C> {
             [weight] => vec![weight.transposed_factor(Precision::Single)?.words],
             weights => {
                 let transposed = |weight: &Tensor| transpose::matrix(weight, width, self.config.hidden);
-                copies(&self.both_ways(passes).outputs, weights, transposed)?
+                copies(&self.side_copies(passes).outputs, weights, transposed)?
             }
         };
         let biases = match &of_passes(|weights| &weights.bias_hr)[..] {
@@ -1080,8 +1118,15 @@ impl<C: Cell> Recurrent<C> {
         Ok(Some(OutputGradients { width, weights, carried, douts }))
     }
 
-    /// Of passes that a sweep takes at once. `x`: where [`Self::forms_inputs`], and whether backward will follow.
-    fn sweep_forward(&self, passes: &[Pass<'_>], tapes: &[PassTape], x: Option<(&Tensor, bool)>, ys: &[Tensor]) -> Result<()> {
+    /// Of passes that a sweep takes at once. `forms`: where [`Self::forms_inputs`], whether backward will follow. `xs`: of each layer.
+    fn sweep_forward(
+        &self,
+        passes: &[Pass<'_>],
+        tapes: &[PassTape],
+        forms: Option<bool>,
+        xs: &[Tensor],
+        ys: &[Tensor],
+    ) -> Result<()> {
         let steps = self.steps_of(&passes[0]);
         if steps == Steps::Split {
             let mut all = passes.iter().zip(tapes).zip(ys);
@@ -1091,22 +1136,32 @@ impl<C: Cell> Recurrent<C> {
         let units = self.units(passes)?;
         let weights = self.recurrent_weights(passes, tapes, &units)?;
         let sides = sides(passes, tapes, &weights, &units, ys);
-        if let Some((x, keep)) = x {
+        if let Some(keep) = forms {
             let Weights { weight_ih, bias_ih, .. } = &self.weights[passes[0].index];
             let packed = weight_ih.packed(|weight| sweep_step::input_weights::<C>(weight, self.config.hidden))?;
-            let inputs = Inputs { x, weights: &packed, bias: bias_ih.as_ref().map(Param::value), keep };
+            let inputs = Inputs { x: &xs[0], weights: &packed, bias: bias_ih.as_ref().map(Param::value), keep };
             sweep_step::forward_from(cell, &sides[0], &inputs);
             return Ok(());
         }
-        if steps == Steps::Pairs {
-            return sweep_pair::forward(cell, &sides, self.outputs(passes, tapes)?.as_ref());
+        let outputs = self.outputs(passes, tapes)?;
+        for turn in self.turns(passes, false) {
+            if let Some(run) = turn.handed {
+                self.hand_up(passes, tapes, xs, ys, run)?;
+            }
+            let sides = turn.sides(&sides);
+            if steps == Steps::Pairs {
+                let outputs = outputs.as_ref().map(|outputs| outputs.part(turn.passes()));
+                sweep_pair::forward(cell, &sides, outputs.as_ref())?;
+                continue;
+            }
+            match sweep::choose(&self.device, cell, &passes[0].plan, false) {
+                Sweep::Scan(kernels) => sides.iter().try_for_each(|side| sweep_scan::forward(kernels, cell, side))?,
+                Sweep::Resident => sweep_resident::forward(cell, &sides)?,
+                Sweep::Grid => sweep_grid::forward(cell, &sides)?,
+                Sweep::Step => sweep_step::forward(cell, &sides)?,
+            }
         }
-        match sweep::choose(&self.device, cell, &passes[0].plan, false) {
-            Sweep::Scan(kernels) => sides.iter().try_for_each(|side| sweep_scan::forward(kernels, cell, side)),
-            Sweep::Resident => sweep_resident::forward(cell, &sides),
-            Sweep::Grid => sweep_grid::forward(cell, &sides),
-            Sweep::Step => sweep_step::forward(cell, &sides),
-        }
+        Ok(())
     }
 
     fn split_forward(&self, pass: &Pass<'_>, tape: &PassTape, y: &Tensor) -> Result<()> {
@@ -1129,29 +1184,23 @@ impl<C: Cell> Recurrent<C> {
         sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, recurrent, &extras)
     }
 
-    /// The input part of every gate and step: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in the first columns
-    /// of the slots `[T, B, SLOTS, H]`.
-    fn input_part(
-        &self,
-        weights: &Weights,
-        x: &Tensor,
-        slots: &Tensor,
-        [steps, rows]: [usize; 2],
-        norms: Option<&Norms>,
-    ) -> Result<()> {
+    /// The input part of every gate and step of the pass's run: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in the
+    /// first columns of the slots `[T, B, SLOTS, H]`.
+    fn input_part(&self, pass: &Pass<'_>, x: &Tensor, slots: &Tensor, norms: Option<&Norms>) -> Result<()> {
+        let weights = &self.weights[pass.index];
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let bias = weights.bias_ih.as_ref().map(Param::value);
         let weight_ih = weights.weight_ih.transposed_factor(self.config.precision)?;
-        for (first, count) in time_blocks(steps, rows) {
+        for [first, count, whole] in time_blocks_of(&pass.plan) {
             let x = Matrix::window(x, first * inputs, count, inputs, inputs);
             let target = Matrix::window(slots, first * kept, count, gates, kept);
             match self.input_norm(weights, norms) {
                 Some(norm) => {
-                    product(x, &weight_ih, None, norm.window(first, count), false)?;
+                    part_of_product(x, &weight_ih, None, norm.window(first, count), false, whole)?;
                     norm.forward(first, bias, target)?;
                 }
-                None => product(x, &weight_ih, bias, target, false)?,
+                None => part_of_product(x, &weight_ih, bias, target, false, whole)?,
             }
         }
         Ok(())
@@ -1183,11 +1232,11 @@ impl<C: Cell> Recurrent<C> {
         dstate: Option<&C::Value>,
         needs_dx: bool,
         sums: &[Tensor],
-        mut flow: Option<&mut Vec<flow::Totals>>,
+        flow: Option<&mut Vec<flow::Totals>>,
     ) -> Result<(Option<Tensor>, C::Value)> {
         let op = self.op(method);
-        let RecurrentConfig { dropout, batch_first, .. } = self.config;
-        let RecurrentTape { steps, rows, lengths, key, teacher, layers, window, given_state, owner, version } = tape;
+        let batch_first = self.config.batch_first;
+        let RecurrentTape { steps, rows, lengths, key, teacher, mut layers, window, given_state, owner, version } = tape;
         if !owner.same(self.owner()) || version != self.version() {
             return Err(super::stale_tape(&op));
         }
@@ -1205,43 +1254,18 @@ impl<C: Cell> Recurrent<C> {
 
         let finals = dstate.map(|dstate| dstate.tensors());
         let initial = self.new_state(rows)?;
+        let sequence = Sequence { steps, rows, window, lengths: lengths.as_ref(), key, teacher: teacher.as_ref() };
+        let mut ends = Ends { finals: finals.as_deref(), initial: &initial, sums, flow };
         let mut dy = if batch_first { transpose::leading(dy)? } else { dy.clone() };
         let mut dx = None;
-        for (layer, LayerTape { x, passes, factors }) in layers.into_iter().enumerate().rev() {
-            let added = match self.config.adds_input(x.shape()[2]) && (needs_dx || layer > 0) {
-                true => Some(valid_rows(&dy, lengths.as_ref())?),
-                false => None,
+        while let Some(tape) = layers.pop() {
+            let layer = layers.len();
+            let below = layers.pop_if(|below| self.goes_with(layer - 1, [below, &tape], &sequence));
+            let needs = needs_dx || !layers.is_empty();
+            dx = match below {
+                Some(below) => self.backward_wavefront(layer - 1, &sequence, [below, tape], &dy, needs, &mut ends)?,
+                None => self.backward_layer(layer, &sequence, &tape, &dy, needs, &mut ends)?,
             };
-            if let Some(key) = self.mask_key(key, layer) {
-                dy = dropout::dropout(&dy, [window.start, rows, self.output()], dropout, key)?;
-            }
-            dx = match needs_dx || layer > 0 {
-                true => Some(Tensor::uninitialized(&self.device, x.shape())?),
-                false => None,
-            };
-            let mut of_layer = self.passes(layer, [steps, rows], window, lengths.as_ref(), key, teacher.as_ref());
-            of_layer.iter_mut().for_each(|pass| pass.plan.flow = flow.is_some());
-            let dys = self.merge_backward(&dy, &factors)?;
-            let count = self.at_once(&of_layer);
-            for ((at_once, tapes), dys) in of_layer.chunks(count).zip(passes.chunks(count)).zip(dys.chunks(count)) {
-                let gradients = match &teacher {
-                    Some(teacher) if teacher.probability >= 1.0 => {
-                        self.forced_backward(&at_once[0], tapes, [&x, &dys[0]], finals.as_deref(), &initial)?
-                    }
-                    _ => self.backward_passes(at_once, tapes, (&x, dys), finals.as_deref(), &initial, sums)?,
-                };
-                for ((pass, tape), gradients) in at_once.iter().zip(tapes).zip(gradients) {
-                    if let Some(flow) = &mut flow {
-                        flow.push(self.totals(pass, gradients));
-                    }
-                    if let Some(dx) = &dx {
-                        self.input_gradient(pass, tape, dx)?;
-                    }
-                }
-            }
-            if let (Some(dx), Some(added)) = (&mut dx, added) {
-                *dx = elementwise::add(dx, &added)?;
-            }
             if let Some(dx) = &dx {
                 dy = dx.clone();
             }
@@ -1261,6 +1285,56 @@ impl<C: Cell> Recurrent<C> {
         Ok((dx, self.state(initial)))
     }
 
+    /// A layer by itself, backward: from the gradient of what it gave to the next one to that of its x, where it `needs` one.
+    fn backward_layer(
+        &self,
+        layer: usize,
+        sequence: &Sequence<'_>,
+        LayerTape { x, passes, factors }: &LayerTape,
+        dy: &Tensor,
+        needs: bool,
+        ends: &mut Ends<'_>,
+    ) -> Result<Option<Tensor>> {
+        let mut of_layer = self.passes(layer, sequence);
+        of_layer.iter_mut().for_each(|pass| pass.plan.flow = ends.flow.is_some());
+        let dx = if needs { Some(Tensor::uninitialized(&self.device, x.shape())?) } else { None };
+        let dys = self.merge_backward(&self.passed_back(&of_layer[0], dy, Run::whole(sequence.steps))?, factors)?;
+        let (count, xs) = (self.at_once(&of_layer), vec![x.clone(); of_layer.len()]);
+        for ((at_once, tapes), dys) in of_layer.chunks(count).zip(passes.chunks(count)).zip(dys.chunks(count)) {
+            let gradients = match sequence.teacher {
+                Some(teacher) if teacher.probability >= 1.0 => self.forced_backward(&at_once[0], tapes, [x, &dys[0]], ends)?,
+                _ => self.backward_passes(at_once, tapes, &xs, dys, ends, None)?,
+            };
+            for ((pass, tape), gradients) in at_once.iter().zip(tapes).zip(gradients) {
+                if let Some(flow) = &mut ends.flow {
+                    flow.push(self.totals(pass, gradients));
+                }
+                if let Some(dx) = &dx {
+                    self.input_gradient(pass, tape, dx)?;
+                }
+            }
+        }
+        let Some(dx) = dx else { return Ok(None) };
+        self.with_added(&of_layer[0], dx, dy, Run::whole(sequence.steps)).map(Some)
+    }
+
+    /// The gradient of a layer's output from that of what it gave to the next one: see [`Self::passed_on`].
+    fn passed_back(&self, pass: &Pass<'_>, dy: &Tensor, run: Run) -> Result<Tensor> {
+        let Plan { start, rows, .. } = pass.plan;
+        match self.mask_key(pass) {
+            Some(key) => dropout::dropout(dy, [start + run.first, rows, self.output()], self.config.dropout, key),
+            None => Ok(dy.clone()),
+        }
+    }
+
+    /// The whole gradient of a layer's x from that through its gates, and from dy past them, where x was added to y.
+    fn with_added(&self, pass: &Pass<'_>, dx: Tensor, dy: &Tensor, run: Run) -> Result<Tensor> {
+        match self.config.adds_input(dx.shape()[2]) {
+            true => elementwise::add(&dx, &valid_rows(dy, pass.plan.lengths, run.first)?),
+            false => Ok(dx),
+        }
+    }
+
     /// The gradient of the product of x in a block, where it is normalized, `[count, G * H]`; else that in the slots is it.
     fn through_input_norm(&self, weights: &Weights, tape: &PassTape, [first, count]: [usize; 2]) -> Result<Option<Tensor>> {
         let Some(norm) = self.input_norm(weights, tape.norms.as_ref()) else { return Ok(None) };
@@ -1271,32 +1345,34 @@ impl<C: Cell> Recurrent<C> {
         Ok(Some(dproducts))
     }
 
-    /// `dx (+)= dx-part . W_ih`, from the gradients in the slots; the first direction's is not added.
+    /// `dx (+)= dx-part . W_ih`, from the gradients in the slots, of the pass's run; the first direction's is not added.
     fn input_gradient(&self, pass: &Pass<'_>, tape: &PassTape, dx: &Tensor) -> Result<()> {
         let (weights, accumulate) = (&self.weights[pass.index], !pass.index.is_multiple_of(self.config.directions()));
         let (hidden, inputs) = (self.config.hidden, weights.inputs());
         let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
         let weight_ih = weights.weight_ih.factor(self.config.precision, gates)?;
-        for (first, count) in time_blocks(pass.plan.steps, pass.plan.rows) {
+        for [first, count, whole] in time_blocks_of(&pass.plan) {
             let normalized = self.through_input_norm(weights, tape, [first, count])?;
             let part = Matrix::window(&tape.slots, first * kept, count, gates, kept);
             let part = normalized.as_ref().map_or(part, |part| Matrix::new(part, count, gates));
-            product(part, &weight_ih, None, Matrix::window(dx, first * inputs, count, inputs, inputs), accumulate)?;
+            let target = Matrix::window(dx, first * inputs, count, inputs, inputs);
+            part_of_product(part, &weight_ih, None, target, accumulate, whole)?;
         }
         Ok(())
     }
 
-    /// Passes of one layer that a sweep takes at once, backward: from dy and the gradient of the final state to that of the initial one, in
-    /// the slots those of the gates, and those of the parameters. `sums`: of all layers and directions, where there are any.
+    /// Passes that a sweep takes at once, backward: from dy and the gradient of the final state to that of the initial one, in the slots
+    /// those of the gates, and those of the parameters. `xs`, `dys`: of each pass. `between`: of two layers, see [`Self::hand_down`].
     fn backward_passes(
         &self,
         passes: &[Pass<'_>],
         tapes: &[PassTape],
-        (x, dys): (&Tensor, &[Tensor]),
-        finals: Option<&[&Tensor]>,
-        initial: &[Tensor],
-        sums: &[Tensor],
+        xs: &[Tensor],
+        dys: &[Tensor],
+        ends: &Ends<'_>,
+        between: Option<[&Tensor; 2]>,
     ) -> Result<Vec<Gradients>> {
+        let Ends { finals, initial, sums, .. } = *ends;
         let all = self.new_gradients(passes)?;
         let (rows, hidden) = (passes[0].plan.rows, self.config.hidden);
         let sums_of = |pass: &Pass<'_>, gradients: &Gradients| {
@@ -1316,8 +1392,8 @@ impl<C: Cell> Recurrent<C> {
                 }
             }
         }
-        self.sweep_backward(passes, tapes, dys, &all)?;
-        for ((pass, tape), gradients) in passes.iter().zip(tapes).zip(&all) {
+        self.sweep_backward(passes, tapes, dys, &all, between)?;
+        for (((pass, tape), gradients), x) in passes.iter().zip(tapes).zip(&all).zip(xs) {
             if let Some((place, sums)) = sums_of(pass, gradients) {
                 sums.copy_from(&place)?;
             }
@@ -1335,8 +1411,7 @@ impl<C: Cell> Recurrent<C> {
         pass: &Pass<'_>,
         tapes: &[PassTape],
         [x, dy]: [&Tensor; 2],
-        finals: Option<&[&Tensor]>,
-        initial: &[Tensor],
+        ends: &Ends<'_>,
     ) -> Result<Vec<Gradients>> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
@@ -1344,13 +1419,13 @@ impl<C: Cell> Recurrent<C> {
         let gradients = self.new_gradients(&pass)?;
         let carried = gradients[0].state(0, pass[0].plan.rows, width, self.config.hidden);
         carried.clear()?;
-        if let Some(finals) = finals {
+        if let Some(finals) = ends.finals {
             gather::scatter(&flat.ends.positions()?, finals[0], &carried, width, None)?;
         }
-        self.sweep_backward(&pass, tapes, std::slice::from_ref(dy), &gradients)?;
+        self.sweep_backward(&pass, tapes, std::slice::from_ref(dy), &gradients, None)?;
         self.gradients(&pass[0], &tapes[0], x, &gradients[0])?;
         // What is left of the others belongs to the targets.
-        initial[0].copy_from(&part(&carried, 0, rows * width))?;
+        ends.initial[0].copy_from(&part(&carried, 0, rows * width))?;
         Ok(gradients)
     }
 
@@ -1378,8 +1453,15 @@ impl<C: Cell> Recurrent<C> {
         Ok(Gradients { dstates, output, norms })
     }
 
-    /// Of passes that a sweep takes at once.
-    fn sweep_backward(&self, passes: &[Pass<'_>], tapes: &[PassTape], dys: &[Tensor], gradients: &[Gradients]) -> Result<()> {
+    /// Of passes that a sweep takes at once. `between`: of two layers, see [`Self::hand_down`].
+    fn sweep_backward(
+        &self,
+        passes: &[Pass<'_>],
+        tapes: &[PassTape],
+        dys: &[Tensor],
+        gradients: &[Gradients],
+        between: Option<[&Tensor; 2]>,
+    ) -> Result<()> {
         let steps = self.steps_of(&passes[0]);
         if steps == Steps::Split {
             let mut all = passes.iter().zip(tapes).zip(dys).zip(gradients);
@@ -1393,18 +1475,29 @@ impl<C: Cell> Recurrent<C> {
         });
         let weights = Tensor::behind_each_other(weights)?;
         let sides = sides(passes, tapes, &weights, &units, &dys);
-        let dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
-        if steps == Steps::Pairs {
-            return sweep_pair::backward(cell, &sides, &dstates, self.output_gradients(passes, gradients)?.as_ref());
-        }
-        match sweep::choose(&self.device, cell, &passes[0].plan, true) {
-            Sweep::Scan(kernels) => {
-                sides.iter().zip(dstates).try_for_each(|(side, dstates)| sweep_scan::backward(kernels, cell, side, dstates))
+        let all_dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
+        let outputs = self.output_gradients(passes, gradients)?;
+        for turn in self.turns(passes, true) {
+            if let (Some(run), Some(between)) = (turn.handed, between) {
+                self.hand_down(passes, tapes, &dys, between, run)?;
             }
-            Sweep::Resident => sweep_resident::backward(cell, &sides, &dstates),
-            Sweep::Grid => sweep_grid::backward(cell, &sides, &dstates),
-            Sweep::Step => sweep_step::backward(cell, &sides, &dstates),
+            let (sides, dstates) = (turn.sides(&sides), &all_dstates[turn.passes()]);
+            if steps == Steps::Pairs {
+                let outputs = outputs.as_ref().map(|outputs| outputs.part(turn.passes()));
+                sweep_pair::backward(cell, &sides, dstates, outputs.as_ref())?;
+                continue;
+            }
+            match sweep::choose(&self.device, cell, &passes[0].plan, true) {
+                Sweep::Scan(kernels) => {
+                    let mut all = sides.iter().zip(dstates);
+                    all.try_for_each(|(side, dstates)| sweep_scan::backward(kernels, cell, side, dstates))?;
+                }
+                Sweep::Resident => sweep_resident::backward(cell, &sides, dstates)?,
+                Sweep::Grid => sweep_grid::backward(cell, &sides, dstates)?,
+                Sweep::Step => sweep_step::backward(cell, &sides, dstates)?,
+            }
         }
+        Ok(())
     }
 
     fn split_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
@@ -1527,7 +1620,7 @@ impl<C: Cell> Recurrent<C> {
 
     /// Room for the sums of each layer and direction over a batch, zeros: see [`Plan::sums_len`]; empty where there are none.
     fn new_sums(&self, rows: usize) -> Result<Vec<Tensor>> {
-        let plan = self.plan([1, rows], Window { start: 0, total: 1 }, 0, None, None);
+        let plan = self.plan(&Sequence::plain(1, rows), 0);
         match plan.sums_len(&self.config.cell) {
             0 => Ok(Vec::new()),
             len => self.weights.iter().map(|_| Tensor::zeros(&self.device, [len])).collect(),
@@ -1559,18 +1652,29 @@ fn time_blocks(steps: usize, rows: usize) -> impl DoubleEndedIterator<Item = (us
     (0..steps.div_ceil(block)).map(move |n| (n * block * rows, block.min(steps - n * block) * rows))
 }
 
+/// What the steps of a plan's run have of each block: the first row, rows, and those of the whole block.
+fn time_blocks_of(plan: &Plan<'_>) -> impl Iterator<Item = [usize; 3]> + use<> {
+    // Rows of the run.
+    let (start, end) = (plan.run.first * plan.rows, plan.run.end() * plan.rows);
+    debug_assert!(!plan.reverse || plan.run == Run::whole(plan.steps), "parts of a sequence are read forward");
+    time_blocks(plan.steps, plan.rows).filter_map(move |(first, count)| {
+        let [from, to] = [first.max(start), (first + count).min(end)];
+        (from < to).then(|| [from, to - from, count])
+    })
+}
+
 /// Steps of a block.
 fn time_block(rows: usize) -> usize {
     1024usize.div_ceil(rows).next_multiple_of(64)
 }
 
-/// `x [T, B, F]` with zeros past each row's end.
-fn valid_rows(x: &Tensor, lengths: Option<&Lengths>) -> Result<Tensor> {
+/// `x [T, B, F]` with zeros past each row's end; `start`: the steps before the first one.
+fn valid_rows(x: &Tensor, lengths: Option<&Lengths>, start: usize) -> Result<Tensor> {
     let Some(lengths) = lengths else { return Ok(x.clone()) };
     let (rows, width) = (x.shape()[1], x.shape()[2]);
     let count = x.len() / width;
     // A place past the table gives zeros.
-    let place = |line: usize| if (line / rows) < lengths.host()[line % rows] as usize { line } else { count } as u32;
+    let place = |line: usize| if start + line / rows < lengths.host()[line % rows] as usize { line } else { count } as u32;
     let places = Ids::from_slice(x.device(), &(0..count).map(place).collect::<Vec<_>>(), [count])?;
     gather::gather(places.tensor(), x, width)?.reshape(x.shape())
 }
@@ -1621,6 +1725,17 @@ enum Slots {
     Empty,
     /// As before, and nothing after it either: there are none.
     None,
+}
+
+/// What a backward pass through all layers takes and leaves at the ends of the sequence, and gathers on the way.
+struct Ends<'a> {
+    /// Gradients of the final state; none: zeros.
+    finals: Option<&'a [&'a Tensor]>,
+    /// Those of the initial state.
+    initial: &'a [Tensor],
+    /// Of each layer and direction, where there are any: see [`Plan::sums_len`].
+    sums: &'a [Tensor],
+    flow: Option<&'a mut Vec<flow::Totals>>,
 }
 
 /// What a backward pass carries from step to step.
@@ -1706,7 +1821,7 @@ impl Forced {
 
     fn plan<'a>(&'a self, plan: &Plan<'_>) -> Plan<'a> {
         let (steps, rows) = (1, plan.steps * plan.rows);
-        Plan { steps, rows, lengths: self.lengths.as_ref(), total: steps, ..*plan }
+        Plan { steps, run: Run::whole(steps), rows, lengths: self.lengths.as_ref(), total: steps, ..*plan }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::slice;
 
-use super::{Cell, Gradients, Pass, PassTape, Recurrent, Slots, Window};
+use super::{Cell, Gradients, Pass, PassTape, Recurrent, Sequence, Slots};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -35,7 +35,7 @@ impl<C: Cell> SweepAlone<C> {
             Ok(copy)
         };
         let before = copy()?;
-        layer.sweep_forward(&[pass(&layer, shape)], &tapes, None, slice::from_ref(&y))?;
+        layer.sweep_forward(&[pass(&layer, shape)], &tapes, None, &[], slice::from_ref(&y))?;
         let after = copy()?;
         Ok(Self { shape, tapes, gradients, before, after, y, dy: dy.clone(), layer })
     }
@@ -47,7 +47,8 @@ impl<C: Cell> SweepAlone<C> {
 
     /// The forward sweep.
     pub fn forward(&self) -> Result<()> {
-        self.layer.sweep_forward(&[pass(&self.layer, self.shape)], &self.tapes, None, slice::from_ref(&self.y))
+        // x has gone into the slots.
+        self.layer.sweep_forward(&[pass(&self.layer, self.shape)], &self.tapes, None, &[], slice::from_ref(&self.y))
     }
 
     /// Puts what the forward sweep left back into the slots.
@@ -58,7 +59,8 @@ impl<C: Cell> SweepAlone<C> {
 
     /// The backward sweep.
     pub fn backward(&self) -> Result<()> {
-        self.layer.sweep_backward(&[pass(&self.layer, self.shape)], &self.tapes, slice::from_ref(&self.dy), &self.gradients)
+        let pass = [pass(&self.layer, self.shape)];
+        self.layer.sweep_backward(&pass, &self.tapes, slice::from_ref(&self.dy), &self.gradients, None)
     }
 
     /// Numbers of the slots and of the states, all steps together.
@@ -68,6 +70,6 @@ impl<C: Cell> SweepAlone<C> {
 }
 
 fn pass<C: Cell>(layer: &Recurrent<C>, [steps, rows]: [usize; 2]) -> Pass<'_> {
-    let plan = layer.plan([steps, rows], Window { start: 0, total: steps }, 0, None, None);
+    let plan = layer.plan(&Sequence::plain(steps, rows), 0);
     Pass { plan, index: 0, key: None, batch: rows, teacher: None }
 }

@@ -4,6 +4,7 @@ use super::harness::{Cases, is_nan, normal, overridden, ragged};
 use crate::error::Result;
 use crate::kernels::choice::KernelOverride;
 use crate::kernels::gemm::ProductKernel;
+use crate::kernels::sweep::LayerOrder;
 use crate::nn::{Cell, CellState, GruConfig, Input, LstmConfig, Module, Precision, RecurrentConfig, Reset, RnnConfig};
 use crate::rng::{MaskKey, Rng};
 use crate::tensor::{Lengths, Tensor};
@@ -19,6 +20,9 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check(cases, "lstm_wide", LstmConfig::new(INPUT, 132))?;
     // A row by itself has kernels of its own, and blocks of a thousand steps.
     check_sizes(cases, "lstm_row", LstmConfig::new(INPUT, 132), KernelOverride::default(), [3100, 1])?;
+    let wavefront = KernelOverride::default().layers(LayerOrder::Wavefront);
+    check_by(cases, "lstm_wavefront", lstm().layers(2).gradient_clip(0.05), wavefront)?;
+    check_by(cases, "gru_wavefront", GruConfig::new(INPUT, 40).layers(3).dropout(0.3).residual(true), wavefront)?;
     check(cases, "lstm_masks", lstm().layers(2).dropout(0.3).zoneout(0.2, 0.1).weight_dropout(0.3))?;
     check(cases, "lstm_sums", lstm().layers(2).peepholes(true).gradient_clip(0.05))?;
     check(cases, "lstm_projection", lstm().layers(2).projection(INPUT).residual(true))?;

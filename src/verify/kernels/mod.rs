@@ -26,6 +26,7 @@ mod scans;
 mod sums;
 mod sweeps;
 mod training;
+mod wavefront;
 
 use super::Report;
 use crate::device::{Device, DeviceInfo};
@@ -146,13 +147,14 @@ pub fn all() -> Vec<KernelCheck> {
         ("gradient_flow", flow::gradient_flow),
         ("scans", scans::scans),
         ("batch_invariant", batch_invariant::batch_invariant),
+        ("wavefront", wavefront::wavefront),
         ("bptt", bptt::bptt),
         ("bptt_parts", bptt::bptt_parts),
         ("encoder_decoder", encoder_decoder::encoder_decoder),
         ("training", training::training),
     ];
     let needs = |name| match name {
-        "step_tiled" | "lstm_resident" | "resident_cells" | "lstm_grid" | "grid_cells" | "bptt_parts" => A_GPU,
+        "step_tiled" | "lstm_resident" | "resident_cells" | "lstm_grid" | "grid_cells" | "wavefront" | "bptt_parts" => A_GPU,
         "gemm_subgroup" | "step_subgroup" | "step_row" => SUBGROUPS_OF_8,
         "gemm_tiled_128" => TILES_OF_128,
         "gemm_cooperative_8" => MATRICES_OF_8,

@@ -74,7 +74,7 @@ impl Product {
     }
 
     fn on_gpu<'a>(&self, a: Matrix<'a>, b: Matrix<'a>, bias: Option<&'a Tensor>, c: Matrix<'a>) -> gemm::Product<'a> {
-        gemm::Product { precision: self.precision, a, b, bias, c, accumulate: self.accumulate }
+        gemm::Product { precision: self.precision, a, b, bias, c, accumulate: self.accumulate, whole: c.rows }
     }
 
     /// What the device would choose, `None`, and each kernel that takes the product; of these the ones that are wanted.

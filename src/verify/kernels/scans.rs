@@ -7,7 +7,7 @@ use crate::kernels::cell_contract::Block;
 use crate::kernels::cell_min_gru::MinGruCell;
 use crate::kernels::cell_min_lstm::MinLstmCell;
 use crate::kernels::choice::KernelOverride;
-use crate::kernels::sweep::{Buffers, Plan, Side, SweepKernel};
+use crate::kernels::sweep::{self, Buffers, Plan, Side, SweepKernel};
 use crate::kernels::sweep_scan;
 use crate::kernels::sweep_step;
 use crate::nn::{Cell, Direction, MinGruConfig, MinLstmConfig, RecurrentConfig};
@@ -84,6 +84,7 @@ fn sweep<C: Cell>(run: &mut Run<'_>, sweep: &Sweep, depth: usize, scan: bool) ->
     let (output, start, random, clip) = (true, 0, false, 0.0);
     let plan = Plan {
         steps,
+        run: sweep::Run::whole(steps),
         rows,
         hidden,
         reverse,

@@ -5,7 +5,7 @@ use super::networks::{INPUT, Network, check};
 use crate::error::Result;
 use crate::kernels::cell_lstm::LstmCell;
 use crate::kernels::choice::KernelOverride;
-use crate::kernels::sweep::{Buffers, Plan, Side, SweepKernel};
+use crate::kernels::sweep::{self, Buffers, Plan, Side, SweepKernel};
 use crate::kernels::sweep_pair::PairKernel;
 use crate::kernels::sweep_step::StepKernel;
 use crate::kernels::{sweep_grid, sweep_resident, sweep_step};
@@ -135,6 +135,7 @@ impl Sweep {
         let Self { steps, rows, hidden, reverse, acts, .. } = *self;
         let plan = Plan {
             steps,
+            run: sweep::Run::whole(steps),
             rows,
             hidden,
             reverse,
