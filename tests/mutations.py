@@ -58,6 +58,8 @@ EDITS = [
     ("shaders/sweep_unit.wgsl", "d[s] += held_back[s];", "d[s] -= held_back[s];", ["networks"]),
     ("shaders/sweep_unit.wgsl", "params.start + t, row, unit", "t, row, unit", ["networks", "bptt"]),
     ("shaders/sweep_unit.wgsl", "return params.reverse ^ (side * params.opposite);", "return params.reverse;", ["lstm_layers", "lstm_sweep"]),
+    ("shaders/sweep_unit.wgsl", "return params.reverse ^ (side * params.opposite);", "return params.reverse ^ side;", ["wavefront"]),
+    ("shaders/sweep_unit.wgsl", "let own = n + side * params.ahead;", "let own = n;", ["wavefront"]),
     ("shaders/sweep_unit.wgsl", "return side * params.next_weights;", "return 0u;", ["lstm_layers", "lstm_sweep"]),
     ("shaders/sweep_unit.wgsl", "side * params.next_y + ", "", ["lstm_layers", "lstm_sweep"]),
     ("shaders/sweep_unit.wgsl", "select(params.key1, params.next_key1, is_next)", "params.key1", ["networks"]),

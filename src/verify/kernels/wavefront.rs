@@ -1,5 +1,7 @@
 //! Layers as a wavefront: the bits of the layers in turn, which other families compare with the oracle.
 
+use std::collections::BTreeSet;
+
 use super::harness::{Cases, GRADIENT, normal, overridden, ragged, to_bits, wide};
 use crate::device::Device;
 use crate::error::Result;
@@ -94,7 +96,11 @@ fn check<C: Cell>(
             Ok(all)
         };
         cases.run(format!("{name}{kind}"), |case| {
-            let (expected, computed) = (run(&in_turn)?, run(&wavefront)?);
+            let (expected, products) = explained(&in_turn, || run(&in_turn))?;
+            let (computed, in_parts) = explained(&wavefront, || run(&wavefront))?;
+            // Kernels that here give the same bits may give others elsewhere.
+            let others = products.symmetric_difference(&in_parts).count();
+            case.comparisons.push(Comparison::measured("products of other sizes, or by other kernels", others as f64, 0.0));
             for ((name, expected), (_, computed)) in expected.into_iter().zip(computed) {
                 // The same bits alone might be those of NaN.
                 case.comparisons.push(Comparison::new(name.clone(), &computed, &wide(&expected), GRADIENT));
@@ -105,4 +111,19 @@ fn check<C: Cell>(
         })?;
     }
     Ok(())
+}
+
+/// What `work` gives, and the sizes and kernels of the products in it.
+fn explained<T>(device: &Device, work: impl FnOnce() -> Result<T>) -> Result<(T, BTreeSet<(String, String)>)> {
+    let mut result = None;
+    let choices = device.explain(|| {
+        result = Some(work()?);
+        Ok(())
+    })?;
+    let products = choices.into_iter().filter(|choice| choice.table == "product");
+    let products = products.map(|choice| (choice.work, choice.kernel)).collect();
+    match result {
+        Some(result) => Ok((result, products)),
+        None => unreachable!("the work was done"),
+    }
 }
