@@ -2,7 +2,7 @@
 // product, gates in one group or two, and runs the cell for all units. Where the last state is normalized as well, on its way to h, the
 // cell has left in place of h, and in its last slot, the other factor of h (of an LSTM o: h = o act(LN(c))). Backward the same in the
 // opposite order; the statistics are computed again, by the same code. Composed with row_norm.wgsl, sweep_unit.wgsl,
-// cell_contract.wgsl, one cell file and hold.wgsl; one side a launch.
+// cell_contract.wgsl, one cell file and hold.wgsl.
 //
 // A lane owns units a workgroup apart, and reads back nothing that another lane stored. Gains and the shift are lines of `unit_values`
 // behind the unit parameters: of each gate, then gain and shift of the state.
@@ -29,17 +29,26 @@ struct Normal { first: vec4<f32>, mean: vec4<f32>, inverse: vec4<f32> }
 // What belongs to the group of a gate.
 fn of_group(gate: u32, groups: vec2<f32>) -> f32 { return select(groups.x, groups.y, gate >= first_group); }
 
-fn product_of(row: u32, gate: u32, unit: u32) -> f32 {
-    return products[((params.line + row) * GATES + gate) * params.hidden + unit];
+// Where a row of a step lies among those that are kept.
+fn line_of(t: u32, row: u32) -> u32 { return t * params.rows % params.lines + row; }
+
+fn stats_at(t: u32, row: u32, group: u32) -> u32 { return side * params.next_stats + group * params.lines + line_of(t, row); }
+
+fn product_of(t: u32, row: u32, gate: u32, unit: u32) -> f32 {
+    return products[side * params.next_between + (line_of(t, row) * GATES + gate) * params.hidden + unit];
 }
 
 // The state that is normalized, after the step.
 fn normed_of(t: u32, row: u32, unit: u32) -> f32 { return states[state_at(NORMED, slot_after(t), row, unit)]; }
 
-fn gain_of(line: u32, unit: u32) -> f32 { return unit_values[(unit_params + line) * params.hidden + unit]; }
+fn gain_of(line: u32, unit: u32) -> f32 {
+    return unit_values[side * params.next_unit + (unit_params + line) * params.hidden + unit];
+}
 
-fn dnorm_at(row: u32, line: u32, unit: u32) -> u32 {
-    return ((params.line + row) * select(GATES, GATES + 1u, state_norm) + line) * params.hidden + unit;
+// column: a gate, or GATES, the state.
+fn dnorm_at(t: u32, row: u32, column: u32, unit: u32) -> u32 {
+    let columns = select(GATES, GATES + 1u, state_norm);
+    return side * params.next_norms + (line_of(t, row) * columns + column) * params.hidden + unit;
 }
 
 // The statistics of the product, of the state, or of both.
@@ -48,12 +57,12 @@ fn measure(lane: u32, t: u32, row: u32, of_product: bool, of_state: bool, first:
     let gates = vec3(first_group, max(GATES - first_group, 1u), 1u);
     let widths = vec4(vec3<f32>(gates * H), 1.0);
     var n: Normal;
-    n.first = vec4(product_of(row, 0u, 0u), product_of(row, min(first_group, GATES - 1u), 0u), first, 0.0);
+    n.first = vec4(product_of(t, row, 0u, 0u), product_of(t, row, min(first_group, GATES - 1u), 0u), first, 0.0);
     for (var squares = 0u; squares < 2u; squares++) {
         var sum = vec4<f32>();
         for (var unit = lane; unit < H; unit += lanes) {
             for (var g = 0u; of_product && g < GATES; g++) {
-                let d = (product_of(row, g, unit) - of_group(g, n.first.xy)) - of_group(g, n.mean.xy);
+                let d = (product_of(t, row, g, unit) - of_group(g, n.first.xy)) - of_group(g, n.mean.xy);
                 let part = select(d, d * d, squares == 1u);
                 sum += select(vec4(part, 0.0, 0.0, 0.0), vec4(0.0, part, 0.0, 0.0), g >= first_group);
             }
@@ -68,8 +77,8 @@ fn measure(lane: u32, t: u32, row: u32, of_product: bool, of_state: bool, first:
     return n;
 }
 
-fn normal_product(row: u32, gate: u32, unit: u32, n: Normal) -> f32 {
-    let x = product_of(row, gate, unit);
+fn normal_product(t: u32, row: u32, gate: u32, unit: u32, n: Normal) -> f32 {
+    let x = product_of(t, row, gate, unit);
     return normal(x, of_group(gate, n.first.xy), of_group(gate, n.mean.xy), of_group(gate, n.inverse.xy));
 }
 
@@ -89,16 +98,19 @@ fn forward(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
+    // Workgroups of each side.
+    let count = groups.x / params.sides;
+    let first = take_tile(group, groups).x;
     let t = step_of(params.t);
-    for (var row = group.x; row < params.rows; row += groups.x) {
+    for (var row = first; row < params.rows; row += count) {
         let n = measure(lane, t, row, true, false, 0.0);
         if lane == 0u {
-            stats[params.line + row] = vec2(n.mean.x, n.inverse.x);
-            if first_group < GATES { stats[params.lines + params.line + row] = vec2(n.mean.y, n.inverse.y); }
+            stats[stats_at(t, row, 0u)] = vec2(n.mean.x, n.inverse.x);
+            if first_group < GATES { stats[stats_at(t, row, 1u)] = vec2(n.mean.y, n.inverse.y); }
         }
         for (var unit = lane; unit < H; unit += lanes) {
             var r: Pre;
-            for (var g = 0u; g < GATES; g++) { r[g] = gain_of(g, unit) * normal_product(row, g, unit, n); }
+            for (var g = 0u; g < GATES; g++) { r[g] = gain_of(g, unit) * normal_product(t, row, g, unit, n); }
             let previous = load_state(slot_before(t), row, unit);
             let state = forward_unit(t, row, unit, load_input(t, row, unit), r, previous, load_unit(unit));
             store_state(slot_after(t), row, unit, state);
@@ -107,8 +119,7 @@ fn forward(
         if state_norm {
             workgroupBarrier();
             let n = measure(lane, t, row, false, true, first_of_state);
-            let place = select(1u, 2u, first_group < GATES);
-            if lane == 0u { stats[place * params.lines + params.line + row] = vec2(n.mean.z, n.inverse.z); }
+            if lane == 0u { stats[stats_at(t, row, select(1u, 2u, first_group < GATES))] = vec2(n.mean.z, n.inverse.z); }
             let valid = is_valid(t, row);
             for (var unit = lane; unit < H; unit += lanes) {
                 let at = state_at(0u, slot_after(t), row, unit);
@@ -130,8 +141,11 @@ fn backward(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
+    // Workgroups of each side.
+    let count = groups.x / params.sides;
+    let first = take_tile(group, groups).x;
     let t = step_of(params.t);
-    for (var row = group.x; row < params.rows; row += groups.x) {
+    for (var row = first; row < params.rows; row += count) {
         let n = measure(lane, t, row, true, state_norm, normed_of(t, row, 0u));
 
         // From the gradient of h to that of its other factor, in its place, and that of the normalized state.
@@ -149,7 +163,7 @@ fn backward(
                     dstates[at] = dh * value;
                     dshown = dh * slots[slot_at(t, row, FACTOR, unit)] * slope(state_kind, state_alpha, state_beta, value);
                 }
-                dnorms[dnorm_at(row, GATES, unit)] = dshown;
+                dnorms[dnorm_at(t, row, GATES, unit)] = dshown;
                 let g = gain_of(GATES, unit) * dshown;
                 means += vec4(g, g * xhat, 0.0, 0.0);
             }
@@ -161,7 +175,7 @@ fn backward(
         for (var unit = lane; unit < H; unit += lanes) {
             var later = load_gradient(row, unit);
             if state_norm {
-                let g = gain_of(GATES, unit) * dnorms[dnorm_at(row, GATES, unit)];
+                let g = gain_of(GATES, unit) * dnorms[dnorm_at(t, row, GATES, unit)];
                 later[NORMED] += normal_backward(g, normal_state(t, row, unit, n), means.xy, n.inverse.z);
             }
             let step = backward_unit(t, row, unit, load_kept(t, row, unit), later, load_unit(unit));
@@ -169,7 +183,7 @@ fn backward(
             if sums { add_sums(row, unit, step.dunit, step.clipped); }
             for (var g = 0u; g < GATES; g++) {
                 let scaled = gain_of(g, unit) * step.dslots[recurrent_slot(g)];
-                let part = vec2(scaled, scaled * normal_product(row, g, unit, n));
+                let part = vec2(scaled, scaled * normal_product(t, row, g, unit, n));
                 sum += select(vec4(part, 0.0, 0.0), vec4(0.0, 0.0, part), g >= first_group);
             }
         }
@@ -178,9 +192,9 @@ fn backward(
         for (var unit = lane; unit < H; unit += lanes) {
             for (var g = 0u; g < GATES; g++) {
                 let scaled = gain_of(g, unit) * slots[slot_at(t, row, recurrent_slot(g), unit)];
-                let xhat = normal_product(row, g, unit, n);
+                let xhat = normal_product(t, row, g, unit, n);
                 let own = select(means.xy, means.zw, g >= first_group);
-                dnorms[dnorm_at(row, g, unit)] = normal_backward(scaled, xhat, own, of_group(g, n.inverse.xy));
+                dnorms[dnorm_at(t, row, g, unit)] = normal_backward(scaled, xhat, own, of_group(g, n.inverse.xy));
             }
         }
     }

@@ -44,11 +44,13 @@ struct Sweep {
     next_unit: u32,
     next_y: u32,
     next_dstates: u32,
-    next_between: u32, // steps of two products: to what the first launch leaves the second, or the other way around
+    next_between: u32, // steps of several launches: to what one leaves the next, or the other way around; products by themselves
     next_carried: u32, // see step_projected.wgsl
     next_douts: u32,
-    // sweep_rows: the line of the step's first row, the lines that there are of each group, and whether y (backward: dy) is h.
-    line: u32,
+    // sweep_rows: to the statistics, in pairs, and to the gradients of what is normalized; the lines that there are of each group, and whether
+    // y (backward: dy) is h.
+    next_stats: u32,
+    next_norms: u32,
     lines: u32,
     shows: u32,
 }

@@ -304,8 +304,8 @@ fn directions_share_the_launches_of_a_step() -> Result<()> {
         ("_step_output_", steps, projection, [2 * STEPS; 2]),
         ("_step_reset_", steps, reset, [2 * STEPS + 1; 2]),
         ("_step_candidate_", steps, reset, [2 * STEPS; 2]),
-        ("_step_", steps.pair(PairKernel::Apart), reset, [2 * STEPS, 4 * STEPS]),
-        ("lstm_rows_", steps, norm, [2 * STEPS, 4 * STEPS]),
+        ("_step_", steps.pair(PairKernel::Apart), reset, [2 * STEPS; 2]),
+        ("lstm_rows_", steps, norm, [2 * STEPS; 2]),
     ];
     let mut clocks = 0;
     for device in adapters()? {

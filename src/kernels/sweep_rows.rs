@@ -1,5 +1,7 @@
 //! A step of a sweep with layer normalization (Ba et al. 2016), given its product: `shaders/sweep_rows.wgsl` does all of it in one
-//! launch, not measured on hardware. An LSTM's cell state is normalized on its way to h as well: `h = o output(LN(c))`.
+//! launch, of both directions, not measured on hardware. An LSTM's cell state is normalized on its way to h as well: `h = o output(LN(c))`.
+
+use std::slice;
 
 use super::activation::Activation;
 use super::cell_contract::{Block, CellKernel, activation_constants};
@@ -8,9 +10,9 @@ use super::layer_norm::{GateNorm, Norm, lanes};
 use super::math::{Apart, Lanes};
 use super::sweep::{self, Buffers, Plan, Side, Step};
 use super::sweep_step::{self, Sweep};
-use super::{READ, READ_WRITE, row_groups};
+use super::{MAX_GROUPS, READ, READ_WRITE, tiles};
+use crate::backend::Access;
 use crate::backend::gpu::Gpu;
-use crate::backend::{Access, Kernel};
 use crate::device::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -40,7 +42,7 @@ pub(crate) const FORWARD_BINDINGS: &[(u32, Access)] =
 pub(crate) const BACKWARD_BINDINGS: &[(u32, Access)] =
     &[(1, READ_WRITE), (2, READ_WRITE), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE), (8, READ), (10, READ_WRITE)];
 
-/// What is normalized in each row of a step. On a GPU gains and the shift are read from [`Buffers::unit`], where they lie behind the unit
+/// What is normalized in each row of a step, of one side. On a GPU gains and the shift are read from [`Buffers::unit`], where they lie behind the unit
 /// parameters: `[unit parameters + GATES, H]`, with a state two lines more.
 pub(crate) struct RowNorms<'a> {
     /// The products, of lines `[T, B]`, or `[1, B]` where nothing is kept. Behind the statistics of the groups are those of the state.
@@ -72,67 +74,36 @@ impl RowNorms<'_> {
         self.gates.window(self.line(plan, t), plan.rows)
     }
 
-    /// After the product, all else of a step. `normalized [B, GATES * H]`: what the CPU makes of the product.
-    pub fn forward<C: CellKernel>(
-        &self,
-        cell: &C,
-        plan: &Plan<'_>,
-        buffers: &Buffers<'_>,
-        normalized: &Tensor,
-        step: Step,
-    ) -> Result<()> {
-        match normalized.device().backend() {
-            Backend::Native => {
-                let line = self.line(plan, step.0);
-                self.gates.forward(line, None, Matrix::new(normalized, plan.rows, C::Pre::LEN * plan.hidden))?;
-                sweep_step::forward_split(cell, plan, buffers, normalized, step)?;
-                match &self.state {
-                    Some(state) => self.state_forward::<C>(state, plan, buffers, step),
-                    None => Ok(()),
-                }
-            }
-            Backend::Gpu(gpu) => {
-                let [kernel, _] = kernels::<C>();
-                let sides = [Side { plan: *plan, buffers: self.with_y(buffers) }];
-                let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
-                let bindings = [slots, states, unit, lengths, y, self.gates.products.range(), self.gates.stats.range()];
-                let params = self.params(sweep_step::uniforms(cell, &sides, &[]), plan, step);
-                gpu.launch_each(kernel, &self.constants(gpu, cell, plan, false), &bindings, std::iter::once(params))
-            }
+    /// On the CPU, after the product, all else of a step. `normalized [B, GATES * H]`: room for what is made of the product.
+    fn forward_native<C: CellKernel>(&self, cell: &C, side: &Side<'_>, normalized: &Tensor, step: Step) -> Result<()> {
+        let Side { plan, buffers } = side;
+        let line = self.line(plan, step.0);
+        self.gates.forward(line, None, Matrix::new(normalized, plan.rows, C::Pre::LEN * plan.hidden))?;
+        sweep_step::forward_split(cell, slice::from_ref(side), slice::from_ref(normalized), &[step])?;
+        match &self.state {
+            Some(state) => self.state_forward::<C>(state, plan, buffers, step),
+            None => Ok(()),
         }
     }
 
-    /// Before the product's backward, all else of a step: in the slots and in the gradients of the product lies what the products need.
-    pub fn backward<C: CellKernel>(
-        &self,
-        cell: &C,
-        plan: &Plan<'_>,
-        buffers: &Buffers<'_>,
-        dstates: &Tensor,
-        gradients: &Tensor,
-        step: Step,
-    ) -> Result<()> {
-        match dstates.device().backend() {
-            Backend::Native => {
-                let (rows, hidden, line) = (plan.rows, plan.hidden, self.line(plan, step.0));
-                let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
-                let gradients = lines_of(gradients, line, rows);
-                if let Some(state) = &self.state {
-                    self.state_backward::<C>(state, plan, buffers, dstates, gradients.columns(gates, hidden), step)?;
-                }
-                sweep_step::backward_split(cell, plan, buffers, dstates, step)?;
-                let dslots = Matrix::window(buffers.slots, line * kept, rows, kept, kept);
-                self.gates.backward(line, dslots, gradients.columns(0, gates))
-            }
-            Backend::Gpu(gpu) => {
-                let [_, kernel] = kernels::<C>();
-                let sides = [Side { plan: *plan, buffers: self.with_y(buffers) }];
-                let params = self.params(sweep_step::uniforms(cell, &sides, &[dstates]), plan, step);
-                let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
-                let (products, dstates) = (self.gates.products.range(), dstates.range());
-                let bindings = [slots, states, unit, lengths, y, dstates, products, gradients.range()];
-                gpu.launch_each(kernel, &self.constants(gpu, cell, plan, true), &bindings, std::iter::once(params))
-            }
+    /// The same backward.
+    fn backward_native<C: CellKernel>(&self, cell: &C, side: &Side<'_>, dstates: &Tensor, step: Step) -> Result<()> {
+        let Side { plan, buffers } = side;
+        let (rows, hidden, line) = (plan.rows, plan.hidden, self.line(plan, step.0));
+        let (gates, kept) = (C::Pre::LEN * hidden, C::Slots::LEN * hidden);
+        let gradients = lines_of(self.gradients(), line, rows);
+        if let Some(state) = &self.state {
+            self.state_backward::<C>(state, plan, buffers, dstates, gradients.columns(gates, hidden), step)?;
+        }
+        sweep_step::backward_split(cell, slice::from_ref(side), &[dstates], &[step])?;
+        let dslots = Matrix::window(buffers.slots, line * kept, rows, kept, kept);
+        self.gates.backward(line, dslots, gradients.columns(0, gates))
+    }
+
+    fn gradients(&self) -> &Tensor {
+        match self.gradients {
+            Some(gradients) => gradients,
+            None => unreachable!("backward has room for gradients"),
         }
     }
 
@@ -254,21 +225,6 @@ impl RowNorms<'_> {
         t * plan.rows % self.gates.lines()
     }
 
-    fn with_y<'b>(&'b self, buffers: &Buffers<'b>) -> Buffers<'b> {
-        Buffers { y: self.state.as_ref().and_then(|state| state.y).unwrap_or(buffers.y), ..*buffers }
-    }
-
-    fn params(&self, params: Sweep, plan: &Plan<'_>, step: Step) -> (Sweep, [u32; 3]) {
-        let params = Sweep {
-            t: plan.number(step),
-            line: self.line(plan, step.0) as u32,
-            lines: self.gates.lines() as u32,
-            shows: self.state.as_ref().is_some_and(|state| state.y.is_some()).into(),
-            ..params
-        };
-        (params, row_groups(plan.rows))
-    }
-
     fn constants<C: CellKernel>(&self, gpu: &Gpu, cell: &C, plan: &Plan<'_>, backward: bool) -> Vec<(&'static str, f64)> {
         debug_assert!(cell.norms().len() <= 2, "the shader knows two groups");
         let mut constants = plan.constants(cell, backward);
@@ -282,15 +238,87 @@ impl RowNorms<'_> {
     }
 }
 
+/// After the products of a step of each side, all else of it. What belongs to the second side lies behind what belongs to the first.
+/// `normalized [B, GATES * H]`: on the CPU room for what is made of the products.
+pub(crate) fn forward<C: CellKernel>(
+    cell: &C,
+    sides: &[Side<'_>],
+    norms: &[&RowNorms<'_>],
+    normalized: &[Tensor],
+    steps: &[Step],
+) -> Result<()> {
+    match normalized[0].device().backend() {
+        Backend::Native => {
+            let mut all = sides.iter().zip(norms).zip(normalized).zip(steps);
+            all.try_for_each(|(((side, norms), normalized), step)| norms.forward_native(cell, side, normalized, *step))
+        }
+        Backend::Gpu(gpu) => launch(gpu, cell, sides, norms, &[], steps),
+    }
+}
+
+/// Before the backward of the products, all else of a step: in the slots and in the gradients of the products lies what these need.
+pub(crate) fn backward<C: CellKernel>(
+    cell: &C,
+    sides: &[Side<'_>],
+    norms: &[&RowNorms<'_>],
+    dstates: &[&Tensor],
+    steps: &[Step],
+) -> Result<()> {
+    match dstates[0].device().backend() {
+        Backend::Native => {
+            let mut all = sides.iter().zip(norms).zip(dstates).zip(steps);
+            all.try_for_each(|(((side, norms), dstates), step)| norms.backward_native(cell, side, dstates, *step))
+        }
+        Backend::Gpu(gpu) => launch(gpu, cell, sides, norms, dstates, steps),
+    }
+}
+
+/// One launch for a step of all sides; backward with `dstates`.
+fn launch<'a, C: CellKernel>(
+    gpu: &Gpu,
+    cell: &C,
+    sides: &[Side<'a>],
+    norms: &[&RowNorms<'a>],
+    dstates: &[&Tensor],
+    steps: &[Step],
+) -> Result<()> {
+    let kernels = match C::ROWS {
+        Some(kernels) => kernels,
+        None => unreachable!("a cell whose norms are defined has kernels for them"),
+    };
+    let mut sides = sides.to_vec();
+    for (side, y) in sides.iter_mut().zip(norms.iter().map(|norms| norms.state.as_ref().and_then(|state| state.y))) {
+        side.buffers.y = y.unwrap_or(side.buffers.y);
+    }
+    let (plan, own, next) = (&sides[0].plan, norms[0], norms[norms.len() - 1]);
+    let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
+    let mut bindings = vec![slots, states, unit, lengths, y];
+    let products = own.gates.products.range_to(next.gates.products);
+    let (is_backward, mut next_norms) = (!dstates.is_empty(), 0);
+    match (dstates.first(), dstates.last()) {
+        (Some(first), Some(last)) => {
+            let (gradients, last_gradients) = (own.gradients(), next.gradients());
+            next_norms = gradients.words_to(last_gradients) as u32;
+            bindings.extend([first.range_to(last), products, gradients.range_to(last_gradients)]);
+        }
+        _ => bindings.extend([products, own.gates.stats.range_to(next.gates.stats)]),
+    }
+    let params = Sweep {
+        t: plan.number(steps[0]),
+        next_between: own.gates.products.words_to(next.gates.products) as u32,
+        next_stats: own.gates.stats.words_to(next.gates.stats) as u32 / 2,
+        next_norms,
+        lines: own.gates.lines() as u32,
+        shows: own.state.as_ref().is_some_and(|state| state.y.is_some()).into(),
+        ..sweep_step::uniforms(cell, &sides, dstates)
+    };
+    let constants = own.constants(gpu, cell, plan, is_backward);
+    let groups = tiles(sides.len() * plan.rows.min(MAX_GROUPS / sides.len()), 1);
+    gpu.launch_each(&kernels[usize::from(is_backward)], &constants, &bindings, std::iter::once((params, groups)))
+}
+
 /// Lines of what a backward sweep keeps of the norms.
 pub(crate) fn lines_of(gradients: &Tensor, first: usize, count: usize) -> Matrix<'_> {
     let width = gradients.shape()[1];
     Matrix::window(gradients, first * width, count, width, width)
-}
-
-fn kernels<C: CellKernel>() -> &'static [Kernel; 2] {
-    match C::ROWS {
-        Some(kernels) => kernels,
-        None => unreachable!("a cell whose norms are defined has kernels for them"),
-    }
 }

@@ -1,6 +1,7 @@
 //! The sweep over time for what comes between the recurrent product and the cell, or after the cell: each step is a row of
-//! launches, the same on every device but for layer normalization ([`super::sweep_rows`]). Slower than `sweep_step`, which does without any
-//! of it; where another product is all that there is, `sweep_pair` may do it on a GPU.
+//! launches, the same on every device but for layer normalization ([`super::sweep_rows`]). The cell, with that, is one launch for both
+//! sides; products have a launch each. Slower than `sweep_step`, which does without any of it; where another product is all that there
+//! is, `sweep_pair` may do it on a GPU.
 
 use super::cell_contract::{Block, CellKernel, GatedStep, is_gated, recurrent_runs};
 use super::gate_mask::{self, Masks};
@@ -8,8 +9,8 @@ use super::gemm::Matrix;
 use super::gemm_half::product;
 use super::half::Factor;
 use super::output_step::{self, Teacher};
-use super::sweep::{Buffers, Plan, Step};
-use super::sweep_rows::{RowNorms, lines_of};
+use super::sweep::{Buffers, Plan, Side, Step};
+use super::sweep_rows::{self, RowNorms, lines_of};
 use super::sweep_step;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -45,43 +46,55 @@ pub(crate) struct OutputProduct<'a> {
     pub y: &'a Tensor,
 }
 
-/// As [`sweep_step::forward`], but `weights`, W_hh transposed `[R, GATES * H]`, stand for [`Buffers::weights`]; with an output product
-/// [`Plan::output`] is false.
-pub(crate) fn forward<C: CellKernel>(
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    weights: &Factor,
-    extras: &Extras<'_>,
-) -> Result<()> {
-    let (rows, hidden) = (plan.rows, plan.hidden);
-    let recurrent = Tensor::uninitialized(buffers.slots.device(), [rows, C::Pre::LEN * hidden])?;
-    let masks = extras.masks_of::<C>(plan, buffers)?;
-    let depth = plan.depth::<C>(buffers.states);
-    for step @ (t, before, after) in plan.order(depth) {
-        if let (Some(teacher), Some(output)) = (extras.teacher, &extras.output) {
-            output_step::teach(plan, teacher, output.width, output.outputs, step)?;
-        }
-        let h = state_of(plan, buffers, extras, before);
-        match &extras.norms {
-            Some(norms) => {
-                multiply(cell, plan, buffers, weights, masks.as_ref(), h, norms.product(plan, t), step)?;
-                norms.forward(cell, plan, buffers, &recurrent, step)?;
+/// A side with what its steps have beside the cell. `weights` stand for [`Buffers::weights`]: W_hh, forward transposed `[R, GATES * H]`,
+/// backward `[GATES * H, R]` in runs of H.
+pub(crate) struct SplitSide<'a> {
+    pub side: Side<'a>,
+    pub weights: Factor,
+    pub extras: Extras<'a>,
+}
+
+/// As [`sweep_step::forward`]; with an output product [`Plan::output`] is false.
+pub(crate) fn forward<C: CellKernel>(cell: &C, splits: &[SplitSide<'_>]) -> Result<()> {
+    let sides: Vec<Side<'_>> = splits.iter().map(|split| split.side).collect();
+    let (plan, buffers) = (&sides[0].plan, &sides[0].buffers);
+    let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.depth::<C>(buffers.states));
+    let recurrent = Tensor::in_a_row(buffers.slots.device(), [rows, C::Pre::LEN * hidden], sides.len())?;
+    let masks = splits.iter().map(SplitSide::masks::<C>).collect::<Result<Vec<_>>>()?;
+    let norms: Vec<&RowNorms<'_>> = splits.iter().filter_map(|split| split.extras.norms.as_ref()).collect();
+    for steps in steps_of(&sides, depth) {
+        for (((split, masks), recurrent), step) in splits.iter().zip(&masks).zip(&recurrent).zip(&steps) {
+            let SplitSide { side: Side { plan, buffers }, weights, extras } = split;
+            let (t, before, _) = *step;
+            if let (Some(teacher), Some(output)) = (extras.teacher, &extras.output) {
+                output_step::teach(plan, teacher, output.width, output.outputs, *step)?;
             }
-            None => {
-                let target = Matrix::new(&recurrent, rows, C::Pre::LEN * hidden);
-                multiply(cell, plan, buffers, weights, masks.as_ref(), h, target, step)?;
-                sweep_step::forward_split(cell, plan, buffers, &recurrent, step)?;
-            }
+            let target = match &extras.norms {
+                Some(norms) => norms.product(plan, t),
+                None => Matrix::new(recurrent, rows, C::Pre::LEN * hidden),
+            };
+            multiply(cell, plan, buffers, weights, masks.as_ref(), state_of(plan, buffers, extras, before), target, *step)?;
         }
-        if let Some(output) = &extras.output {
+        match norms.is_empty() {
+            true => sweep_step::forward_split(cell, &sides, &recurrent, &steps)?,
+            false => sweep_rows::forward(cell, &sides, &norms, &recurrent, &steps)?,
+        }
+        for (SplitSide { side: Side { plan, buffers }, extras, .. }, step) in splits.iter().zip(&steps) {
+            let Some(output) = &extras.output else { continue };
+            let (_, _, after) = *step;
             let m = Matrix::window(buffers.states, after * rows * hidden, rows, hidden, hidden);
             let o = Matrix::window(output.outputs, after * rows * output.width, rows, output.width, output.width);
             product(m, &output.weights, output.bias, o, false)?;
-            output_step::output(plan, output.width, output.outputs, output.y, buffers.unit, step)?;
+            output_step::output(plan, output.width, output.outputs, output.y, buffers.unit, *step)?;
         }
     }
     Ok(())
+}
+
+/// The steps of all sides, those together that are taken together.
+fn steps_of(sides: &[Side<'_>], depth: usize) -> impl DoubleEndedIterator<Item = Vec<Step>> + use<> {
+    let orders: Vec<Vec<Step>> = sides.iter().map(|side| side.plan.order(depth).collect()).collect();
+    (0..orders[0].len()).map(move |n| orders.iter().map(|order| order[n]).collect())
 }
 
 /// The recurrent product of a step, `recurrent [B, GATES * H]`.
@@ -113,43 +126,62 @@ fn multiply<C: CellKernel>(
     gates(slots_of::<C>(plan, buffers, step, gated.slot(), 1), all - 1, 1)
 }
 
-/// As [`sweep_step::backward`], but `weights`, W_hh `[GATES * H, R]` in runs of H, stand for [`Buffers::weights`], and the initial
-/// state's gradient is whole: in `dstates`, or, that of o, in [`OutputProduct::carried`].
-pub(crate) fn backward<C: CellKernel>(
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    weights: &Factor,
-    extras: &Extras<'_>,
-    dstates: &Tensor,
-) -> Result<()> {
-    let (rows, hidden) = (plan.rows, plan.hidden);
-    let masks = extras.masks_of::<C>(plan, buffers)?;
+/// As [`sweep_step::backward`], but the initial state's gradient is whole: in `dstates`, or, that of o, in [`OutputProduct::carried`].
+pub(crate) fn backward<C: CellKernel>(cell: &C, splits: &[SplitSide<'_>], dstates: &[&Tensor]) -> Result<()> {
+    let sides: Vec<Side<'_>> = splits.iter().map(|split| split.side).collect();
+    let (rows, hidden) = (sides[0].plan.rows, sides[0].plan.hidden);
+    let masks = splits.iter().map(SplitSide::masks::<C>).collect::<Result<Vec<_>>>()?;
+    let norms: Vec<&RowNorms<'_>> = splits.iter().filter_map(|split| split.extras.norms.as_ref()).collect();
     let dseen = match cell.gated() {
-        Some(_) => Some(Tensor::uninitialized(dstates.device(), [rows, hidden])?),
+        Some(_) => Some(Tensor::uninitialized(dstates[0].device(), [rows, hidden])?),
         None => None,
     };
-    for step @ (t, ..) in plan.order(plan.steps + 1).rev() {
-        let dm = Matrix::window(dstates, 0, rows, hidden, hidden);
-        if let Some((output, carried, douts)) = extras.backward_output() {
-            output_step::output_backward(plan, output.width, output.y, carried, douts, buffers.unit, step)?;
-            let dout = Matrix::window(douts, t * rows * output.width, rows, output.width, output.width);
-            product(dout, &output.weights, None, dm, false)?;
+    for steps in steps_of(&sides, sides[0].plan.steps + 1).rev() {
+        for ((SplitSide { side: Side { plan, buffers }, extras, .. }, dstates), step) in splits.iter().zip(dstates).zip(&steps) {
+            let Some((output, carried, douts)) = extras.backward_output() else { continue };
+            output_step::output_backward(plan, output.width, output.y, carried, douts, buffers.unit, *step)?;
+            let dout = Matrix::window(douts, step.0 * rows * output.width, rows, output.width, output.width);
+            product(dout, &output.weights, None, Matrix::window(dstates, 0, rows, hidden, hidden), false)?;
         }
-        let normalized = extras.norms.as_ref().and_then(|norms| Some((norms, norms.gradients?)));
-        match normalized {
-            Some((norms, gradients)) => norms.backward(cell, plan, buffers, dstates, gradients, step)?,
-            None => sweep_step::backward_split(cell, plan, buffers, dstates, step)?,
+        match norms.is_empty() {
+            true => sweep_step::backward_split(cell, &sides, dstates, &steps)?,
+            false => sweep_rows::backward(cell, &sides, &norms, dstates, &steps)?,
         }
+        for (((split, masks), dstates), step) in splits.iter().zip(&masks).zip(dstates).zip(&steps) {
+            split.multiply_backward(cell, masks.as_ref(), dseen.as_ref(), dstates, *step)?;
+        }
+    }
+    Ok(())
+}
+
+impl SplitSide<'_> {
+    /// The masks, and room for what they make of h, `[GATES, B, R]`.
+    fn masks<C: CellKernel>(&self) -> Result<Option<(Masks, Tensor)>> {
+        let (Some(masks), Side { plan, buffers }) = (self.extras.masks, &self.side) else { return Ok(None) };
+        let width = self.extras.output.as_ref().map_or(plan.hidden, |output| output.width);
+        Ok(Some((masks, Tensor::uninitialized(buffers.slots.device(), [C::Pre::LEN, plan.rows, width])?)))
+    }
+
+    /// What comes through the recurrent product of a step, after the cell.
+    fn multiply_backward<C: CellKernel>(
+        &self,
+        cell: &C,
+        masks: Option<&(Masks, Tensor)>,
+        dseen: Option<&Tensor>,
+        dstates: &Tensor,
+        step: Step,
+    ) -> Result<()> {
+        let Self { side: Side { plan, buffers }, weights, extras } = self;
+        let (rows, hidden, t) = (plan.rows, plan.hidden, step.0);
         let target = match extras.backward_output() {
             Some((output, carried, _)) => Matrix::new(carried, rows, output.width),
-            None => dm,
+            None => Matrix::window(dstates, 0, rows, hidden, hidden),
         };
+        let normalized = extras.norms.as_ref().and_then(|norms| norms.gradients);
         for run @ (gate, _, gates) in recurrent_runs(cell, masks.is_some()).into_iter().rev() {
-            let dr =
-                recurrent_gradient::<C>(buffers.slots, normalized.map(|(_, gradients)| gradients), hidden, [t * rows, rows], run);
+            let dr = recurrent_gradient::<C>(buffers.slots, normalized, hidden, [t * rows, rows], run);
             let w = weights.runs(gate, gates);
-            match (&masks, cell.gated(), &dseen) {
+            match (masks, cell.gated(), dseen) {
                 (Some((_, masked)), ..) => {
                     let seen = Matrix::window(masked, gate * rows * target.cols, rows, target.cols, target.cols);
                     product(dr, &w, None, seen, false)?;
@@ -162,14 +194,14 @@ pub(crate) fn backward<C: CellKernel>(
                 _ => product(dr, &w, None, target, true)?,
             }
         }
-        if let Some((masks, masked)) = &masks {
+        if let Some((masks, masked)) = masks {
             gate_mask::collect(masks, 0..C::Pre::LEN, masked, target)?;
         }
         if let (Some(teacher), Some((output, carried, _))) = (extras.teacher, extras.backward_output()) {
             output_step::teach_backward(plan, teacher, output.width, carried, step)?;
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// After a backward step, the gradient of `count` lines of the recurrent product, `[count, gates * H]` for a run of gates: slots, or,
@@ -189,13 +221,6 @@ pub(crate) fn recurrent_gradient<'a, C: CellKernel>(
 }
 
 impl Extras<'_> {
-    /// The masks, and room for what they make of h, `[GATES, B, R]`.
-    fn masks_of<C: CellKernel>(&self, plan: &Plan<'_>, buffers: &Buffers<'_>) -> Result<Option<(Masks, Tensor)>> {
-        let Some(masks) = self.masks else { return Ok(None) };
-        let width = self.output.as_ref().map_or(plan.hidden, |output| output.width);
-        Ok(Some((masks, Tensor::uninitialized(buffers.slots.device(), [C::Pre::LEN, plan.rows, width])?)))
-    }
-
     fn backward_output(&self) -> Option<(&OutputProduct<'_>, &Tensor, &Tensor)> {
         self.output.as_ref().and_then(|output| Some((output, output.carried?, output.douts?)))
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel, StepProduct};
 use super::choice;
-use super::sweep::{self, Buffers, Inputs, Plan, Run, Side, Step};
+use super::sweep::{self, Inputs, Plan, Run, Side, Step};
 use super::{sweep_native, tiles, transpose};
 use crate::backend::gpu::{Gpu, Range};
 use crate::backend::{Kernel, params};
@@ -30,7 +30,7 @@ params! {
         opposite: u32, ahead: u32, next_key0: u32, next_key1: u32,
         next_slots: u32, next_states: u32, next_weights: u32, next_unit: u32, next_y: u32, next_dstates: u32,
         next_between: u32, next_carried: u32, next_douts: u32,
-        line: u32, lines: u32, shows: u32,
+        next_stats: u32, next_norms: u32, lines: u32, shows: u32,
     }
 }
 
@@ -260,7 +260,8 @@ impl Plan<'_> {
             next_between: 0,
             next_carried: 0,
             next_douts: 0,
-            line: 0,
+            next_stats: 0,
+            next_norms: 0,
             lines: 0,
             shows: 0,
         }
@@ -360,25 +361,24 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, sides: &[Side<'_>]) -> Result<()>
     }
 }
 
-/// Runs the cell over one step, given the product `[B, GATES, H]`.
-pub(crate) fn forward_split<C: CellKernel>(
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    product: &Tensor,
-    step: Step,
-) -> Result<()> {
-    let depth = plan.depth::<C>(buffers.states);
-    match buffers.slots.device().backend() {
+/// Runs the cell over one step of each side, given the products `[B, GATES, H]`, one behind the other.
+pub(crate) fn forward_split<C: CellKernel>(cell: &C, sides: &[Side<'_>], products: &[Tensor], steps: &[Step]) -> Result<()> {
+    let plan = &sides[0].plan;
+    match products[0].device().backend() {
         Backend::Native => {
-            (C::NATIVE.forward)(cell, plan, buffers, depth, &[step], None, Some(product));
+            for ((Side { plan, buffers }, product), step) in sides.iter().zip(products).zip(steps) {
+                let depth = plan.depth::<C>(buffers.states);
+                (C::NATIVE.forward)(cell, plan, buffers, depth, &[*step], None, Some(product));
+            }
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let sides = [Side { plan: *plan, buffers: *buffers }];
-            let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
-            let bindings = [slots, states, unit, lengths, y, product.range()];
-            let step = (Sweep { t: plan.number(step), ..plan.params(depth) }, groups(&sides, plan.hidden, [1, WORKGROUP]));
+            let [slots, states, _, unit, lengths, y] = sweep::bindings(sides);
+            let (product, last) = (&products[0], &products[products.len() - 1]);
+            let bindings = [slots, states, unit, lengths, y, product.range_to(last)];
+            let next_between = product.words_to(last) as u32;
+            let params = Sweep { t: plan.number(steps[0]), next_between, ..uniforms(cell, sides, &[]) };
+            let step = (params, groups(sides, plan.hidden, [1, WORKGROUP]));
             gpu.launch_each(&C::KERNELS.forward_split, &plan.constants(cell, false), &bindings, std::iter::once(step))
         }
     }
@@ -413,24 +413,20 @@ pub(crate) fn backward<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&
     }
 }
 
-/// Runs the cell backward over one step; what comes through the product is in `dstates` already.
-pub(crate) fn backward_split<C: CellKernel>(
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    dstates: &Tensor,
-    step: Step,
-) -> Result<()> {
-    match buffers.slots.device().backend() {
+/// Runs the cell backward over one step of each side; what comes through the product is in `dstates` already.
+pub(crate) fn backward_split<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor], steps: &[Step]) -> Result<()> {
+    let plan = &sides[0].plan;
+    match dstates[0].device().backend() {
         Backend::Native => {
-            (C::NATIVE.backward)(cell, plan, buffers, dstates, &[step], false);
+            for ((Side { plan, buffers }, dstates), step) in sides.iter().zip(dstates).zip(steps) {
+                (C::NATIVE.backward)(cell, plan, buffers, dstates, &[*step], false);
+            }
             Ok(())
         }
         Backend::Gpu(gpu) => {
-            let sides = [Side { plan: *plan, buffers: *buffers }];
             let (kernel, tile) = StepKernel::General.backward(&C::KERNELS.whole);
-            let (params, bindings) = prepare(cell, &sides, &[dstates]);
-            let step = (Sweep { t: plan.number(step), ..params }, groups(&sides, plan.hidden, tile));
+            let (params, bindings) = prepare(cell, sides, dstates);
+            let step = (Sweep { t: plan.number(steps[0]), ..params }, groups(sides, plan.hidden, tile));
             gpu.launch_each(kernel, &plan.constants(cell, true), &bindings, std::iter::once(step))
         }
     }

@@ -49,7 +49,7 @@ use crate::kernels::sweep_pair::{self, OutputGradients, Outputs};
 use crate::kernels::sweep_resident;
 use crate::kernels::sweep_rows::{RowNorms, StateNorm, lines_of};
 use crate::kernels::sweep_scan;
-use crate::kernels::sweep_split::{self, Extras, OutputProduct, recurrent_gradient};
+use crate::kernels::sweep_split::{self, Extras, OutputProduct, SplitSide, recurrent_gradient};
 use crate::kernels::sweep_step;
 use crate::kernels::{dropout, elementwise, transpose};
 use crate::rng::{MaskKey, Rng};
@@ -721,8 +721,7 @@ impl<C: Cell> Recurrent<C> {
     /// How many passes of a layer a sweep takes at once: of two directions both, where it can.
     fn at_once(&self, passes: &[Pass<'_>]) -> usize {
         let (cell, width) = (&self.config.cell, self.config.width());
-        let together = self.steps_of(&passes[0]) != Steps::Split && sweep::at_once(&self.device, cell, &passes[0].plan, width);
-        if together { passes.len() } else { 1 }
+        if sweep::at_once(&self.device, cell, &passes[0].plan, width) { passes.len() } else { 1 }
     }
 
     /// The masks of recurrent dropout, in training.
@@ -960,12 +959,13 @@ impl<C: Cell> Recurrent<C> {
             None => Vec::new(),
         }
         .into_iter();
+        let mut all_norms = if self.config.layer_norm { self.norms(passes, depth)? } else { Vec::new() }.into_iter();
         let buffers = all_slots.into_iter().zip(all_states);
         let prepare = |(pass, buffers): (&Pass<'_>, _)| {
             // A second layer gets its input part block by block.
             let is_first = pass.index < passes[0].index + self.config.directions();
             let slots = if is_first { slots } else { Slots::Empty };
-            self.prepare_pass(pass, x, depth, slots, buffers, all_outputs.next())
+            self.prepare_pass(pass, x, slots, buffers, all_outputs.next(), all_norms.next())
         };
         passes.iter().zip(buffers).map(prepare).collect()
     }
@@ -974,19 +974,18 @@ impl<C: Cell> Recurrent<C> {
         &self,
         pass: &Pass<'_>,
         x: &Tensor,
-        depth: usize,
         content: Slots,
         (slots, states): (Tensor, Tensor),
         outputs: Option<Tensor>,
+        norms: Option<Norms>,
     ) -> Result<PassTape> {
         let (plan, weights) = (&pass.plan, &self.weights[pass.index]);
-        let norms = if self.config.layer_norm { Some(self.norms(plan, depth)?) } else { None };
         if let Slots::InputPart = content {
             self.input_part(pass, x, &slots, norms.as_ref())?;
         }
         if outputs.is_some() {
             // The cell's own h before the first step, which nothing sees.
-            let (first, block) = (plan.ends(depth).0, plan.rows * plan.hidden);
+            let (first, block) = (plan.ends(plan.depth::<C>(&states)).0, plan.rows * plan.hidden);
             states.slice(first * block, [block]).clear()?;
         }
         let dropped = match (&weights.weight_hh, pass.key) {
@@ -998,21 +997,22 @@ impl<C: Cell> Recurrent<C> {
         Ok(PassTape { slots, states, outputs, weights: dropped, norms })
     }
 
-    /// Room for what layer normalization keeps.
-    fn norms(&self, plan: &Plan<'_>, depth: usize) -> Result<Norms> {
+    /// Room for what layer normalization keeps of passes that a sweep takes at once.
+    fn norms(&self, passes: &[Pass<'_>], depth: usize) -> Result<Vec<Norms>> {
+        let (plan, count) = (&passes[0].plan, passes.len());
         let width = C::Pre::LEN * plan.hidden;
         let groups = self.config.cell.norms().len();
         let lines = plan.rows * if depth > 2 { plan.steps } else { 1 };
-        let room = |shape: &[usize]| Tensor::uninitialized(&self.device, shape);
-        let kept = |lines: usize, width: usize, groups: usize| -> Result<Kept> {
-            Ok(Kept { rows: room(&[lines, width])?, stats: room(&[groups, lines, 2])? })
+        let room = |shape: &[usize]| Tensor::in_a_row(&self.device, shape, count);
+        let kept = |lines: usize, groups: usize| -> Result<_> {
+            let rows = room(&[lines, width])?.into_iter();
+            Ok(rows.zip(room(&[groups, lines, 2])?).map(|(rows, stats)| Kept { rows, stats }))
         };
         let is_state = self.config.normalized_output().is_some();
-        Ok(Norms {
-            input: kept(plan.steps * plan.rows, width, groups)?,
-            recurrent: kept(lines, width, groups + usize::from(is_state))?,
-            values: if is_state && self.device.is_cpu() { Some(room(&[lines, plan.hidden])?) } else { None },
-        })
+        let values = if is_state && self.device.is_cpu() { room(&[lines, plan.hidden])? } else { Vec::new() };
+        let mut values = values.into_iter();
+        let kept = kept(plan.steps * plan.rows, groups)?.zip(kept(lines, groups + usize::from(is_state))?);
+        Ok(kept.map(|(input, recurrent)| Norms { input, recurrent, values: values.next() }).collect())
     }
 
     /// The normalization of the product of x.
@@ -1129,8 +1129,7 @@ impl<C: Cell> Recurrent<C> {
     ) -> Result<()> {
         let steps = self.steps_of(&passes[0]);
         if steps == Steps::Split {
-            let mut all = passes.iter().zip(tapes).zip(ys);
-            return all.try_for_each(|((pass, tape), y)| self.split_forward(pass, tape, y));
+            return self.split_forward(passes, tapes, ys);
         }
         let cell = &self.config.cell;
         let units = self.units(passes)?;
@@ -1164,24 +1163,38 @@ impl<C: Cell> Recurrent<C> {
         Ok(())
     }
 
-    fn split_forward(&self, pass: &Pass<'_>, tape: &PassTape, y: &Tensor) -> Result<()> {
-        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
-        let (unit, precision) = (weights.unit(cell, plan.hidden)?, self.config.precision);
-        let Some(recurrent) = &tape.recurrent_transposed(weights, precision)? else {
-            unreachable!("only a cell with a product is split")
-        };
-        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent.words, unit: &unit, y };
-        let norms = self.row_norms(weights, tape.norms.as_ref(), y, None);
-        let mut extras = Extras { norms, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
-        if let (Some(weight_hr), Some(outputs)) = (&weights.weight_hr, &tape.outputs) {
-            let bias = weights.bias_hr.as_ref().map(Param::value);
-            let (width, weights) = (self.config.width(), weight_hr.transposed_factor(precision)?);
-            extras.output = Some(OutputProduct { width, weights, bias, outputs, douts: None, carried: None, y });
-        }
-        // Where the cell writes no y, something is still bound in its place.
-        let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if plan.output { y } else { &spare };
-        sweep_split::forward(cell, plan, &Buffers { y, ..buffers }, recurrent, &extras)
+    fn split_forward(&self, passes: &[Pass<'_>], tapes: &[PassTape], ys: &[Tensor]) -> Result<()> {
+        let (units, precision, spare) = (self.units(passes)?, self.config.precision, Tensor::uninitialized(&self.device, [1])?);
+        let sides = self.split_sides(passes, tapes, &units, ys, &spare).into_iter();
+        let splits = sides.zip(passes.iter().zip(tapes).zip(ys)).map(|(side, ((pass, tape), y))| {
+            let weights = &self.weights[pass.index];
+            let Some(recurrent) = tape.recurrent_transposed(weights, precision)? else {
+                unreachable!("only a cell with a product is split")
+            };
+            let norms = self.row_norms(weights, tape.norms.as_ref(), y, None);
+            let mut extras = Extras { norms, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
+            if let (Some(weight_hr), Some(outputs)) = (&weights.weight_hr, &tape.outputs) {
+                let bias = weights.bias_hr.as_ref().map(Param::value);
+                let (width, weights) = (self.config.width(), weight_hr.transposed_factor(precision)?);
+                extras.output = Some(OutputProduct { width, weights, bias, outputs, douts: None, carried: None, y });
+            }
+            Ok(SplitSide { side, weights: recurrent, extras })
+        });
+        sweep_split::forward(&self.swept_cell(), &splits.collect::<Result<Vec<_>>>()?)
+    }
+
+    /// The sides of steps whose products are launches of their own. `spare`: stands in for y where the cell writes none.
+    fn split_sides<'a>(
+        &self,
+        passes: &[Pass<'a>],
+        tapes: &'a [PassTape],
+        units: &'a [Tensor],
+        ys: &'a [Tensor],
+        spare: &'a Tensor,
+    ) -> Vec<Side<'a>> {
+        let mut sides = sides(passes, tapes, units, units, ys);
+        sides.iter_mut().filter(|side| !side.plan.output).for_each(|side| side.buffers.y = spare);
+        sides
     }
 
     /// The input part of every gate and step of the pass's run: `xp [T*B, gates*H] = x W_ih^T + b_ih`, or `LN(x W_ih^T) + b_ih`, in the
@@ -1441,16 +1454,14 @@ impl<C: Cell> Recurrent<C> {
             None => Vec::new(),
         }
         .into_iter();
-        dstates.into_iter().map(|dstates| self.gradients_of(plan, dstates, outputs.next())).collect()
-    }
-
-    fn gradients_of(&self, plan: &Plan<'_>, dstates: Tensor, output: Option<(Tensor, Tensor)>) -> Result<Gradients> {
         let columns = C::Pre::LEN + usize::from(self.config.normalized_output().is_some());
-        let norms = match self.config.layer_norm {
-            true => Some(Tensor::uninitialized(&self.device, [plan.steps * plan.rows, columns * plan.hidden])?),
-            false => None,
-        };
-        Ok(Gradients { dstates, output, norms })
+        let mut norms = match self.config.layer_norm {
+            true => Tensor::in_a_row(&self.device, [plan.steps * plan.rows, columns * plan.hidden], count)?,
+            false => Vec::new(),
+        }
+        .into_iter();
+        let gradients = |dstates| Gradients { dstates, output: outputs.next(), norms: norms.next() };
+        Ok(dstates.into_iter().map(gradients).collect())
     }
 
     /// Of passes that a sweep takes at once. `between`: of two layers, see [`Self::hand_down`].
@@ -1463,12 +1474,11 @@ impl<C: Cell> Recurrent<C> {
         between: Option<[&Tensor; 2]>,
     ) -> Result<()> {
         let steps = self.steps_of(&passes[0]);
+        let dys = Tensor::behind_each_other(dys.iter().cloned().map(Ok))?;
         if steps == Steps::Split {
-            let mut all = passes.iter().zip(tapes).zip(dys).zip(gradients);
-            return all.try_for_each(|(((pass, tape), dy), gradients)| self.split_backward(pass, tape, dy, gradients));
+            return self.split_backward(passes, tapes, &dys, gradients);
         }
-        let cell = &self.config.cell;
-        let (units, dys) = (self.units(passes)?, Tensor::behind_each_other(dys.iter().cloned().map(Ok))?);
+        let (cell, units) = (&self.config.cell, self.units(passes)?);
         let weights = passes.iter().zip(tapes).zip(&units).map(|((pass, tape), unit)| {
             let recurrent = tape.recurrent(&self.weights[pass.index], Precision::Single, self.config.hidden)?;
             Ok(recurrent.map_or_else(|| unit.clone(), |factor| factor.words))
@@ -1500,29 +1510,34 @@ impl<C: Cell> Recurrent<C> {
         Ok(())
     }
 
-    fn split_backward(&self, pass: &Pass<'_>, tape: &PassTape, dy: &Tensor, gradients: &Gradients) -> Result<()> {
-        let (cell, plan, weights) = (&self.swept_cell(), &pass.plan, &self.weights[pass.index]);
-        let (unit, precision) = (weights.unit(cell, plan.hidden)?, self.config.precision);
-        let Some(recurrent) = &tape.recurrent(weights, precision, plan.hidden)? else {
-            unreachable!("only a cell with a product is split")
-        };
-        let buffers = Buffers { slots: &tape.slots, states: &tape.states, weights: &recurrent.words, unit: &unit, y: dy };
-        let norms = self.row_norms(weights, tape.norms.as_ref(), dy, gradients.norms.as_ref());
-        let mut extras = Extras { norms, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
-        if let (Some(weight_hr), Some(outputs), Some((carried, douts))) = (&weights.weight_hr, &tape.outputs, &gradients.output) {
-            extras.output = Some(OutputProduct {
-                width: self.config.width(),
-                weights: weight_hr.factor(precision, self.config.width())?,
-                bias: None,
-                outputs,
-                douts: Some(douts),
-                carried: Some(carried),
-                y: dy,
-            });
-        }
-        let spare = Tensor::uninitialized(&self.device, [1])?;
-        let y = if plan.output { dy } else { &spare };
-        sweep_split::backward(cell, plan, &Buffers { y, ..buffers }, recurrent, &extras, &gradients.dstates)
+    fn split_backward(&self, passes: &[Pass<'_>], tapes: &[PassTape], dys: &[Tensor], gradients: &[Gradients]) -> Result<()> {
+        let (units, precision, spare) = (self.units(passes)?, self.config.precision, Tensor::uninitialized(&self.device, [1])?);
+        let sides = self.split_sides(passes, tapes, &units, dys, &spare).into_iter().zip(gradients);
+        let splits = sides.zip(passes.iter().zip(tapes).zip(dys)).map(|((side, gradients), ((pass, tape), dy))| {
+            let weights = &self.weights[pass.index];
+            let Some(recurrent) = tape.recurrent(weights, precision, pass.plan.hidden)? else {
+                unreachable!("only a cell with a product is split")
+            };
+            let norms = self.row_norms(weights, tape.norms.as_ref(), dy, gradients.norms.as_ref());
+            let mut extras = Extras { norms, teacher: pass.teacher, masks: self.gate_masks(pass), output: None };
+            if let (Some(weight_hr), Some(outputs), Some((carried, douts))) =
+                (&weights.weight_hr, &tape.outputs, &gradients.output)
+            {
+                extras.output = Some(OutputProduct {
+                    width: self.config.width(),
+                    weights: weight_hr.factor(precision, self.config.width())?,
+                    bias: None,
+                    outputs,
+                    douts: Some(douts),
+                    carried: Some(carried),
+                    y: dy,
+                });
+            }
+            Ok(SplitSide { side, weights: recurrent, extras })
+        });
+        let splits = splits.collect::<Result<Vec<_>>>()?;
+        let dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
+        sweep_split::backward(&self.swept_cell(), &splits, &dstates)
     }
 
     /// After a backward sweep: once for all steps, the gradients of the parameters.
@@ -1681,7 +1696,7 @@ fn valid_rows(x: &Tensor, lengths: Option<&Lengths>, start: usize) -> Result<Ten
 
 /// Passes, for a sweep that takes them at once.
 fn sides<'a>(
-    passes: &'a [Pass<'_>],
+    passes: &[Pass<'a>],
     tapes: &'a [PassTape],
     weights: &'a [Tensor],
     units: &'a [Tensor],

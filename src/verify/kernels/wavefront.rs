@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::harness::{Cases, GRADIENT, normal, overridden, ragged, to_bits, wide};
+use super::harness::{Cases, GRADIENT, NAN, normal, overridden, pad, ragged, to_bits, wide};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::choice::KernelOverride;
@@ -58,11 +58,14 @@ fn check<C: Cell>(
         let run = |device: &Device| -> Result<Vec<(String, Vec<f32>)>> {
             let mut rng = Rng::seed(9);
             let layer = config.clone().init(device, &mut rng)?;
-            let lengths = is_ragged.then(|| ragged(&mut rng, steps, rows));
-            let lengths = lengths.map(|lengths| Lengths::from_slice(device, &lengths)).transpose()?;
-            let mut draw = |shape: [usize; 3]| Tensor::from_slice(device, &normal(&mut rng, shape.into_iter().product()), shape);
-            let x = draw([steps, rows, INPUT])?;
-            let dy = draw([steps, rows, layer.output()])?;
+            let host = is_ragged.then(|| ragged(&mut rng, steps, rows));
+            let lengths = host.as_ref().map(|lengths| Lengths::from_slice(device, lengths)).transpose()?;
+            let mut draw = |width: usize, padding: f32| {
+                let mut values = normal(&mut rng, steps * rows * width);
+                pad(&mut values, width, host.as_deref(), rows, padding);
+                Tensor::from_slice(device, &values, [steps, rows, width])
+            };
+            let (x, dy) = (draw(INPUT, -100.0)?, draw(layer.output(), NAN)?);
             let dlast = layer.forward(&x, None)?.1;
             let input = || Input::new().lengths(lengths.as_ref()).key(MaskKey::new(1, 2));
             let state = layer.forward(&x, input())?.1;
