@@ -257,7 +257,9 @@ pub(crate) static LAYERS: Table<SweepSize, LayerOrder> = Table {
             classes: &[Software],
             limits: &[(T, 96..=usize::MAX), (H, 65..=128), (B, 1..=2)],
             kernels: &[LayerOrder::Wavefront],
-            reason: "llvmpipe (Mesa 22.3, 2 quiet cores), two LSTM layers, beside one after the other: resident sweeps of one tile of rows leave a                      core idle; 128 units, 100 steps, 1 and 2 rows 1.05 and 1.13 times as fast in inference, 1.21 and 1.34 in training; 512 steps                      1.35 and 1.45, 1.52 and 1.46; 60 steps 0.8, 1.0",
+            reason: "llvmpipe (Mesa 22.3, 2 quiet cores), two LSTM layers, beside one after the other: resident sweeps of one tile \
+                     of rows leave a core idle; 128 units, 100 steps, 1 and 2 rows 1.05 and 1.13 times as fast in inference, 1.21 \
+                     and 1.34 in training; 512 steps 1.35 and 1.45, 1.52 and 1.46; 60 steps 0.8, 1.0",
         },
         Row {
             classes: &[Software],
@@ -269,7 +271,9 @@ pub(crate) static LAYERS: Table<SweepSize, LayerOrder> = Table {
             classes: &[Software],
             limits: &[(T, 64..=usize::MAX), (H, 33..=128), (BxH, 512..=2048)],
             kernels: &[LayerOrder::Wavefront],
-            reason: "the same by steps, 100 steps, 16 x 64: 1.19, 1.21; 4, 8, 16, 32 rows of 128 units: 1.17, 1.14, 1.09, 1.03, in training 1.03,                      1.07, 1.07, 1.05; 8 x 256: 1.03, 0.97; 1 x 512: 0.86, 0.88, because the weights of both layers leave the caches",
+            reason: "the same by steps, 100 steps, 16 x 64: 1.19, 1.21; 4, 8, 16, 32 rows of 128 units: 1.17, 1.14, 1.09, 1.03, in \
+                     training 1.03, 1.07, 1.07, 1.05; 8 x 256: 1.03, 0.97; 1 x 512: 0.86, 0.88, because the weights of both layers \
+                     leave the caches",
         },
         Row {
             classes: HARDWARE,
