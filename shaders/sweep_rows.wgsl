@@ -98,11 +98,9 @@ fn forward(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
-    // Workgroups of each side.
-    let count = groups.x / params.sides;
-    let first = take_tile(group, groups).x;
+    let own = take_tile(group, groups);
     let t = step_of(params.t);
-    for (var row = first; row < params.rows; row += count) {
+    for (var row = own.x; row < params.rows; row += groups.x / params.sides) {
         let n = measure(lane, t, row, true, false, 0.0);
         if lane == 0u {
             stats[stats_at(t, row, 0u)] = vec2(n.mean.x, n.inverse.x);
@@ -141,11 +139,9 @@ fn backward(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let H = params.hidden;
-    // Workgroups of each side.
-    let count = groups.x / params.sides;
-    let first = take_tile(group, groups).x;
+    let own = take_tile(group, groups);
     let t = step_of(params.t);
-    for (var row = first; row < params.rows; row += count) {
+    for (var row = own.x; row < params.rows; row += groups.x / params.sides) {
         let n = measure(lane, t, row, true, state_norm, normed_of(t, row, 0u));
 
         // From the gradient of h to that of its other factor, in its place, and that of the normalized state.

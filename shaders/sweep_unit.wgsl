@@ -32,8 +32,8 @@ struct Sweep {
     zoneout_c: f32,
     clip: f32,      // backward: a bound for each element of the gradient that later steps give; 0: none
     flow_at: u32,   // backward with `flow`: where the gradients of all steps start in dstates
-    // Of the second side: whether it reads the other way, how many steps it is ahead (behind: 2^32 less), its key, and words from what the
-    // first has to what it has.
+    // Of the second side: whether it reads the other way, the steps that it is ahead, modulo 2^32, its key, and words from what the first
+    // has to what it has.
     opposite: u32,
     ahead: u32,
     next_key0: u32,

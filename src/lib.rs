@@ -71,8 +71,8 @@
 //! half precision, layer normalisation), of which one launch, `sweep_rows`, is the cell with all of layer normalisation; `sweep_scan`,
 //! in parallel over time, for cells that are linear in their state. `kernels::choice` chooses. On a GPU the first four have two
 //! sides to a launch: both directions of a layer, or two layers of which the upper one is a block of steps behind the lower one (a
-//! wavefront, `nn/recurrent/wavefront.rs`); `sweep_split` has both directions in that of the cell, and a launch of its own for every product;
-//! a scan takes one after the other. On the CPU all but `sweep_split` are `sweep_native`, whose threads share the units or the rows.
+//! wavefront, `nn/recurrent/wavefront.rs`); `sweep_split` has both directions in that of the cell, and a launch of its own for every
+//! product; a scan takes one after the other. On the CPU all but `sweep_split` are `sweep_native`, whose threads share the units or the rows.
 //!
 //! One buffer `[T, B, slots, H]` serves a pass three times, in place: the input part of every gate comes in, the forward
 //! sweep leaves what backward needs, the backward sweep leaves the gradients, from which the products make those of

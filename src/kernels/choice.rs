@@ -277,9 +277,10 @@ pub(crate) static LAYERS: Table<SweepSize, LayerOrder> = Table {
         },
         Row {
             classes: HARDWARE,
-            limits: &[(T, 48..=usize::MAX), (BxH, 0..=1 << 14)],
+            limits: &[(T, 48..=usize::MAX), (H, 0..=1024), (BxH, 0..=1 << 14)],
             kernels: &[LayerOrder::Wavefront],
-            reason: "an estimate: a step of so many units has at most 64 workgroups, half of a large GPU, and costs as much as a launch does",
+            reason: "an estimate: 16 rows of 1024 units are 128 workgroups of a step, one for each multiprocessor of a large GPU, which has room \
+                     for more; and fewer units are less than a launch takes",
         },
     ],
     otherwise: LayerOrder::InTurn,

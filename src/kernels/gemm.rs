@@ -228,12 +228,12 @@ impl ProductKernel {
 
     /// Whether the kernel can do this product on this device.
     pub(crate) fn takes(self, gpu: &Gpu, product: &Product<'_>) -> bool {
-        let Product { a, b, c, bias, .. } = product;
+        let Product { a, b, c, bias, whole, .. } = product;
         let [rows, columns] = self.tile();
-        let (y, x, parts) = (a.rows.div_ceil(rows), b.cols.div_ceil(columns), self.parts(a.cols));
+        let (y, x, parts) = (whole.div_ceil(rows), b.cols.div_ceil(columns), self.parts(a.cols));
         let fours = || product.is_in_fours();
         let vectors = || [a.row, a.col].contains(&1) && [b.row, b.col].contains(&1);
-        let in_parts = || parts > 1 && parts * a.rows * b.cols <= PARTS && c.row == c.cols && bias.is_none();
+        let in_parts = || parts > 1 && parts * whole * b.cols <= PARTS && c.row == c.cols && bias.is_none();
         let takes = match self {
             Self::General => true,
             Self::SubgroupRows | Self::SubgroupRows8 => a.col == 1 && b.col == 1 && fours() && x <= MAX_GROUPS,

@@ -38,7 +38,7 @@ impl Run {
 pub(crate) struct Plan<'a> {
     /// T.
     pub steps: usize,
-    /// What a sweep takes of them: all, unless another layer waits for the first of them. Runs follow each other in the order of the sweep.
+    /// What a sweep takes of them: all, or in a wavefront of layers a part. Runs follow each other in the order of the sweep.
     pub run: Run,
     /// B.
     pub rows: usize,
@@ -80,8 +80,7 @@ pub(crate) struct Buffers<'a> {
     /// `[STATES, depth, B, H]`, with the initial state in slot 0 (reverse: the last slot). Depth T + 1 keeps every
     /// state, as backward needs; depth 2 keeps the newest two.
     pub states: &'a Tensor,
-    /// Forward: W_hh as [`super::sweep_step::forward_weights`] gives it, and for the products of [`super::sweep_split`] transposed
-    /// `[H, GATES * H]`, so that neighbouring units lie side by side. Backward: W_hh.
+    /// Forward: W_hh as [`super::sweep_step::forward_weights`] gives it. Backward: W_hh. Not read by [`super::sweep_split`].
     pub weights: &'a Tensor,
     /// `[unit parameters, H]`; with layer normalization more lines, see [`super::sweep_rows::RowNorms`].
     pub unit: &'a Tensor,
@@ -200,14 +199,15 @@ pub(crate) fn choose<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, 
     }
 }
 
-/// Whether two directions or layers may be sides of one sweep: on a GPU, where buffers of both fit in one. `width`: that of what recurs.
-/// It shows in no bit.
-pub(crate) fn at_once<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, width: usize) -> bool {
+/// Whether two directions or layers may be sides of one sweep: on a GPU, where buffers of both fit in one. `width`: that of what recurs;
+/// `norms`: of what layer normalization keeps of a row. It shows in no bit.
+pub(crate) fn at_once<C: CellKernel>(device: &Device, cell: &C, plan: &Plan<'_>, [width, norms]: [usize; 2]) -> bool {
     let Backend::Gpu(gpu) = device.backend() else { return false };
     let lines = plan.steps * plan.rows;
     let states = (plan.steps + 1) * plan.rows;
     let slots = (C::Slots::LEN * lines).max(C::Pre::LEN * width); // or the weights
-    let largest = [C::State::LEN * states * plan.hidden, states * width, slots * plan.hidden, plan.dstates_len(cell)];
+    let dstates = Plan { flow: true, ..*plan }.dstates_len(cell); // it may be wanted later
+    let largest = [C::State::LEN * states * plan.hidden, states * width, slots * plan.hidden, dstates, lines * norms];
     gpu.fits(2 * largest.into_iter().fold(0, usize::max) + ALIGNMENT)
 }
 

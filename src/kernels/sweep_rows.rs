@@ -1,5 +1,5 @@
 //! A step of a sweep with layer normalization (Ba et al. 2016), given its product: `shaders/sweep_rows.wgsl` does all of it in one
-//! launch, of both directions, not measured on hardware. An LSTM's cell state is normalized on its way to h as well: `h = o output(LN(c))`.
+//! launch, of both sides, not measured on hardware. An LSTM's cell state is normalized on its way to h as well: `h = o output(LN(c))`.
 
 use std::slice;
 
@@ -42,8 +42,8 @@ pub(crate) const FORWARD_BINDINGS: &[(u32, Access)] =
 pub(crate) const BACKWARD_BINDINGS: &[(u32, Access)] =
     &[(1, READ_WRITE), (2, READ_WRITE), (4, READ), (5, READ), (6, READ_WRITE), (7, READ_WRITE), (8, READ), (10, READ_WRITE)];
 
-/// What is normalized in each row of a step, of one side. On a GPU gains and the shift are read from [`Buffers::unit`], where they lie behind the unit
-/// parameters: `[unit parameters + GATES, H]`, with a state two lines more.
+/// What is normalized in each row of a step, of one side. On a GPU gains and the shift are read from [`Buffers::unit`], where they lie
+/// behind the unit parameters: `[unit parameters + GATES, H]`, with a state two lines more.
 pub(crate) struct RowNorms<'a> {
     /// The products, of lines `[T, B]`, or `[1, B]` where nothing is kept. Behind the statistics of the groups are those of the state.
     pub gates: GateNorm<'a>,
@@ -247,7 +247,7 @@ pub(crate) fn forward<C: CellKernel>(
     normalized: &[Tensor],
     steps: &[Step],
 ) -> Result<()> {
-    match normalized[0].device().backend() {
+    match sides[0].buffers.slots.device().backend() {
         Backend::Native => {
             let mut all = sides.iter().zip(norms).zip(normalized).zip(steps);
             all.try_for_each(|(((side, norms), normalized), step)| norms.forward_native(cell, side, normalized, *step))

@@ -5,7 +5,7 @@
 use std::slice;
 
 use super::cell_contract::CellKernel;
-use super::sweep::{Plan, Side};
+use super::sweep::{Plan, Run, Side};
 use super::sweep_step;
 use super::tiles;
 use crate::backend::{Kernel, params};
@@ -114,6 +114,7 @@ pub(crate) fn forward<C: CellKernel>(kernels: &'static ScanKernels, cell: &C, si
     let Backend::Gpu(gpu) = device.backend() else {
         return sweep_step::forward(cell, slice::from_ref(side));
     };
+    debug_assert_eq!(plan.run, Run::whole(plan.steps), "a scan takes all steps");
     let depth = plan.depth::<C>(buffers.states);
     let (first, last) = plan.ends(depth);
     let edge = first * plan.rows * plan.hidden;

@@ -59,21 +59,26 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, splits: &[SplitSide<'_>]) -> Resu
     let sides: Vec<Side<'_>> = splits.iter().map(|split| split.side).collect();
     let (plan, buffers) = (&sides[0].plan, &sides[0].buffers);
     let (rows, hidden, depth) = (plan.rows, plan.hidden, plan.depth::<C>(buffers.states));
-    let recurrent = Tensor::in_a_row(buffers.slots.device(), [rows, C::Pre::LEN * hidden], sides.len())?;
     let masks = splits.iter().map(SplitSide::masks::<C>).collect::<Result<Vec<_>>>()?;
     let norms: Vec<&RowNorms<'_>> = splits.iter().filter_map(|split| split.extras.norms.as_ref()).collect();
+    let device = buffers.slots.device();
+    // Layer normalization keeps the products itself; the CPU makes others of them.
+    let recurrent = match norms.is_empty() || device.is_cpu() {
+        true => Tensor::in_a_row(device, [rows, C::Pre::LEN * hidden], sides.len())?,
+        false => Vec::new(),
+    };
     for steps in steps_of(&sides, depth) {
-        for (((split, masks), recurrent), step) in splits.iter().zip(&masks).zip(&recurrent).zip(&steps) {
-            let SplitSide { side: Side { plan, buffers }, weights, extras } = split;
-            let (t, before, _) = *step;
+        for (side, split) in splits.iter().enumerate() {
+            let SplitSide { side: Side { plan, .. }, extras, .. } = split;
+            let step = steps[side];
             if let (Some(teacher), Some(output)) = (extras.teacher, &extras.output) {
-                output_step::teach(plan, teacher, output.width, output.outputs, *step)?;
+                output_step::teach(plan, teacher, output.width, output.outputs, step)?;
             }
             let target = match &extras.norms {
-                Some(norms) => norms.product(plan, t),
-                None => Matrix::new(recurrent, rows, C::Pre::LEN * hidden),
+                Some(norms) => norms.product(plan, step.0),
+                None => Matrix::new(&recurrent[side], rows, C::Pre::LEN * hidden),
             };
-            multiply(cell, plan, buffers, weights, masks.as_ref(), state_of(plan, buffers, extras, before), target, *step)?;
+            split.multiply(cell, masks[side].as_ref(), target, step)?;
         }
         match norms.is_empty() {
             true => sweep_step::forward_split(cell, &sides, &recurrent, &steps)?,
@@ -95,35 +100,6 @@ pub(crate) fn forward<C: CellKernel>(cell: &C, splits: &[SplitSide<'_>]) -> Resu
 fn steps_of(sides: &[Side<'_>], depth: usize) -> impl DoubleEndedIterator<Item = Vec<Step>> + use<> {
     let orders: Vec<Vec<Step>> = sides.iter().map(|side| side.plan.order(depth).collect()).collect();
     (0..orders[0].len()).map(move |n| orders.iter().map(|order| order[n]).collect())
-}
-
-/// The recurrent product of a step, `recurrent [B, GATES * H]`.
-#[expect(clippy::too_many_arguments, reason = "what a step has, and the two factors and the result of its product")]
-fn multiply<C: CellKernel>(
-    cell: &C,
-    plan: &Plan<'_>,
-    buffers: &Buffers<'_>,
-    weights: &Factor,
-    masks: Option<&(Masks, Tensor)>,
-    h: Matrix<'_>,
-    recurrent: Matrix<'_>,
-    step: Step,
-) -> Result<()> {
-    let (rows, hidden, all) = (plan.rows, plan.hidden, C::Pre::LEN);
-    // Of `count` gates from `first` on, from what they see.
-    let gates = |seen: Matrix<'_>, first: usize, count: usize| {
-        let (first, count) = (first * hidden, count * hidden);
-        product(seen, &weights.lines(first, count), None, recurrent.columns(first, count), false)
-    };
-    if let Some((masks, masked)) = masks {
-        gate_mask::spread(masks, 0..all, h, masked)?;
-        let seen = |gate: usize| Matrix::window(masked, gate * rows * h.cols, rows, h.cols, h.cols);
-        return (0..all).try_for_each(|gate| gates(seen(gate), gate, 1));
-    }
-    let Some(gated) = cell.gated() else { return gates(h, 0, all) };
-    gates(h, 0, all - 1)?;
-    gated.forward(&gated_step(plan, buffers, step), buffers.unit, recurrent.tensor)?;
-    gates(slots_of::<C>(plan, buffers, step, gated.slot(), 1), all - 1, 1)
 }
 
 /// As [`sweep_step::backward`], but the initial state's gradient is whole: in `dstates`, or, that of o, in [`OutputProduct::carried`].
@@ -160,6 +136,33 @@ impl SplitSide<'_> {
         let (Some(masks), Side { plan, buffers }) = (self.extras.masks, &self.side) else { return Ok(None) };
         let width = self.extras.output.as_ref().map_or(plan.hidden, |output| output.width);
         Ok(Some((masks, Tensor::uninitialized(buffers.slots.device(), [C::Pre::LEN, plan.rows, width])?)))
+    }
+
+    /// The recurrent product of a step, `recurrent [B, GATES * H]`.
+    fn multiply<C: CellKernel>(
+        &self,
+        cell: &C,
+        masks: Option<&(Masks, Tensor)>,
+        recurrent: Matrix<'_>,
+        step: Step,
+    ) -> Result<()> {
+        let Self { side: Side { plan, buffers }, weights, extras } = self;
+        let (rows, hidden, all) = (plan.rows, plan.hidden, C::Pre::LEN);
+        let h = state_of(plan, buffers, extras, step.1);
+        // Of `count` gates from `first` on, from what they see.
+        let gates = |seen: Matrix<'_>, first: usize, count: usize| {
+            let (first, count) = (first * hidden, count * hidden);
+            product(seen, &weights.lines(first, count), None, recurrent.columns(first, count), false)
+        };
+        if let Some((masks, masked)) = masks {
+            gate_mask::spread(masks, 0..all, h, masked)?;
+            let seen = |gate: usize| Matrix::window(masked, gate * rows * h.cols, rows, h.cols, h.cols);
+            return (0..all).try_for_each(|gate| gates(seen(gate), gate, 1));
+        }
+        let Some(gated) = cell.gated() else { return gates(h, 0, all) };
+        gates(h, 0, all - 1)?;
+        gated.forward(&gated_step(plan, buffers, step), buffers.unit, recurrent.tensor)?;
+        gates(slots_of::<C>(plan, buffers, step, gated.slot(), 1), all - 1, 1)
     }
 
     /// What comes through the recurrent product of a step, after the cell.

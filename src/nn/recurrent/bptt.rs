@@ -9,6 +9,7 @@ use crate::kernels::cell_contract::Block;
 use crate::kernels::gemm::part_sums;
 use crate::kernels::sweep_step;
 use crate::nn::{Input, Precision};
+use crate::rng::MaskKey;
 use crate::tensor::{Lengths, Tensor};
 
 /// How [`BoundedBptt::run`] cuts a sequence, and what it will take.
@@ -115,8 +116,14 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let dropped = if config.weight_dropout > 0.0 { (2 * gates * width + packed) * config.layers } else { 0 };
         let state: usize = (0..C::State::LEN).map(|s| config.layers * rows * layer.width_of(s)).sum();
         // Of two layers that go as a wavefront the upper one's y stays with the lower one's, where the upper one sees that.
-        let sequence = Sequence { window: Window { start: 0, total: steps }, ..Sequence::plain(segment, rows) };
-        let pairs = if layer.is_wavefront(0, &sequence, true) { config.layers / 2 } else { 0 };
+        let key = Some(MaskKey::new(0, 0));
+        let sequence = Sequence { window: Window { start: 0, total: steps }, key, ..Sequence::plain(segment, rows) };
+        let goes = |steps: usize| layer.is_wavefront(0, &Sequence { steps, ..sequence }, true);
+        let pairs = if goes(segment) { config.layers / 2 } else { 0 };
+        // With a last segment that is too short for it there are copies of the weights for each layer by itself as well.
+        let output = if config.output.is_some() { hidden * width } else { 0 };
+        let is_last_alone = pairs > 0 && !goes(steps - (segments - 1) * segment);
+        let weights = weights + if is_last_alone { 2 * pairs * (packed + output) } else { 0 };
         let beside = if config.dropout > 0.0 || config.residual { 0 } else { pairs * lines * layer.output() };
         // The tape: gates, states, with an output product o, of each layer; the inputs of the upper layers.
         let outputs = if config.output.is_some() { (segment + 1) * rows * width } else { 0 };
@@ -160,12 +167,16 @@ impl<C: Cell> BoundedBptt<'_, C> {
         let backward = match (pairs, config.layers % 2) {
             (0, _) => common + dx_of(config.layers) + copies * lines * layer.output(),
             // A wavefront has the gradients of two layers, and a copy of W_hh of both. A last layer by itself is done with by then.
-            (_, alone) => {
-                let masked = usize::from(config.dropout > 0.0);
-                let dys = (2 + masked) * lines * layer.output() + 2 * gates * width;
-                let wavefront = common + douts + carried + dys + dx_of(pairs);
-                let last = common + dx_of(config.layers) + usize::from(config.residual) * lines * layer.output();
-                wavefront.saturating_sub(alone * (pass + lines * layer.output())).max(alone * last)
+            (_, odd) => {
+                let (y, added) = (lines * layer.output(), usize::from(config.residual));
+                let dys = (2 + usize::from(config.dropout > 0.0)) * y;
+                let copies = 2 * (gates * width + output);
+                // Where x is added to what the lower layer gives, the gradient is a sum; by then the copies are gone.
+                let is_added = added > 0 && (pairs > 1 || self.needs_dx && config.input == layer.output());
+                let sum = if is_added { y } else { 0 };
+                let wavefront = common + douts + carried + dys + dx_of(pairs) + copies.max(sum);
+                let last = common + dx_of(config.layers) + added * y;
+                wavefront.saturating_sub(odd * (pass + y)).max(odd * last)
             }
         };
         let whole = if self.needs_dx { steps * rows * config.input } else { 0 };

@@ -20,6 +20,7 @@ pub use inspect::{Inspection, NonFinite, Quantity};
 pub use state::{CellState, HiddenState, LstmState, SLstmState};
 #[cfg(feature = "verify")]
 pub(crate) use sweep_alone::SweepAlone;
+use wavefront::Between;
 use weights::Weights;
 
 use super::param::CachedCopy;
@@ -218,7 +219,7 @@ pub struct Recurrent<C: Cell> {
     /// Layer by layer, in each layer by direction.
     weights: Vec<Weights>,
     /// Of each layer.
-    sides: Vec<SideCopies>,
+    side_copies: Vec<SideCopies>,
 }
 
 /// Where a sweep takes both directions of a layer at once, or this layer and the next, what it reads of both, one behind the other.
@@ -415,8 +416,8 @@ impl<C: Cell> Recurrent<C> {
                 weights.push(Weights::init(&config, inputs, &suffix, device, rng)?);
             }
         }
-        let sides = (0..config.layers).map(|_| SideCopies::default()).collect();
-        Ok(Self { config, device: device.clone(), weights, sides })
+        let side_copies = (0..config.layers).map(|_| SideCopies::default()).collect();
+        Ok(Self { config, device: device.clone(), weights, side_copies })
     }
 
     /// Numbers in an input row.
@@ -720,8 +721,13 @@ impl<C: Cell> Recurrent<C> {
 
     /// How many passes of a layer a sweep takes at once: of two directions both, where it can.
     fn at_once(&self, passes: &[Pass<'_>]) -> usize {
-        let (cell, width) = (&self.config.cell, self.config.width());
-        if sweep::at_once(&self.device, cell, &passes[0].plan, width) { passes.len() } else { 1 }
+        if sweep::at_once(&self.device, &self.config.cell, &passes[0].plan, self.widths()) { passes.len() } else { 1 }
+    }
+
+    /// Numbers of a row of what recurs, and of what layer normalization keeps of a step.
+    fn widths(&self) -> [usize; 2] {
+        let columns = C::Pre::LEN + usize::from(self.config.normalized_output().is_some());
+        [self.config.width(), if self.config.layer_norm { columns * self.config.hidden } else { 0 }]
     }
 
     /// The masks of recurrent dropout, in training.
@@ -860,7 +866,7 @@ impl<C: Cell> Recurrent<C> {
         Ok(y)
     }
 
-    /// Passes that a sweep takes at once: from x `[T, B, I]` of each layer and the initial state to y and the final state of each.
+    /// Passes that a sweep takes at once: from x `[T, B, I]`, of each layer, and the initial state to y and the final state of each.
     fn forward_passes(
         &self,
         passes: &[Pass<'_>],
@@ -1071,7 +1077,7 @@ impl<C: Cell> Recurrent<C> {
 
     /// Of these two passes.
     fn side_copies(&self, passes: &[Pass<'_>]) -> &SideCopies {
-        &self.sides[passes[0].index / self.config.directions()]
+        &self.side_copies[passes[0].index / self.config.directions()]
     }
 
     /// W_hh as a forward sweep of whole steps reads it, of each of its passes; anything where the cell has no product.
@@ -1143,24 +1149,20 @@ impl<C: Cell> Recurrent<C> {
             return Ok(());
         }
         let outputs = self.outputs(passes, tapes)?;
-        for turn in self.turns(passes, false) {
+        let sweep = (steps == Steps::Whole).then(|| sweep::choose(&self.device, cell, &passes[0].plan, false));
+        self.turns(passes, false).iter().try_for_each(|turn| {
             if let Some(run) = turn.handed {
                 self.hand_up(passes, tapes, xs, ys, run)?;
             }
             let sides = turn.sides(&sides);
-            if steps == Steps::Pairs {
-                let outputs = outputs.as_ref().map(|outputs| outputs.part(turn.passes()));
-                sweep_pair::forward(cell, &sides, outputs.as_ref())?;
-                continue;
+            match sweep {
+                None => sweep_pair::forward(cell, &sides, outputs.as_ref().map(|outputs| outputs.part(turn.passes())).as_ref()),
+                Some(Sweep::Scan(kernels)) => sides.iter().try_for_each(|side| sweep_scan::forward(kernels, cell, side)),
+                Some(Sweep::Resident) => sweep_resident::forward(cell, &sides),
+                Some(Sweep::Grid) => sweep_grid::forward(cell, &sides),
+                Some(Sweep::Step) => sweep_step::forward(cell, &sides),
             }
-            match sweep::choose(&self.device, cell, &passes[0].plan, false) {
-                Sweep::Scan(kernels) => sides.iter().try_for_each(|side| sweep_scan::forward(kernels, cell, side))?,
-                Sweep::Resident => sweep_resident::forward(cell, &sides)?,
-                Sweep::Grid => sweep_grid::forward(cell, &sides)?,
-                Sweep::Step => sweep_step::forward(cell, &sides)?,
-            }
-        }
-        Ok(())
+        })
     }
 
     fn split_forward(&self, passes: &[Pass<'_>], tapes: &[PassTape], ys: &[Tensor]) -> Result<()> {
@@ -1375,7 +1377,7 @@ impl<C: Cell> Recurrent<C> {
     }
 
     /// Passes that a sweep takes at once, backward: from dy and the gradient of the final state to that of the initial one, in the slots
-    /// those of the gates, and those of the parameters. `xs`, `dys`: of each pass. `between`: of two layers, see [`Self::hand_down`].
+    /// those of the gates, and those of the parameters. `xs`, `dys`: of each pass. `between`: of two layers.
     fn backward_passes(
         &self,
         passes: &[Pass<'_>],
@@ -1383,7 +1385,7 @@ impl<C: Cell> Recurrent<C> {
         xs: &[Tensor],
         dys: &[Tensor],
         ends: &Ends<'_>,
-        between: Option<[&Tensor; 2]>,
+        between: Option<&Between<'_>>,
     ) -> Result<Vec<Gradients>> {
         let Ends { finals, initial, sums, .. } = *ends;
         let all = self.new_gradients(passes)?;
@@ -1454,9 +1456,9 @@ impl<C: Cell> Recurrent<C> {
             None => Vec::new(),
         }
         .into_iter();
-        let columns = C::Pre::LEN + usize::from(self.config.normalized_output().is_some());
+        let [_, columns] = self.widths();
         let mut norms = match self.config.layer_norm {
-            true => Tensor::in_a_row(&self.device, [plan.steps * plan.rows, columns * plan.hidden], count)?,
+            true => Tensor::in_a_row(&self.device, [plan.steps * plan.rows, columns], count)?,
             false => Vec::new(),
         }
         .into_iter();
@@ -1464,14 +1466,14 @@ impl<C: Cell> Recurrent<C> {
         Ok(dstates.into_iter().map(gradients).collect())
     }
 
-    /// Of passes that a sweep takes at once. `between`: of two layers, see [`Self::hand_down`].
+    /// Of passes that a sweep takes at once. `between`: of two layers.
     fn sweep_backward(
         &self,
         passes: &[Pass<'_>],
         tapes: &[PassTape],
         dys: &[Tensor],
         gradients: &[Gradients],
-        between: Option<[&Tensor; 2]>,
+        between: Option<&Between<'_>>,
     ) -> Result<()> {
         let steps = self.steps_of(&passes[0]);
         let dys = Tensor::behind_each_other(dys.iter().cloned().map(Ok))?;
@@ -1487,27 +1489,28 @@ impl<C: Cell> Recurrent<C> {
         let sides = sides(passes, tapes, &weights, &units, &dys);
         let all_dstates: Vec<&Tensor> = gradients.iter().map(|gradients| &gradients.dstates).collect();
         let outputs = self.output_gradients(passes, gradients)?;
-        for turn in self.turns(passes, true) {
-            if let (Some(run), Some(between)) = (turn.handed, between) {
-                self.hand_down(passes, tapes, &dys, between, run)?;
+        let sweep = (steps == Steps::Whole).then(|| sweep::choose(&self.device, cell, &passes[0].plan, true));
+        self.turns(passes, true).iter().try_for_each(|turn| {
+            match (turn.handed, between) {
+                (Some(run), Some(between)) => self.hand_down(passes, tapes, &dys, between, run)?,
+                (Some(_), None) => unreachable!("only two layers hand on anything"),
+                (None, _) => {}
             }
             let (sides, dstates) = (turn.sides(&sides), &all_dstates[turn.passes()]);
-            if steps == Steps::Pairs {
-                let outputs = outputs.as_ref().map(|outputs| outputs.part(turn.passes()));
-                sweep_pair::backward(cell, &sides, dstates, outputs.as_ref())?;
-                continue;
-            }
-            match sweep::choose(&self.device, cell, &passes[0].plan, true) {
-                Sweep::Scan(kernels) => {
-                    let mut all = sides.iter().zip(dstates);
-                    all.try_for_each(|(side, dstates)| sweep_scan::backward(kernels, cell, side, dstates))?;
+            match sweep {
+                None => {
+                    let outputs = outputs.as_ref().map(|outputs| outputs.part(turn.passes()));
+                    sweep_pair::backward(cell, &sides, dstates, outputs.as_ref())
                 }
-                Sweep::Resident => sweep_resident::backward(cell, &sides, dstates)?,
-                Sweep::Grid => sweep_grid::backward(cell, &sides, dstates)?,
-                Sweep::Step => sweep_step::backward(cell, &sides, dstates)?,
+                Some(Sweep::Scan(kernels)) => {
+                    let mut all = sides.iter().zip(dstates);
+                    all.try_for_each(|(side, dstates)| sweep_scan::backward(kernels, cell, side, dstates))
+                }
+                Some(Sweep::Resident) => sweep_resident::backward(cell, &sides, dstates),
+                Some(Sweep::Grid) => sweep_grid::backward(cell, &sides, dstates),
+                Some(Sweep::Step) => sweep_step::backward(cell, &sides, dstates),
             }
-        }
-        Ok(())
+        })
     }
 
     fn split_backward(&self, passes: &[Pass<'_>], tapes: &[PassTape], dys: &[Tensor], gradients: &[Gradients]) -> Result<()> {

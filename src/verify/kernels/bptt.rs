@@ -22,6 +22,10 @@ pub(super) fn bptt(cases: &mut Cases<'_>) -> Result<()> {
     check_sizes(cases, "lstm_row", LstmConfig::new(INPUT, 132), KernelOverride::default(), [3100, 1])?;
     let wavefront = KernelOverride::default().layers(LayerOrder::Wavefront);
     check_by(cases, "lstm_wavefront", lstm().layers(2).gradient_clip(0.05), wavefront)?;
+    let added = GruConfig::new(INPUT, INPUT).layers(2).residual(true);
+    check_by(cases, "gru_wavefront_added", added, wavefront)?;
+    // A last segment that is shorter than a block.
+    check_sizes(cases, "lstm_wavefront_short", LstmConfig::new(INPUT, 100).layers(2), wavefront, [266, 17])?;
     check_by(cases, "gru_wavefront", GruConfig::new(INPUT, 40).layers(3).dropout(0.3).residual(true), wavefront)?;
     check(cases, "lstm_masks", lstm().layers(2).dropout(0.3).zoneout(0.2, 0.1).weight_dropout(0.3))?;
     check(cases, "lstm_sums", lstm().layers(2).peepholes(true).gradient_clip(0.05))?;
