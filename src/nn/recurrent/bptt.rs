@@ -159,23 +159,26 @@ impl<C: Cell> BoundedBptt<'_, C> {
         // On a GPU the sums of products over many lines may be in parts, while one of the gradients of W_ih, W_hh or x is made.
         let inputs = config.input.max(if config.layers > 1 { layer.output() } else { 0 });
         let of_block = time_block(rows).min(segment) * rows;
-        let products = [[gates, inputs, of_block], [gates, width, of_block], [of_block, inputs, gates]];
         let any = layer.weights[0].weight_ih.value();
-        let parts = products.into_iter().map(|size| part_sums(any, config.precision, size)).max().unwrap_or_default();
+        let parts_of = |size| part_sums(any, config.precision, size);
+        let of_weights = parts_of([gates, inputs, of_block]).max(parts_of([gates, width, of_block]));
+        let of_dx = parts_of([of_block, inputs, gates]);
         let head = lines * layer.output();
-        let common = halves + parts + douts + dnorms + carried + masked;
+        let (common, parts) = (halves + douts + dnorms + carried + masked, of_weights.max(of_dx));
         let backward = match (pairs, config.layers % 2) {
-            (0, _) => common + dx_of(config.layers) + copies * lines * layer.output(),
+            (0, _) => common + parts + dx_of(config.layers) + copies * lines * layer.output(),
             // A wavefront has the gradients of two layers, and a copy of W_hh of both. A last layer by itself is done with by then.
             (_, odd) => {
                 let (y, added) = (lines * layer.output(), usize::from(config.residual));
                 let dys = (2 + usize::from(config.dropout > 0.0)) * y;
                 let copies = 2 * (gates * width + output);
-                // Where x is added to what the lower layer gives, the gradient is a sum; by then the copies are gone.
+                // Where x is added to what the lower layer gives, the gradient is a sum; by then the copies are gone, as they are when
+                // gradients of weights are made.
                 let is_added = added > 0 && (pairs > 1 || self.needs_dx && config.input == layer.output());
                 let sum = if is_added { y } else { 0 };
-                let wavefront = common + douts + carried + dys + dx_of(pairs) + copies.max(sum);
-                let last = common + dx_of(config.layers) + added * y;
+                let of_run = of_dx * layer.block(segment, rows) * rows / of_block;
+                let wavefront = common + douts + carried + dys + dx_of(pairs) + (copies + of_run).max(sum).max(of_weights);
+                let last = common + parts + dx_of(config.layers) + added * y;
                 wavefront.saturating_sub(odd * (pass + y)).max(odd * last)
             }
         };

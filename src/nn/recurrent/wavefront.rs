@@ -105,7 +105,7 @@ impl<C: Cell> Recurrent<C> {
     }
 
     /// Steps of a block.
-    fn block(&self, steps: usize, rows: usize) -> usize {
+    pub(super) fn block(&self, steps: usize, rows: usize) -> usize {
         // Bindings may start where a block does.
         let unit = ALIGNMENT >> (rows * self.output()).trailing_zeros().min(ALIGNMENT.trailing_zeros());
         steps.div_ceil(BLOCKS).max(LEAST_STEPS).next_multiple_of(unit)
