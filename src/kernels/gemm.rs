@@ -297,13 +297,25 @@ impl<'a> Matrix<'a> {
 /// `C [m, n] = A [m, k] . B [k, n] (+ bias [n]) (+ C)`. C's columns are contiguous and C shares no memory with the others.
 /// Fast where B's columns lie side by side: lanes, and the native vectors, run along them.
 pub(crate) fn gemm(a: Matrix<'_>, b: Matrix<'_>, bias: Option<&Tensor>, c: Matrix<'_>, accumulate: bool) -> Result<()> {
+    part_of_gemm(a, b, bias, c, accumulate, c.rows)
+}
+
+/// Some rows of a product of `whole` rows, with its bits.
+pub(super) fn part_of_gemm(
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    bias: Option<&Tensor>,
+    c: Matrix<'_>,
+    accumulate: bool,
+    whole: usize,
+) -> Result<()> {
     debug_assert!(a.rows == c.rows && b.cols == c.cols && a.cols == b.rows && c.col == 1);
     match c.tensor.device().backend() {
         Backend::Native => {
             multiply_native(a, b, bias, c, accumulate);
             Ok(())
         }
-        Backend::Gpu(gpu) => launch(gpu, &Product { precision: Precision::Single, a, b, bias, c, accumulate, whole: c.rows }),
+        Backend::Gpu(gpu) => launch(gpu, &Product { precision: Precision::Single, a, b, bias, c, accumulate, whole }),
     }
 }
 

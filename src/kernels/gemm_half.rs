@@ -1,6 +1,6 @@
 //! Matrix product in either precision; in half precision `shaders/gemm_half.wgsl`.
 
-use super::gemm::{GEMM_KERNEL, Matrix, Product, gemm, launch};
+use super::gemm::{GEMM_KERNEL, Matrix, Product, gemm, launch, part_of_gemm};
 use super::half::{Factor, Precision};
 use crate::backend::Kernel;
 use crate::device::Backend;
@@ -33,17 +33,12 @@ pub(crate) fn part_of_product(
     whole: usize,
 ) -> Result<()> {
     debug_assert!(b.lines == c.cols && a.rows == c.rows && c.col == 1);
-    let precision = b.precision;
-    if precision == Precision::Single {
-        let b = b.matrix();
-        return match c.tensor.device().backend() {
-            Backend::Native => gemm(a, b, bias, c, accumulate),
-            Backend::Gpu(gpu) => launch(gpu, &Product { precision, a, b, bias, c, accumulate, whole }),
-        };
+    if b.precision == Precision::Single {
+        return part_of_gemm(a, b.matrix(), bias, c, accumulate, whole);
     }
     let a = b.half_left(a)?;
     debug_assert!(a.depth == b.depth && b.across == 1);
-    let (a, b) = (a.matrix().t(), b.matrix());
+    let (precision, a, b) = (b.precision, a.matrix().t(), b.matrix());
     match c.tensor.device().backend() {
         Backend::Native => gemm(a, b, bias, c, accumulate),
         Backend::Gpu(gpu) => launch(gpu, &Product { precision, a, b, bias, c, accumulate, whole }),

@@ -1,5 +1,6 @@
 //! What all sweeps over time share: the plan of a direction of a layer, its buffers, and which sweep runs.
 
+use std::borrow::Borrow;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -287,6 +288,16 @@ impl<'a> Plan<'a> {
     pub fn depth<C: CellKernel>(&self, states: &Tensor) -> usize {
         states.len() / (C::State::LEN * self.rows * self.hidden)
     }
+}
+
+/// What belongs to all sides, one behind the other.
+pub(super) fn range(tensors: &[impl Borrow<Tensor>]) -> Range {
+    tensors[0].borrow().range_to(tensors[tensors.len() - 1].borrow())
+}
+
+/// Words from what the first side has to what the second has.
+pub(super) fn words(tensors: &[impl Borrow<Tensor>]) -> u32 {
+    tensors[0].borrow().words_to(tensors[tensors.len() - 1].borrow()) as u32
 }
 
 /// What the shaders of sweeps bind, from the slots to y: of all sides at once.

@@ -3,7 +3,6 @@
 //! made of h ([`CellKernel::gated`], a GRU with the reset before the product). Whatever else there is around a product is for
 //! `sweep_split`.
 
-use std::borrow::Borrow;
 use std::fmt;
 use std::ops::Range as Indices;
 
@@ -11,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cell_contract::{Block, CellKernel, StepProduct};
 use super::choice;
-use super::sweep::{self, Plan, Side};
+use super::sweep::{self, Plan, Side, range, words};
 use super::sweep_step::{self, Sweep, groups};
 use crate::backend::Kernel;
 use crate::backend::gpu::{Gpu, Range};
@@ -148,16 +147,6 @@ impl<'a> OutputGradients<'a> {
         let (carried, douts) = (of_sides(&self.carried), of_sides(&self.douts));
         Self { width: self.width, weights: self.weights[sides].to_vec(), carried, douts }
     }
-}
-
-/// What belongs to all sides.
-fn range(tensors: &[impl Borrow<Tensor>]) -> Range {
-    tensors[0].borrow().range_to(tensors[tensors.len() - 1].borrow())
-}
-
-/// Words from what the first side has to what the second has.
-fn words(tensors: &[impl Borrow<Tensor>]) -> u32 {
-    tensors[0].borrow().words_to(tensors[tensors.len() - 1].borrow()) as u32
 }
 
 /// A launch of each step.

@@ -290,24 +290,21 @@ fn launch<'a, C: CellKernel>(
     for (side, y) in sides.iter_mut().zip(norms.iter().map(|norms| norms.state.as_ref().and_then(|state| state.y))) {
         side.buffers.y = y.unwrap_or(side.buffers.y);
     }
-    let (plan, own, next) = (&sides[0].plan, norms[0], norms[norms.len() - 1]);
+    let (plan, own, is_backward) = (&sides[0].plan, norms[0], !dstates.is_empty());
+    let products: Vec<&Tensor> = norms.iter().map(|norms| norms.gates.products).collect();
+    let stats: Vec<&Tensor> = norms.iter().map(|norms| norms.gates.stats).collect();
+    let gradients: Vec<&Tensor> = norms.iter().filter(|_| is_backward).map(|norms| norms.gradients()).collect();
     let [slots, states, _, unit, lengths, y] = sweep::bindings(&sides);
     let mut bindings = vec![slots, states, unit, lengths, y];
-    let products = own.gates.products.range_to(next.gates.products);
-    let (is_backward, mut next_norms) = (!dstates.is_empty(), 0);
-    match (dstates.first(), dstates.last()) {
-        (Some(first), Some(last)) => {
-            let (gradients, last_gradients) = (own.gradients(), next.gradients());
-            next_norms = gradients.words_to(last_gradients) as u32;
-            bindings.extend([first.range_to(last), products, gradients.range_to(last_gradients)]);
-        }
-        _ => bindings.extend([products, own.gates.stats.range_to(next.gates.stats)]),
+    match is_backward {
+        true => bindings.extend([sweep::range(dstates), sweep::range(&products), sweep::range(&gradients)]),
+        false => bindings.extend([sweep::range(&products), sweep::range(&stats)]),
     }
     let params = Sweep {
         t: plan.number(steps[0]),
-        next_between: own.gates.products.words_to(next.gates.products) as u32,
-        next_stats: own.gates.stats.words_to(next.gates.stats) as u32 / 2,
-        next_norms,
+        next_between: sweep::words(&products),
+        next_stats: sweep::words(&stats) / 2,
+        next_norms: if is_backward { sweep::words(&gradients) } else { 0 },
         lines: own.gates.lines() as u32,
         shows: own.state.as_ref().is_some_and(|state| state.y.is_some()).into(),
         ..sweep_step::uniforms(cell, &sides, dstates)

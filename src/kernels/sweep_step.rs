@@ -271,8 +271,8 @@ impl Plan<'_> {
 /// What the launches of a sweep share: [`uniforms`], and what they bind, backward with dstates.
 pub(super) fn prepare<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&Tensor]) -> (Sweep, Vec<Range>) {
     let mut bindings = sweep::bindings(sides).to_vec();
-    if let (Some(first), Some(last)) = (dstates.first(), dstates.last()) {
-        bindings.push(first.range_to(last));
+    if !dstates.is_empty() {
+        bindings.push(sweep::range(dstates));
     }
     (uniforms(cell, sides, dstates), bindings)
 }
@@ -288,19 +288,18 @@ pub(super) fn uniforms<C: CellKernel>(cell: &C, sides: &[Side<'_>], dstates: &[&
     debug_assert_eq!(second.plan.run.count, plan.run.count, "sides have equally many steps");
     debug_assert!(dstates.is_empty() || ends(&second.plan) == ends(plan), "sides begin and end backward together");
     let [next_key0, next_key1] = second.plan.key.words();
-    let words = |from: &Tensor, to: &Tensor| from.words_to(to) as u32;
     Sweep {
         sides: 2,
         opposite: (second.plan.reverse != plan.reverse).into(),
         ahead: (second.plan.run.first as u32).wrapping_sub(plan.run.first as u32),
         next_key0,
         next_key1,
-        next_slots: words(buffers.slots, next.slots),
-        next_states: words(buffers.states, next.states),
-        next_weights: words(buffers.weights, next.weights),
-        next_unit: words(buffers.unit, next.unit),
-        next_y: words(buffers.y, next.y) + (second.plan.y_offset - plan.y_offset) as u32,
-        next_dstates: if let [first, second] = dstates { words(first, second) } else { 0 },
+        next_slots: sweep::words(&[buffers.slots, next.slots]),
+        next_states: sweep::words(&[buffers.states, next.states]),
+        next_weights: sweep::words(&[buffers.weights, next.weights]),
+        next_unit: sweep::words(&[buffers.unit, next.unit]),
+        next_y: sweep::words(&[buffers.y, next.y]) + (second.plan.y_offset - plan.y_offset) as u32,
+        next_dstates: if dstates.is_empty() { 0 } else { sweep::words(dstates) },
         ..params
     }
 }
@@ -374,10 +373,8 @@ pub(crate) fn forward_split<C: CellKernel>(cell: &C, sides: &[Side<'_>], product
         }
         Backend::Gpu(gpu) => {
             let [slots, states, _, unit, lengths, y] = sweep::bindings(sides);
-            let (product, last) = (&products[0], &products[products.len() - 1]);
-            let bindings = [slots, states, unit, lengths, y, product.range_to(last)];
-            let next_between = product.words_to(last) as u32;
-            let params = Sweep { t: plan.number(steps[0]), next_between, ..uniforms(cell, sides, &[]) };
+            let bindings = [slots, states, unit, lengths, y, sweep::range(products)];
+            let params = Sweep { t: plan.number(steps[0]), next_between: sweep::words(products), ..uniforms(cell, sides, &[]) };
             let step = (params, groups(sides, plan.hidden, [1, WORKGROUP]));
             gpu.launch_each(&C::KERNELS.forward_split, &plan.constants(cell, false), &bindings, std::iter::once(step))
         }

@@ -10,6 +10,8 @@ mod sweep_alone;
 mod wavefront;
 mod weights;
 
+use std::ops::Range;
+
 pub use bptt::{Backpropagated, BoundedBptt, BpttPlan};
 pub use config::{
     Direction, GruConfig, IndRnnConfig, LstmConfig, Merge, MinGruConfig, MinLstmConfig, RecurrentConfig, Reset, RnnConfig,
@@ -685,12 +687,12 @@ impl<C: Cell> Recurrent<C> {
         }
     }
 
-    /// The passes of a layer, by direction.
-    fn passes<'a>(&self, layer: usize, sequence: &Sequence<'a>) -> Vec<Pass<'a>> {
+    /// The passes of layers, layer by layer, in each by direction.
+    fn passes<'a>(&self, layers: Range<usize>, sequence: &Sequence<'a>) -> Vec<Pass<'a>> {
         let directions = self.config.directions();
         let Sequence { rows, key, teacher, .. } = *sequence;
         let pass = |index| Pass { plan: self.plan(sequence, index), index, key, batch: rows, teacher };
-        (layer * directions..(layer + 1) * directions).map(pass).collect()
+        (layers.start * directions..layers.end * directions).map(pass).collect()
     }
 
     /// Whether something comes between h and the recurrent product, between that and the cell, or after the cell. `draws`: in
@@ -778,14 +780,14 @@ impl<C: Cell> Recurrent<C> {
             Some(state) => Some(state.tensors().into_iter().cloned().collect()),
             None => self.learned_state(rows)?,
         };
-        let initial = initial.as_deref();
+        let ends = ForwardEnds { initial: initial.as_deref(), finals: &finals, train };
         let sequence = Sequence { steps, rows, window, lengths: input.lengths, key, teacher: teacher.as_ref() };
         let mut x = if batch_first { transpose::leading(x)? } else { x.clone() };
         let (mut tapes, mut layer) = (Vec::new(), 0);
         while layer < layers {
             let (y, of_layers) = match self.is_wavefront(layer, &sequence, false) {
-                true => self.forward_wavefront(layer, &sequence, &x, initial, &finals, train)?,
-                false => self.forward_layer(layer, &sequence, &x, initial, &finals, train)?,
+                true => self.forward_wavefront(layer, &sequence, &x, &ends)?,
+                false => self.forward_layer(layer, &sequence, &x, &ends)?,
             };
             x = y;
             layer += of_layers.len();
@@ -828,11 +830,9 @@ impl<C: Cell> Recurrent<C> {
         layer: usize,
         sequence: &Sequence<'_>,
         x: &Tensor,
-        initial: Option<&[Tensor]>,
-        finals: &[Tensor],
-        train: bool,
+        ends: &ForwardEnds<'_>,
     ) -> Result<(Tensor, Vec<LayerTape>)> {
-        let of_layer = self.passes(layer, sequence);
+        let of_layer = self.passes(layer..layer + 1, sequence);
         let shape = [sequence.steps, sequence.rows, self.output()];
         // One for both directions, or one for each.
         let shared = if self.config.is_merged() { None } else { Some(Tensor::uninitialized(&self.device, shape)?) };
@@ -843,8 +843,8 @@ impl<C: Cell> Recurrent<C> {
                 None => Tensor::in_a_row(&self.device, shape, at_once.len())?,
             };
             passes.extend(match sequence.teacher {
-                Some(teacher) if teacher.probability >= 1.0 => self.forced(&at_once[0], x, &ys, initial, finals, train)?,
-                _ => self.forward_passes(at_once, std::slice::from_ref(x), &ys, initial, finals, train)?,
+                Some(teacher) if teacher.probability >= 1.0 => self.forced(&at_once[0], x, &ys, ends)?,
+                _ => self.forward_passes(at_once, std::slice::from_ref(x), &ys, ends)?,
             });
             outputs.extend(ys);
         }
@@ -867,15 +867,8 @@ impl<C: Cell> Recurrent<C> {
     }
 
     /// Passes that a sweep takes at once: from x `[T, B, I]`, of each layer, and the initial state to y and the final state of each.
-    fn forward_passes(
-        &self,
-        passes: &[Pass<'_>],
-        xs: &[Tensor],
-        ys: &[Tensor],
-        initial: Option<&[Tensor]>,
-        finals: &[Tensor],
-        train: bool,
-    ) -> Result<Vec<PassTape>> {
+    fn forward_passes(&self, passes: &[Pass<'_>], xs: &[Tensor], ys: &[Tensor], ends: &ForwardEnds<'_>) -> Result<Vec<PassTape>> {
+        let ForwardEnds { initial, finals, train } = *ends;
         let depth = if train { passes[0].plan.steps + 1 } else { 2 };
         let from_x = self.forms_inputs(&passes[0]);
         let slots = match (from_x, train) {
@@ -908,15 +901,8 @@ impl<C: Cell> Recurrent<C> {
 
     /// The same where targets stand in for all outputs but the last: nothing recurs, so that all steps of all rows run at once, as
     /// the rows of a sweep of one step.
-    fn forced(
-        &self,
-        pass: &Pass<'_>,
-        x: &Tensor,
-        ys: &[Tensor],
-        initial: Option<&[Tensor]>,
-        finals: &[Tensor],
-        train: bool,
-    ) -> Result<Vec<PassTape>> {
+    fn forced(&self, pass: &Pass<'_>, x: &Tensor, ys: &[Tensor], ends: &ForwardEnds<'_>) -> Result<Vec<PassTape>> {
+        let ForwardEnds { initial, finals, train } = *ends;
         let (plan, width) = (&pass.plan, self.config.width());
         let targets = match pass.teacher {
             Some(teacher) => &teacher.targets,
@@ -1270,7 +1256,7 @@ impl<C: Cell> Recurrent<C> {
         let finals = dstate.map(|dstate| dstate.tensors());
         let initial = self.new_state(rows)?;
         let sequence = Sequence { steps, rows, window, lengths: lengths.as_ref(), key, teacher: teacher.as_ref() };
-        let mut ends = Ends { finals: finals.as_deref(), initial: &initial, sums, flow };
+        let mut ends = BackwardEnds { finals: finals.as_deref(), initial: &initial, sums, flow };
         let mut dy = if batch_first { transpose::leading(dy)? } else { dy.clone() };
         let mut dx = None;
         while let Some(tape) = layers.pop() {
@@ -1308,9 +1294,9 @@ impl<C: Cell> Recurrent<C> {
         LayerTape { x, passes, factors }: &LayerTape,
         dy: &Tensor,
         needs: bool,
-        ends: &mut Ends<'_>,
+        ends: &mut BackwardEnds<'_>,
     ) -> Result<Option<Tensor>> {
-        let mut of_layer = self.passes(layer, sequence);
+        let mut of_layer = self.passes(layer..layer + 1, sequence);
         of_layer.iter_mut().for_each(|pass| pass.plan.flow = ends.flow.is_some());
         let dx = if needs { Some(Tensor::uninitialized(&self.device, x.shape())?) } else { None };
         let dys = self.merge_backward(&self.passed_back(&of_layer[0], dy, Run::whole(sequence.steps))?, factors)?;
@@ -1384,10 +1370,10 @@ impl<C: Cell> Recurrent<C> {
         tapes: &[PassTape],
         xs: &[Tensor],
         dys: &[Tensor],
-        ends: &Ends<'_>,
+        ends: &BackwardEnds<'_>,
         between: Option<&Between<'_>>,
     ) -> Result<Vec<Gradients>> {
-        let Ends { finals, initial, sums, .. } = *ends;
+        let BackwardEnds { finals, initial, sums, .. } = *ends;
         let all = self.new_gradients(passes)?;
         let (rows, hidden) = (passes[0].plan.rows, self.config.hidden);
         let sums_of = |pass: &Pass<'_>, gradients: &Gradients| {
@@ -1426,7 +1412,7 @@ impl<C: Cell> Recurrent<C> {
         pass: &Pass<'_>,
         tapes: &[PassTape],
         [x, dy]: [&Tensor; 2],
-        ends: &Ends<'_>,
+        ends: &BackwardEnds<'_>,
     ) -> Result<Vec<Gradients>> {
         let (rows, width) = (pass.plan.rows, self.config.width());
         let flat = Forced::new(&pass.plan, &self.device)?;
@@ -1745,8 +1731,18 @@ enum Slots {
     None,
 }
 
-/// What a backward pass through all layers takes and leaves at the ends of the sequence, and gathers on the way.
-struct Ends<'a> {
+/// What a forward pass through all layers takes and leaves at the ends of the sequence.
+struct ForwardEnds<'a> {
+    /// The initial state; none: zeros.
+    initial: Option<&'a [Tensor]>,
+    /// Takes the final one.
+    finals: &'a [Tensor],
+    /// Whether backward will follow.
+    train: bool,
+}
+
+/// The same backward, and what is gathered on the way.
+struct BackwardEnds<'a> {
     /// Gradients of the final state; none: zeros.
     finals: Option<&'a [&'a Tensor]>,
     /// Those of the initial state.

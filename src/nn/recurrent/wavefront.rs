@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::{Cell, Direction, Ends, LayerTape, Pass, PassTape, Recurrent, Sequence, Steps};
+use super::{BackwardEnds, Cell, Direction, ForwardEnds, LayerTape, Pass, PassTape, Recurrent, Sequence, Steps};
 use crate::error::Result;
 use crate::kernels::choice;
 use crate::kernels::sweep::{self, LayerOrder, Plan, Run, Side, Sweep};
@@ -118,15 +118,16 @@ impl<C: Cell> Recurrent<C> {
         if !is_stack || self.block(steps, sequence.rows) >= steps {
             return false;
         }
-        let pass = &self.passes(layer, sequence)[0];
+        let pass = &self.passes(layer..layer + 1, sequence)[0];
+        if !sweep::at_once(device, cell, &pass.plan, self.widths()) {
+            return false;
+        }
         let takes_runs = match self.steps_of(pass) {
             Steps::Split => false,
             Steps::Pairs => true,
             Steps::Whole => !matches!(sweep::choose(device, cell, &pass.plan, backward), Sweep::Scan(_)),
         };
-        takes_runs
-            && sweep::at_once(device, cell, &pass.plan, self.widths())
-            && choice::layers::<C>(device, &pass.plan) == LayerOrder::Wavefront
+        takes_runs && choice::layers::<C>(device, &pass.plan) == LayerOrder::Wavefront
     }
 
     /// As [`Self::forward_layer`], of this layer and the next.
@@ -135,16 +136,14 @@ impl<C: Cell> Recurrent<C> {
         layer: usize,
         sequence: &Sequence<'_>,
         x: &Tensor,
-        initial: Option<&[Tensor]>,
-        finals: &[Tensor],
-        train: bool,
+        ends: &ForwardEnds<'_>,
     ) -> Result<(Tensor, Vec<LayerTape>)> {
-        let passes: Vec<Pass<'_>> = [layer, layer + 1].into_iter().flat_map(|layer| self.passes(layer, sequence)).collect();
+        let passes = self.passes(layer..layer + 2, sequence);
         let ys = Tensor::in_a_row(&self.device, [sequence.steps, sequence.rows, self.output()], 2)?;
         let changes = self.mask_key(&passes[0]).is_some() || self.config.adds_input(x.shape()[2]);
         let between = if changes { Tensor::uninitialized(&self.device, ys[0].shape())? } else { ys[0].clone() };
         let xs = [x.clone(), between];
-        let tapes = self.forward_passes(&passes, &xs, &ys, initial, finals, train)?;
+        let tapes = self.forward_passes(&passes, &xs, &ys, ends)?;
         let mut y = self.passed_on(&passes[1], &ys[1], &xs[1], Run::whole(sequence.steps))?;
         if y.shares_memory(&ys[0]) {
             // Who holds it need not hold the lower layer's as well.
@@ -182,9 +181,9 @@ impl<C: Cell> Recurrent<C> {
         layers: [LayerTape; 2],
         dy: &Tensor,
         needs: bool,
-        ends: &mut Ends<'_>,
+        ends: &mut BackwardEnds<'_>,
     ) -> Result<Option<Tensor>> {
-        let mut passes: Vec<Pass<'_>> = [layer, layer + 1].into_iter().flat_map(|layer| self.passes(layer, sequence)).collect();
+        let mut passes = self.passes(layer..layer + 2, sequence);
         passes.iter_mut().for_each(|pass| pass.plan.flow = ends.flow.is_some());
         let whole = Run::whole(sequence.steps);
         let dys = Tensor::in_a_row(&self.device, dy.shape(), 2)?;
